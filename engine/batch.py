@@ -1,0 +1,43 @@
+"""What one engine step computes: plain integers, handed from the scheduler to the worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive positions of one sequence, all of one attention rule.
+
+    A span under the decode rule is one new token, or several generated tokens replayed after a
+    preemption or a restart. Block lists belong to the request and are only read; both are indexed
+    by logical block, and a window page that slid out is 0 (the null page, never allocated).
+    """
+
+    request_id: int
+    slot: int  # row of the worker's persistent tables, below max_num_seqs
+    start: int  # first position
+    tokens: list[int]  # ids at positions start, start + 1, ...
+    rule: Rule
+    full_blocks: list[int]
+    window_blocks: list[int]
+    sample: bool  # whether the last position's logits choose the next token
+
+    @property
+    def stop(self) -> int:
+        """Context length after the span: position of the last token + 1."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The spans of one step, decode spans first. Spans of one request are in position order."""
+
+    spans: list[Span]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)

@@ -1,0 +1,41 @@
+"""What can go wrong in the engine, as one tree.
+
+EngineError
+├── ConfigError          a setting is impossible; the message names the field
+├── CheckpointError      a model folder is unusable; the message names the file
+├── RequestError         one request is at fault; others go on
+├── QueueFullError       too much work is queued; carries the seconds to wait
+└── EngineUnavailable    the engine is loading, restarting, draining or dead
+"""
+
+
+class EngineError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(EngineError):
+    """A setting is impossible. The message names the field and the bound."""
+
+
+class CheckpointError(EngineError):
+    """A model folder is unusable. The message is one line that names the file."""
+
+
+class RequestError(EngineError):
+    """One request cannot be served; it fails alone."""
+
+
+class QueueFullError(EngineError):
+    """The queue is full. `retry_after` is a whole number of seconds, at least 1."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineUnavailable(EngineError):
+    """The engine takes no work now. `retry_after` is a whole number of seconds, at least 1."""
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

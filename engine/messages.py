@@ -1,0 +1,132 @@
+"""The messages that cross between front end and engine: integers and floats, never text of users.
+
+Encoding and frames are in `engine.ipc`; prompts travel as one int32 buffer beside the message.
+Times are seconds of `time.monotonic`, which on Linux is one clock for all processes of a host.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.request import FinishReason, SamplingParams
+
+
+class Add(msgspec.Struct, tag=True, kw_only=True):
+    """Start a request, or go on with one: `output` holds tokens that were already generated."""
+
+    request_id: int  # made by the front end, unique while it lives
+    params: SamplingParams
+    prompt: bytes  # int32 little endian
+    output: bytes = b""  # int32 little endian
+    arrival: float
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Forget these requests at the next step; ids that are unknown are ignored."""
+
+    request_ids: list[int]
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """Leave the loop and exit 0."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position, natural log, of the raw model distribution."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]  # most probable first, as many as asked for
+    top_logprobs: list[float]
+
+
+class Timing(msgspec.Struct, array_like=True):
+    """Durations of one request so far, in seconds; None where the phase has not ended."""
+
+    queue: float | None = None  # arrival to first scheduled
+    prefill: float | None = None  # first scheduled to first token
+    decode: float | None = None  # first token to last token
+
+
+class Attended(msgspec.Struct, array_like=True):
+    """Token budget of one request: sums over (decode step, retrieval head) pairs."""
+
+    pairs: int = 0  # how many pairs selected; 0 where nothing was selected
+    tokens: int = 0  # tokens attended, summed over the pairs
+    fraction: float = 0.0  # attended / context length, summed over the pairs
+
+
+class RequestUpdate(msgspec.Struct, kw_only=True):
+    """What one step brought for one request. Also sent without tokens, as prefill progress."""
+
+    request_id: int
+    tokens: list[int] = []  # newly sampled; a stop id is included, it is the last one
+    logprobs: list[TokenLogprobs] = []  # one per new token if asked for
+    prompt_logprobs: list[TokenLogprobs | None] = []  # for prompt positions in order, first None
+    prefilled: int = 0  # prompt tokens computed so far, cached ones included
+    cached: int = 0  # prompt tokens taken from the prefix cache
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the id that ended it, when finish_reason is "stop"
+    timing: Timing | None = None  # with the last update
+    attended: Attended | None = None  # with the last update
+
+
+class Stats(msgspec.Struct, kw_only=True):
+    """State of the engine after a step; cheap to make, one per step."""
+
+    step: int = 0  # steps since start
+    running: int = 0
+    waiting: int = 0
+    full_used: int = 0  # pages
+    full_total: int = 0
+    window_used: int = 0
+    window_total: int = 0
+    prefill_remaining: int = 0  # prompt tokens still to compute, of running and waiting requests
+    preemptions: int = 0  # since start
+    prefix_hit_tokens: int = 0  # since start
+    prompt_tokens: int = 0  # computed under the prefill rule, since start
+    generated_tokens: int = 0  # sampled, since start
+    layer_attended_fraction: dict[int, float] = {}  # layer -> moving mean over decode steps
+
+
+class Report(msgspec.Struct, tag=True, kw_only=True):
+    """Everything one step has to say."""
+
+    updates: list[RequestUpdate]
+    stats: Stats
+
+
+class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """Facts that hold from start to end of an engine process."""
+
+    vocab_size: int  # width of the logits: every token id of a request is below it
+    max_model_len: int  # tokens, prompt + output
+    eos_token_ids: tuple[int, ...]
+    attention: str  # "sparse" or "dense", as served
+    retrieval_heads: int  # query heads with full context; all of them when dense
+    attention_heads: int  # query heads of all layers
+    kv_bytes_per_token: int  # as served, growing part (full pool with index keys)
+    kv_bytes_per_token_dense: int  # the same model served densely
+    block_tokens: int
+    full_pages: int  # usable pages of the full pool
+    window_pages: int
+    max_num_seqs: int
+    device: str
+    dtype: str
+    plan: str  # the memory plan, ready to print
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine has loaded and takes work."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine cannot start; it exits after this. `message` is one line for the operator."""
+
+    message: str
+
+
+ToEngine = Add | Abort | Shutdown
+FromEngine = Ready | Report | Failed
