@@ -5,7 +5,7 @@ EngineError
 ├── CheckpointError      a model folder is unusable; the message names the file
 ├── RequestError         one request is at fault; others go on
 ├── QueueFullError       too much work is queued; carries the seconds to wait
-└── EngineUnavailable    the engine is loading, restarting, draining or dead
+└── EngineUnavailableError  the engine is loading, restarting, draining or dead
 """
 
 
@@ -33,7 +33,7 @@ class QueueFullError(EngineError):
         self.retry_after = retry_after
 
 
-class EngineUnavailable(EngineError):
+class EngineUnavailableError(EngineError):
     """The engine takes no work now. `retry_after` is a whole number of seconds, at least 1."""
 
     def __init__(self, message: str, retry_after: int = 5) -> None:

@@ -1,0 +1,145 @@
+"""How the front end talks to an engine: submit a request, read its updates, look at its state.
+
+`Engine` is the border that the HTTP layer is written against; `engine.process.EngineProcess`
+implements it with a child process, tests implement it in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from engine.errors import EngineError
+from engine.messages import EngineInfo, RequestUpdate, Stats
+from engine.request import SamplingParams
+
+EngineState = Literal["loading", "ready", "restarting", "draining", "dead"]
+
+
+class Generation:
+    """One live request, read by one task of the event loop.
+
+    Updates that arrive faster than they are read are merged into one, so a slow reader costs the
+    memory of its own answer and nothing more.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        abort: Callable[[int], None],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.output: list[int] = []  # all tokens received: what a replay needs
+        self._abort = abort
+        self._pending: RequestUpdate | None = None
+        self._error: EngineError | None = None
+        self._finished = False
+        self._wakeup = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the engine has nothing more to say about this request."""
+        return self._finished
+
+    def push(self, update: RequestUpdate) -> None:
+        """Called by the engine client, on the event loop, for every update."""
+        self.output.extend(update.tokens)
+        self._finished = self._finished or update.finish_reason is not None
+        self._pending = update if self._pending is None else _merge(self._pending, update)
+        self._wakeup.set()
+
+    def fail(self, error: EngineError) -> None:
+        """End the request with an error that `next_update` raises once pending updates are read."""
+        self._finished = True
+        self._error = error
+        self._wakeup.set()
+
+    async def next_update(self, timeout: float | None = None) -> RequestUpdate | None:
+        """Everything since the last call; None if nothing came within `timeout` seconds.
+
+        Raises:
+            EngineError: the request was failed by the client, for example on engine death.
+        """
+        if self._pending is None and self._error is None:
+            self._wakeup.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._wakeup.wait()
+            except TimeoutError:
+                return None
+        if self._pending is not None:
+            update, self._pending = self._pending, None
+            return update
+        assert self._error is not None
+        raise self._error
+
+    def abort(self) -> None:
+        """Stop computing and free the pages; harmless on a finished request."""
+        if not self._finished:
+            self._finished = True
+            self._abort(self.request_id)
+
+
+class Engine(Protocol):
+    """A source of generations. All methods are called on the event loop."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model; raises EngineUnavailableError before the first ready."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """The newest snapshot."""
+        ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    def seconds_since_step(self) -> float:
+        """Age of the last sign of life of the engine loop, which also reports while idle."""
+        ...
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+        """Admit a request.
+
+        Raises:
+            QueueFullError: too much is queued.
+            EngineUnavailableError: loading, restarting, draining or dead.
+        """
+        ...
+
+    async def start(self) -> None:
+        """Load the model and return when ready; raises EngineError with one line otherwise."""
+        ...
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new work; wait until live requests end, at most `seconds`."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine process; no orphan stays."""
+        ...
+
+
+def _merge(first: RequestUpdate, second: RequestUpdate) -> RequestUpdate:
+    return RequestUpdate(
+        request_id=first.request_id,
+        tokens=first.tokens + second.tokens,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        prefilled=max(first.prefilled, second.prefilled),
+        cached=max(first.cached, second.cached),
+        finish_reason=second.finish_reason,
+        stop_token=second.stop_token,
+        timing=second.timing,
+        attended=second.attended,
+    )
