@@ -1,0 +1,66 @@
+"""A real `rtpurbo serve` in a child process, as a user would start it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A running server: where it listens and the process of its front end."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def serving(model: str, *flags: str, deadline: float = 300.0) -> Iterator[ServerProcess]:
+    """Serve `model` on a free loopback port until the block ends.
+
+    Raises:
+        RuntimeError: the server ended, or was not ready within `deadline` seconds.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", model, "--port", str(port), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(url, process, command, time.monotonic() + deadline)
+        yield ServerProcess(url, process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(
+    url: str, process: subprocess.Popen[bytes], command: Sequence[str], deadline: float
+) -> None:
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{' '.join(command)} ended with code {process.returncode}")
+        try:
+            if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"{' '.join(command)} was not ready in time")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
