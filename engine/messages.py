@@ -6,6 +6,8 @@ Times are seconds of `time.monotonic`, which on Linux is one clock for all proce
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from engine.request import FinishReason, SamplingParams
@@ -126,6 +128,7 @@ class Failed(msgspec.Struct, tag=True):
     """The engine cannot start; it exits after this. `message` is one line for the operator."""
 
     message: str
+    kind: Literal["engine", "config", "checkpoint"] = "engine"  # which error the front end raises
 
 
 ToEngine = Add | Abort | Shutdown
