@@ -17,24 +17,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from engine.counter_rng import uniform
 from engine.messages import TokenLogprobs
 from engine.request import Request, SamplingParams
+from engine.step import Sample
 
 _ONE = 2.0**40  # weight of the most probable token; V * 2^40 fits int64 up to V = 2^22
 _MASKED = torch.finfo(torch.float32).min  # finite: a row with every token masked stays a number
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What one row yielded. `token` is None where the row's logits were not finite."""
-
-    token: int | None
-    logprobs: TokenLogprobs | None = None
 
 
 class Sampler:

@@ -1,0 +1,49 @@
+"""What one step of the model brings, and who brings it. Torch-free, so that tests can fake it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.batch import Batch
+from engine.messages import Attended, EngineInfo, TokenLogprobs
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one row yielded. `token` is None where the row's logits were not finite."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+# First prompt position and the entries from there on; the entry of position 0 is None.
+PromptLogprobs = tuple[int, list[TokenLogprobs | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """By request id; a request is absent where the step had nothing of the kind for it."""
+
+    samples: dict[int, Sample] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)  # values were not finite: KV is not to be used
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    attended: dict[int, Attended] = field(default_factory=dict)
+    layer_attended_fraction: dict[int, float] = field(default_factory=dict)  # by layer, this step
+
+
+class Runner(Protocol):
+    """Computes batches. One per engine process."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+        """Store KV of all spans; sample where a span says so. Any exception is fatal."""
+        ...
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is kept for a request that ended; unknown ids are ignored."""
+        ...

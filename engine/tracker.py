@@ -1,0 +1,89 @@
+"""What the engine tells about one request: tokens, progress, timings, token budget, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.messages import Attended, RequestUpdate, Timing, TokenLogprobs
+from engine.request import FinishReason, Request
+from engine.step import StepResult
+
+
+class RequestTracker:
+    """Follows one request and turns step results into updates. Times are monotonic seconds."""
+
+    def __init__(self, request: Request, eos_token_ids: Sequence[int], max_model_len: int) -> None:
+        params = request.params
+        eos = () if params.ignore_eos else eos_token_ids
+        self.request = request
+        self._stop_ids = frozenset((*params.stop_token_ids, *eos))
+        self._max_total = min(request.prompt_len + params.max_tokens, max_model_len)
+        self._attended = Attended()
+        self._prompt_logprobs_sent = 0
+        self._first_token: float | None = None
+        self._last_token: float | None = None
+
+    @property
+    def wants_no_tokens(self) -> bool:
+        """Whether the request ends with its prompt (echo without output)."""
+        return self.request.params.max_tokens == 0
+
+    def finish_of(self, token: int) -> FinishReason | None:
+        """Whether the request ends with `token`, the newest one of `request.output`."""
+        if token in self._stop_ids:
+            return "stop"
+        return "length" if self.request.total >= self._max_total else None
+
+    def count_attended(self, step: Attended) -> None:
+        self._attended = Attended(
+            self._attended.pairs + step.pairs,
+            self._attended.tokens + step.tokens,
+            self._attended.fraction + step.fraction,
+        )
+
+    def update(
+        self, result: StepResult, token: int | None, finish: FinishReason | None, now: float
+    ) -> RequestUpdate:
+        """The update of one step that ended at `now`; `token` is already in `request.output`."""
+        request_id = self.request.request_id
+        sample = result.samples.get(request_id)
+        logprobs = sample.logprobs if sample is not None and token is not None else None
+        if token is not None:
+            self._last_token = now
+            if self._first_token is None:
+                self._first_token = now
+        return RequestUpdate(
+            request_id=request_id,
+            tokens=[] if token is None else [token],
+            logprobs=[] if logprobs is None else [logprobs],
+            prompt_logprobs=self._new_prompt_logprobs(result),
+            prefilled=min(self.request.computed, self.request.prompt_len),
+            cached=min(self.request.cached, self.request.prompt_len),
+            finish_reason=finish,
+            stop_token=token if finish == "stop" else None,
+            timing=None if finish is None else self._timing(now),
+            attended=None if finish is None else self._attended,
+        )
+
+    def failure(self, now: float) -> RequestUpdate:
+        """The last update of a request that failed on its own."""
+        return self.update(StepResult(), None, "error", now)
+
+    def _new_prompt_logprobs(self, result: StepResult) -> list[TokenLogprobs | None]:
+        """Those not sent yet: a preempted request computes its prompt again from the start."""
+        step = result.prompt_logprobs.get(self.request.request_id)
+        if step is None:
+            return []
+        start, entries = step
+        fresh = entries[max(self._prompt_logprobs_sent - start, 0) :]
+        self._prompt_logprobs_sent += len(fresh)
+        return fresh
+
+    def _timing(self, now: float) -> Timing:
+        started = self.request.first_scheduled
+        if started is None:
+            return Timing(queue=now - self.request.arrival)
+        queue = started - self.request.arrival
+        if self._first_token is None or self._last_token is None:
+            return Timing(queue=queue, prefill=now - started)
+        return Timing(queue, self._first_token - started, self._last_token - self._first_token)

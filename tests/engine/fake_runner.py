@@ -1,0 +1,141 @@
+"""A model of integers: it keeps tokens in pages, as a real one keeps keys and values.
+
+The next token is a function of all tokens read back through the block tables. A page that was
+freed too early, shared wrongly or left over from another request changes the answer, so equality
+with `toy_generate` is a test of scheduler and core together. Certain prompt tokens make it fail.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+
+from engine.batch import Batch, Span
+from engine.messages import Attended, EngineInfo, TokenLogprobs
+from engine.request import Request
+from engine.step import Sample, StepResult
+
+VOCAB = 100
+EOS = 89  # never produced by toy_next, so that lengths are predictable
+NOT_FINITE = 90  # the row that carries this token has logits that are not finite
+RAISE = 91  # the step raises
+KILL = 92  # the process dies as by kill -9
+HANG = 93  # the step never returns
+
+
+def toy_next(tokens: Sequence[int]) -> int:
+    """The token after `tokens`; depends on every one of them and on their order."""
+    state = 1
+    for token in tokens:
+        state = (state * 31 + token + 1) % 1_000_003
+    return state % EOS
+
+
+def toy_generate(prompt: Sequence[int], count: int) -> list[int]:
+    """What an engine around FakeRunner must answer."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(toy_next(tokens))
+    return tokens[len(prompt) :]
+
+
+def toy_info(
+    *, block_tokens: int = 4, full_pages: int = 64, window_pages: int = 64, max_num_seqs: int = 4
+) -> EngineInfo:
+    return EngineInfo(
+        vocab_size=VOCAB,
+        max_model_len=128,
+        eos_token_ids=(EOS,),
+        attention="sparse",
+        retrieval_heads=1,
+        attention_heads=2,
+        kv_bytes_per_token=1,
+        kv_bytes_per_token_dense=2,
+        block_tokens=block_tokens,
+        full_pages=full_pages,
+        window_pages=window_pages,
+        max_num_seqs=max_num_seqs,
+        device="cpu",
+        dtype="int",
+        plan="toy",
+    )
+
+
+class FakeRunner:
+    """Implements `engine.step.Runner`."""
+
+    def __init__(self, info: EngineInfo, *, window: int, sinks: int) -> None:
+        self.info = info
+        self.forgotten: list[int] = []
+        self.steps: list[Batch] = []
+        self._window = window
+        self._sinks = sinks
+        self._full: dict[int, int] = {}  # slot -> token
+        self._windowed: dict[int, int] = {}
+
+    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+        self.steps.append(batch)
+        result = StepResult()
+        for span in batch.spans:
+            self._store(span)
+            self._misbehave(span, result)
+        for span in batch.spans:
+            self._check_window(span, requests[span.request_id])
+            if span.sample:
+                request = requests[span.request_id]
+                result.samples[span.request_id] = self._sample(span, request)
+            if span.rule == "decode":
+                result.attended[span.request_id] = Attended(1, span.stop // 2, 0.5)
+                result.layer_attended_fraction[0] = 0.5
+            elif requests[span.request_id].params.prompt_logprobs is not None:
+                result.prompt_logprobs[span.request_id] = _toy_prompt_logprobs(span)
+        return result
+
+    def forget(self, request_id: int) -> None:
+        self.forgotten.append(request_id)
+
+    def _store(self, span: Span) -> None:
+        for position, token in enumerate(span.tokens, span.start):
+            self._full[self._slot(span.full_blocks, position)] = token
+            self._windowed[self._slot(span.window_blocks, position)] = token
+
+    def _sample(self, span: Span, request: Request) -> Sample:
+        tokens = [self._full[self._slot(span.full_blocks, i)] for i in range(span.stop)]
+        if NOT_FINITE in tokens:
+            return Sample(None)
+        token = toy_next(tokens)
+        logprobs = None if request.params.logprobs is None else TokenLogprobs(token, -0.5, [], [])
+        return Sample(token, logprobs)
+
+    def _check_window(self, span: Span, request: Request) -> None:
+        """Every token that the window rule lets this span see must still be there."""
+        sequence = request.tokens(0, span.stop)
+        first = max(span.start - self._window + 1, 0)
+        for position in {*range(min(self._sinks, span.stop)), *range(first, span.stop)}:
+            slot = self._slot(span.window_blocks, position)
+            assert self._windowed[slot] == sequence[position], f"window page lost: {position}"
+
+    def _slot(self, blocks: list[int], position: int) -> int:
+        page = blocks[position // self.info.block_tokens]
+        assert page > 0, f"position {position} lies on the null page"
+        return page * self.info.block_tokens + position % self.info.block_tokens
+
+    def _misbehave(self, span: Span, result: StepResult) -> None:
+        if NOT_FINITE in span.tokens:
+            result.failed.add(span.request_id)
+        if RAISE in span.tokens:
+            raise RuntimeError("a kernel failed")
+        if KILL in span.tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HANG in span.tokens:
+            threading.Event().wait()
+
+
+def _toy_prompt_logprobs(span: Span) -> tuple[int, list[TokenLogprobs | None]]:
+    entries: list[TokenLogprobs | None] = [
+        TokenLogprobs(token, -float(position), [], []) if position else None
+        for position, token in enumerate(span.tokens, span.start)
+    ]
+    return span.start, entries

@@ -1,0 +1,279 @@
+"""The sampler against plain formulas, its distribution, and its independence of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.counter_rng import mix64, uniform
+from engine.request import Request, SamplingParams
+from engine.sampler import Sampler
+from engine.step import Sample
+
+VOCAB = 37
+EOS = 2
+
+
+def make_request(
+    request_id: int = 1,
+    *,
+    prompt: Sequence[int] = (5, 6),
+    output: Sequence[int] = (),
+    temperature: float = 1.0,
+    **params: Any,
+) -> Request:
+    sampling = SamplingParams(temperature=temperature, **params)
+    return Request(request_id, list(prompt), sampling, output=list(output))
+
+
+def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def sample_one(logits_V: torch.Tensor, request: Request) -> Sample:
+    (sample,) = Sampler([EOS]).sample(logits_V[None].clone(), [request])
+    return sample
+
+
+def allowed_tokens(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    """Token -> probability by the textbook: temperature, then top-k, top-p, min-p in turn."""
+    scaled = [x / params.temperature for x in logits_V.tolist()]
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    best = scaled[order[0]]
+    weight = {i: math.exp(scaled[i] - best) for i in order}
+    kept = order[: params.top_k] if params.top_k else order
+    total, mass, nucleus = sum(weight[i] for i in kept), 0.0, []
+    for token in kept:
+        nucleus.append(token)
+        mass += weight[token]
+        if mass >= params.top_p * total:
+            break
+    kept = [i for i in nucleus if weight[i] >= params.min_p]
+    total = sum(weight[i] for i in kept)
+    return {i: weight[i] / total for i in kept}
+
+
+def draw_by_formula(probabilities: dict[int, float], draw: float) -> int:
+    mass = 0.0
+    for token, probability in probabilities.items():
+        mass += probability
+        if draw < mass:
+            return token
+    return list(probabilities)[-1]
+
+
+def test_mix64_is_the_published_splitmix64() -> None:
+    """The first outputs of SplitMix64 with seed 1234567, from the authors' reference code."""
+    golden = 0x9E3779B97F4A7C15
+    outputs = [mix64(1234567 + golden * i) for i in (1, 2, 3)]
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_draws_are_uniform_and_streams_do_not_resemble_each_other() -> None:
+    for seed in (0, 1, -1, 2**63 - 1):
+        draws = torch.tensor([uniform(seed, i) for i in range(4000)], dtype=torch.float64)
+        counts = torch.histc(draws, 20, 0, 1)
+        chi_square = ((counts - 200) ** 2 / 200).sum().item()
+        assert chi_square < 43.8  # 99.9 % quantile for 19 degrees of freedom
+        following = torch.tensor([uniform(seed + 1, i) for i in range(4000)], dtype=torch.float64)
+        assert abs(torch.corrcoef(torch.stack([draws, following]))[0, 1].item()) < 0.06
+        shifted = torch.corrcoef(torch.stack([draws[1:], following[:-1]]))[0, 1].item()
+        assert abs(shifted) < 0.06
+
+
+def test_greedy_is_argmax_and_takes_the_lowest_id_on_ties() -> None:
+    logits = random_logits(3)
+    logits[1, [4, 9, 30]] = 50.0
+    requests = [make_request(i, temperature=0.0) for i in range(3)]
+    tokens = [s.token for s in Sampler([EOS]).sample(logits.clone(), requests)]
+    assert tokens == [int(logits[0].argmax()), 4, int(logits[2].argmax())]
+
+
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 5, 1000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.5, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.1, 1.0]),
+    index=st.integers(0, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_tokens_follow_the_formula(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, index: int
+) -> None:
+    request = make_request(
+        output=[7] * index,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+    logits = random_logits(1, seed=index)[0]
+    probabilities = allowed_tokens(logits, request.params)
+    if top_k == 0 and top_p == 1.0 and min_p == 0.0:
+        probabilities = dict(sorted(probabilities.items()))
+    assert sample_one(logits, request).token == draw_by_formula(probabilities, uniform(seed, index))
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 6}, {"top_p": 0.8}, {"min_p": 0.15}], ids=str)
+def test_distribution_over_seeds_is_the_one_asked_for(limits: dict[str, Any]) -> None:
+    logits = random_logits(1, seed=5, scale=1.5)[0]
+    n = 4000
+    requests = [make_request(i, seed=i, temperature=0.8, **limits) for i in range(n)]
+    samples = Sampler([EOS]).sample(logits.expand(n, VOCAB).clone(), requests)
+    counts = Counter(sample.token for sample in samples)
+    expected = allowed_tokens(logits, requests[0].params)
+    assert set(counts) <= set(expected)
+    for token, probability in expected.items():
+        deviation = math.sqrt(n * probability * (1 - probability))
+        assert abs(counts[token] - n * probability) <= 4.5 * deviation + 1
+
+
+def test_ties_at_the_edge_of_top_k_keep_the_lowest_ids() -> None:
+    logits = torch.zeros(VOCAB)
+    drawn = {sample_one(logits, make_request(seed=s, top_k=3)).token for s in range(60)}
+    assert drawn == {0, 1, 2}
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"seed": 1},
+    {"seed": 2, "top_k": 4, "logprobs": 2},
+    {"seed": 3, "top_p": 0.7, "repetition_penalty": 1.5, "output": [3, 4]},
+    {"seed": 4, "min_p": 0.05, "frequency_penalty": 1.0, "output": [3, 3]},
+    {"temperature": 0.0, "logit_bias": {11: 100.0}, "logprobs": 0},
+    {"seed": 5, "presence_penalty": -2.0, "min_tokens": 9, "output": [8]},
+]
+
+
+def test_b31_a_row_does_not_depend_on_its_neighbours() -> None:
+    logits = random_logits(len(MIXED), seed=3)
+    requests = [make_request(i, **fields) for i, fields in enumerate(MIXED)]
+    together = Sampler([EOS]).sample(logits.clone(), requests)
+    alone = [sample_one(logits[i], request) for i, request in enumerate(requests)]
+    assert together == alone
+    order = [4, 2, 6, 0, 5, 1, 3]
+    shuffled = Sampler([EOS]).sample(logits[order].clone(), [requests[i] for i in order])
+    assert shuffled == [alone[i] for i in order]
+
+
+def test_penalties_follow_their_published_formulas() -> None:
+    logits = random_logits(1, seed=8)[0]
+    request = make_request(
+        prompt=[1, 1, 9],
+        output=[4, 4, 9],
+        temperature=0.0,
+        repetition_penalty=1.3,
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+        logit_bias={20: 2.5},
+    )
+    expected = logits.tolist()
+    expected[20] += 2.5
+    for token in (1, 4, 9):
+        expected[token] = expected[token] * 1.3 if expected[token] < 0 else expected[token] / 1.3
+    for token, count in ((4, 2), (9, 1)):
+        expected[token] -= 0.7 + 0.4 * count
+    adjusted = logits[None].clone()
+    Sampler([EOS]).sample(adjusted, [request])  # changes the logits in place, as documented
+    torch.testing.assert_close(adjusted[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("generated", "ignore_eos", "expected"),
+    [(2, False, 30), (3, False, EOS), (2, True, EOS)],
+    ids=["masked", "enough tokens", "eos ignored"],
+)
+def test_min_tokens_masks_stop_ids_until_reached(
+    generated: int, ignore_eos: bool, expected: int
+) -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[EOS, 11, 30]] = torch.tensor([9.0, 8.0, 7.0])
+    request = make_request(
+        output=[1] * generated,
+        temperature=0.0,
+        min_tokens=3,
+        ignore_eos=ignore_eos,
+        stop_token_ids=(11,),
+    )
+    assert sample_one(logits, request).token == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 2.0])
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5}], ids=["plain", "restricted"])
+def test_b29_a_bias_or_mask_on_every_token_still_yields_a_token(
+    temperature: float, limits: dict[str, Any]
+) -> None:
+    logits = random_logits(1)[0]
+    everything = tuple(range(VOCAB))
+    biased = make_request(
+        temperature=temperature, logit_bias=dict.fromkeys(everything, -100.0), **limits
+    )
+    masked = make_request(
+        temperature=temperature, min_tokens=5, stop_token_ids=everything, logprobs=1, **limits
+    )
+    plain = make_request(temperature=temperature, **limits)
+    assert sample_one(logits, biased).token == sample_one(logits, plain).token
+    sample = sample_one(logits, masked)
+    assert sample.token in everything
+    assert sample.logprobs is not None
+    assert math.isfinite(sample.logprobs.logprob)
+
+
+def test_only_eos_left_is_sampled() -> None:
+    bias = dict.fromkeys((i for i in range(VOCAB) if i != EOS), -1e4)
+    assert sample_one(random_logits(1)[0], make_request(logit_bias=bias)).token == EOS
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fields", MIXED, ids=lambda fields: "-".join(fields))
+def test_f07_a_row_that_is_not_finite_fails_alone(poison: float, fields: dict[str, Any]) -> None:
+    logits = random_logits(len(MIXED) + 1, seed=4)
+    requests = [make_request(i, **f) for i, f in enumerate([*MIXED, fields])]
+    expected = Sampler([EOS]).sample(logits.clone(), requests)
+    logits[-1, VOCAB // 2] = poison
+    samples = Sampler([EOS]).sample(logits.clone(), requests)
+    assert samples[-1] == Sample(None)
+    assert samples[:-1] == expected[:-1]
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    logits = random_logits(1, seed=6)[0]
+    request = make_request(temperature=0.0, logit_bias={7: 100.0}, logprobs=5)
+    raw = torch.log_softmax(logits, dim=-1)
+    reported = sample_one(logits, request).logprobs
+    assert reported is not None
+    assert reported.token_id == 7
+    assert reported.logprob == pytest.approx(raw[7].item())
+    assert reported.top_ids == raw.argsort(descending=True)[:5].tolist()
+    assert reported.top_logprobs == pytest.approx(raw.sort(descending=True).values[:5].tolist())
+    assert all(a >= b for a, b in pairwise(reported.top_logprobs))
+
+
+def test_logprobs_zero_reports_the_token_only_and_none_reports_nothing() -> None:
+    logits = random_logits(1)[0]
+    reported = sample_one(logits, make_request(logprobs=0)).logprobs
+    assert reported is not None
+    assert reported.top_ids == []
+    assert sample_one(logits, make_request()).logprobs is None
+
+
+def test_forget_drops_the_prompt_ids_so_that_a_reused_id_starts_clean() -> None:
+    """V34: state that outlives its request would leak into whoever gets its name next."""
+    logits = torch.ones(1, VOCAB)
+    logits[0, 5] = 1.5
+    sampler = Sampler([EOS])
+    first = make_request(1, prompt=[5], temperature=0.0, repetition_penalty=2.0)
+    assert sampler.sample(logits.clone(), [first])[0].token == 0
+    sampler.forget(1)
+    second = make_request(1, prompt=[9], temperature=0.0, repetition_penalty=2.0)
+    assert sampler.sample(logits.clone(), [second])[0].token == 5
