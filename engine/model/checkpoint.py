@@ -1,0 +1,141 @@
+"""Pre-flight of a model folder: everything that can be wrong is found before memory is taken.
+
+Torch-free, so that the front end checks a folder in milliseconds and names the file at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import CheckpointError
+from engine.model.config import ModelConfig
+from engine.model.config_reader import read_config, read_json_object
+from engine.model.head_layout import model_heads
+from engine.model.safetensors_header import StoredTensor, read_header
+from engine.model.weight_names import is_ignored, weight_rules
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEXER_FILE = "indexer.safetensors"
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder that passed: its description and where each stored tensor lies."""
+
+    folder: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]  # stored name -> place; the model's own
+    indexer: Mapping[str, StoredTensor]  # the same for indexer.safetensors; empty without indexer
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on disk of everything that is loaded."""
+        stored = (*self.tensors.values(), *self.indexer.values())
+        return sum(tensor.num_bytes for tensor in stored)
+
+
+def preflight(folder: Path) -> Checkpoint:
+    """Check a folder without loading it.
+
+    Raises:
+        CheckpointError: one line that names the file.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    config = read_config(folder)
+    read_json_object(folder / "tokenizer.json")
+    tensors = _model_tensors(folder)
+    _check_model(folder, config, tensors)
+    kept = {name: stored for name, stored in tensors.items() if not is_ignored(name, config)}
+    return Checkpoint(folder, config, kept, _indexer_tensors(folder, config))
+
+
+def indexer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Stored names and shapes of indexer.safetensors (design section 4); empty without indexer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.sparse is None or config.sparse.index_dim is None:
+        return shapes
+    for layer, heads in enumerate(model_heads(config)):
+        if heads.has_indexer:
+            size = (config.sparse.index_dim, config.head_dim)
+            prefix = f"model.layers.{layer}.self_attn.indexer."
+            shapes[prefix + "q_proj.weight"] = (len(heads.retrieval), *size)
+            shapes[prefix + "k_proj.weight"] = (heads.index_rows, *size)
+    return shapes
+
+
+def _model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        return _sharded(index)
+    single = folder / SINGLE_FILE
+    if single.exists():
+        return read_header(single)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLE_SUFFIXES:
+            raise CheckpointError(f"{path}: pickled weights are not loaded; convert to safetensors")
+    raise CheckpointError(f"{single}: no such file")
+
+
+def _sharded(index: Path) -> dict[str, StoredTensor]:
+    """Tensors of all shards; the index and the shards must agree exactly."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted({str(name) for name in weight_map.values()}):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: shard {shard[:100]!r} is no safetensors file beside it"
+            )
+        for name, stored in read_header(index.parent / shard).items():
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{stored.file}: tensor {name!r} is not listed in {index.name}"
+                )
+            tensors[name] = stored
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index.parent / shard}: tensor {name!r} is missing")
+    return tensors
+
+
+def _check_model(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    file = folder / (INDEX_FILE if (folder / INDEX_FILE).exists() else SINGLE_FILE)
+    expected = {name: shape for rule in weight_rules(config) for name, shape in rule.sources}
+    _check(file, expected, tensors)
+    for name, stored in tensors.items():
+        if name not in expected and not is_ignored(name, config):
+            raise CheckpointError(f"{stored.file}: tensor {name!r} is not part of such a model")
+
+
+def _indexer_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    expected = indexer_shapes(config)
+    if not expected:
+        return {}
+    path = folder / INDEXER_FILE
+    tensors = read_header(path)
+    _check(path, expected, tensors)
+    if surplus := sorted(set(tensors) - set(expected)):
+        raise CheckpointError(f"{path}: tensor {surplus[0]!r} belongs to no retrieval head")
+    return tensors
+
+
+def _check(
+    file: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor]
+) -> None:
+    for name, shape in expected.items():
+        stored = tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{file}: tensor {name!r} is missing")
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, not {list(shape)}"
+            )
+        if stored.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{stored.file}: tensor {name!r} has dtype {stored.dtype}")

@@ -1,0 +1,96 @@
+"""One decoder for every supported family; what differs between them is in ModelConfig.
+
+Shapes: T tokens of any number of sequences, concatenated; E hidden size; R rows; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.model.config import ModelConfig
+from engine.model.layers import Attention, AttentionBlock, Mlp, RMSNorm
+from engine.model.moe import MoeMlp
+from engine.model.rope import RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """Projections of one layer's retrieval heads to the index space.
+
+    q_proj_HID: [retrieval heads, index_dim, head_dim]
+    k_proj_HID: [retrieval heads or full KV heads (index_scope), index_dim, head_dim]
+    """
+
+    q_proj_HID: Tensor
+    k_proj_HID: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.input_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.attention = AttentionBlock(config, layer)
+        self.post_attention_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.mlp: nn.Module
+        if config.moe is None or layer in config.moe.dense_layers:
+            self.mlp = Mlp(hidden, config.intermediate_size, config.mlp_bias)
+        else:
+            self.mlp = MoeMlp(hidden, config.moe)
+
+    def forward(self, x_TE: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        x_TE = x_TE + self.attention(self.input_norm(x_TE), cos, sin, attention)
+        out: Tensor = x_TE + self.mlp(self.post_attention_norm(x_TE))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and language-model head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.indexers: list[Indexer | None] = [None] * config.num_layers
+        self._rope: RotaryEmbedding | None = None
+
+    def forward(self, token_ids_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [T, E] after the final norm.
+
+        Args:
+            token_ids_T: int64 token ids.
+            positions_T: int64 positions inside their sequences.
+            attention: computes every layer's attention and owns what it needs to know of the past.
+        """
+        x_TE: Tensor = self.embedding(token_ids_T)
+        cos, sin = self._tables(x_TE.device).tables(positions_T, x_TE.dtype)
+        for layer in self.layers:
+            x_TE = layer(x_TE, cos, sin, attention)
+        out: Tensor = self.final_norm(x_TE)
+        return out
+
+    def logits(self, hidden_RE: Tensor) -> Tensor:
+        """Next-token logits, float32 [R, V]."""
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden_RE, weight).float()
+
+    def _tables(self, device: torch.device) -> RotaryEmbedding:
+        if self._rope is None:
+            config = self.config
+            self._rope = RotaryEmbedding(
+                config.rope, config.head_dim, config.max_position_embeddings, device
+            )
+        return self._rope

@@ -1,0 +1,109 @@
+"""Load a checked folder into a Decoder, tensor by tensor; the reverse for export.
+
+Peak memory is the decoder plus one stored tensor: parameters are made on their device in their
+dtype, then filled in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.model.checkpoint import Checkpoint, preflight
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder, Indexer
+from engine.model.weight_names import WeightRule, weight_rules
+
+
+def load_decoder(
+    checkpoint: Checkpoint | Path, device: torch.device | str, dtype: torch.dtype
+) -> Decoder:
+    """The model of a folder, ready for inference, with its indexers.
+
+    Raises:
+        CheckpointError: one line that names the file.
+    """
+    if isinstance(checkpoint, Path):
+        checkpoint = preflight(checkpoint)
+    config = checkpoint.config
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to_empty(device=device).to(dtype).eval()
+    parameters = dict(decoder.named_parameters())
+    reader = _TensorReader(checkpoint)
+    with torch.no_grad():
+        for rule in weight_rules(config):
+            _fill(parameters.pop(rule.target), rule, reader)
+    assert not parameters, f"no rule fills {sorted(parameters)}"
+    decoder.indexers = _load_indexers(checkpoint, reader, torch.device(device), dtype)
+    return decoder
+
+
+def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's weights under their stored names: the inverse of loading."""
+    parameters = dict(decoder.named_parameters())
+    for rule in weight_rules(decoder.config):
+        parameter = parameters[rule.target].detach()
+        whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
+        sizes = [shape[0] for _, shape in rule.sources]
+        for (name, _), part in zip(rule.sources, whole.split(sizes), strict=True):
+            yield name, part.contiguous()
+
+
+class _TensorReader:
+    """Reads stored tensors by name; one open file at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._places = {**checkpoint.tensors, **checkpoint.indexer}
+
+    def read(self, name: str) -> Tensor:
+        file = self._places[name].file
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except Exception as error:  # the library raises its own types for a file that changed
+            raise CheckpointError(
+                f"{file}: cannot read {name!r} ({type(error).__name__})"
+            ) from None
+        return tensor
+
+
+def _fill(parameter: Tensor, rule: WeightRule, reader: _TensorReader) -> None:
+    """Copy the stored parts of one parameter into place."""
+    whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
+    start = 0
+    for name, shape in rule.sources:
+        whole[start : start + shape[0]].copy_(reader.read(name))
+        start += shape[0]
+
+
+def _load_indexers(
+    checkpoint: Checkpoint, reader: _TensorReader, device: torch.device, dtype: torch.dtype
+) -> list[Indexer | None]:
+    indexers: list[Indexer | None] = []
+    for layer in range(checkpoint.config.num_layers):
+        prefix = f"model.layers.{layer}.self_attn.indexer."
+        if prefix + "q_proj.weight" not in checkpoint.indexer:
+            indexers.append(None)
+            continue
+        q, k = (
+            reader.read(f"{prefix}{name}.weight").to(device, dtype) for name in ("q_proj", "k_proj")
+        )
+        indexers.append(Indexer(q_proj_HID=q, k_proj_HID=k))
+    return indexers
+
+
+def decoder_with_random_weights(config: ModelConfig, seed: int, std: float = 0.02) -> Decoder:
+    """A decoder for tests and benchmarks, float32 on CPU, weights drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Decoder(config).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+    return decoder
