@@ -24,10 +24,10 @@ from tests.engine.tiny_checkpoint import TinyModel
 
 @dataclass
 class Answer:
-    """Tokens, raw log-probabilities by position, and what the newest forward attended."""
+    """Tokens, logits [T, V] of the newest forward, and what the newest forward attended."""
 
     tokens: list[int] = field(default_factory=list)
-    logits_TV: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     pairs: int = 0  # (generated position that was computed, retrieval head)
     attended: int = 0  # tokens attended, summed over the pairs
     fraction: float = 0.0
@@ -52,7 +52,7 @@ class Oracle:
         while len(answer.tokens) < params.max_tokens:
             self._forward([*prompt, *answer.tokens], len(prompt), params, answer)
             request = Request(1, prompt, params, output=answer.tokens)
-            (sample,) = sampler.sample(answer.logits_TV[-1:].float(), [request])
+            (sample,) = sampler.sample(answer.logits[-1:].float(), [request])
             assert sample.token is not None
             answer.tokens.append(sample.token)
             if sample.token in stops:
@@ -73,7 +73,7 @@ class Oracle:
             gate = torch.nn.functional.silu(normed_TE @ self._weight(f"{name}.mlp.gate_proj"))
             up = normed_TE @ self._weight(f"{name}.mlp.up_proj")
             x_TE = x_TE + (gate * up) @ self._weight(f"{name}.mlp.down_proj")
-        answer.logits_TV = self._norm(x_TE, "model.norm.weight") @ self._weight("lm_head")
+        answer.logits = self._norm(x_TE, "model.norm.weight") @ self._weight("lm_head")
 
     def _attention(
         self,
@@ -123,16 +123,14 @@ class Oracle:
                 allowed_HTT[head] = window_TT
         for row, head in enumerate(model.retrieval_heads[layer]):
             scores_TT = self._index_scores(q_pre_THD, k_pre_TND, layer, row, head)
-            for m in range(prompt_len, T):
-                if m + 1 < model.dense_below:
-                    continue
-                kept_B = self._select(scores_TT[m, : m + 1], params)
+            rows = [m for m in range(prompt_len, T) if m + 1 >= model.dense_below]
+            for m, kept_B in zip(rows, self._select(scores_TT, rows, params), strict=True):
                 kept_T = kept_B.repeat_interleave(model.block)[: m + 1]
                 allowed_HTT[head, m, : m + 1] &= kept_T
                 answer.pairs += 1
                 answer.attended += int(kept_T.sum())
                 answer.fraction += int(kept_T.sum()) / (m + 1)
-                answer.blocks_dropped += int((~kept_B).sum())
+                answer.blocks_dropped += m // model.block + 1 - int(kept_B.sum())
         return allowed_HTT
 
     def _index_scores(
@@ -145,15 +143,25 @@ class Oracle:
         ki_TI = k_pre_TND[:, kv] @ self.weights[f"{name}.k_proj.weight"][key_row].T
         return qi_TI @ ki_TI.T
 
-    def _select(self, scores_n: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-        """Kept blocks of one query: bool [B]."""
-        block, n = self.model.block, len(scores_n)
-        log_mass_B = torch.stack([part.logsumexp(dim=0) for part in scores_n.split(block)]).float()
+    def _select(
+        self, scores_TT: torch.Tensor, rows: list[int], params: SamplingParams
+    ) -> torch.Tensor:
+        """Kept blocks of the queries at positions `rows`: bool [R, B]."""
+        if not rows:
+            return torch.empty(0, 0, dtype=torch.bool)
+        block, T = self.model.block, len(scores_TT)
+        context_R = torch.tensor(rows) + 1
+        past_end_RT = torch.arange(T) >= context_R[:, None]
+        scores_RT = scores_TT[rows].masked_fill(past_end_RT, -torch.inf)
+        mass_BR = [part.logsumexp(dim=-1) for part in scores_RT.split(block, dim=-1)]
         top_p = self.model.top_p if params.attention_top_p is None else params.attention_top_p
-        mask_11B = select_blocks(
-            log_mass_B[None, None], torch.tensor([[top_p]]), torch.tensor([n]), block
+        mask_R1B = select_blocks(
+            torch.stack(mass_BR, dim=-1)[:, None].float(),
+            torch.full((len(rows), 1), top_p),
+            context_R,
+            block,
         )
-        return mask_11B[0, 0]
+        return mask_R1B[:, 0]
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * self.weights[name]

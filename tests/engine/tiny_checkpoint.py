@@ -123,5 +123,6 @@ def write_checkpoint(folder: Path, model: TinyModel) -> Path:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if indexers:
         save_file(indexers, folder / "indexer.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text("{}")
     (folder / "config.json").write_text(json.dumps(model.config()))
     return folder
