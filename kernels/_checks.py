@@ -1,0 +1,22 @@
+"""Layout checks at the doors of the ops: once per call, by name, and never again inside."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_shapes(sizes: dict[str, int], **tensors: tuple[Tensor, str]) -> None:
+    """Compare each tensor's shape with its dimension names, for example `(q, "R H D")`.
+
+    `sizes` binds names beforehand; a name that is new takes the size it meets first.
+
+    Raises:
+        ValueError: names the tensor, the dimension and both sizes.
+    """
+    for name, (tensor, dims) in tensors.items():
+        names = dims.split()
+        if tensor.dim() != len(names):
+            raise ValueError(f"{name} must be [{dims}], got {tensor.dim()} dimensions")
+        for dim, size in zip(names, tensor.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"{name} must be [{dims}] with {dim}={sizes[dim]}, got {size}")

@@ -1,0 +1,123 @@
+"""The indexer: score every block in the index space, select by top-p; see `kernels.reference`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels._checks import check_shapes
+from kernels.reference import BINS, BINS_PER_NAT, MASS_UNIT
+
+MAX_GATHERED = 2**24  # index-key elements gathered at once; 64 MiB in float32
+
+
+def project_index(x_TND: Tensor, weight_HID: Tensor, head_H: Tensor) -> Tensor:
+    """Project pre-RoPE queries or keys to the index space: [T, H, I].
+
+    Args:
+        x_TND: queries or keys after QK-norm, before RoPE.
+        weight_HID: one projection per row of the result, in the dtype of x_TND.
+        head_H: int64, which of the N heads each row projects.
+    """
+    check_shapes({}, x=(x_TND, "T N D"), weight=(weight_HID, "H I D"), head=(head_H, "H"))
+    return torch.einsum("thd,hid->thi", x_TND[:, head_H], weight_HID)
+
+
+def score_blocks(
+    qi_RHI: Tensor,
+    index_row_H: Tensor,
+    index_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+) -> Tensor:
+    """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
+
+    Args:
+        qi_RHI: index queries.
+        index_row_H: int64, row of each head's index keys in the cache.
+        index_cache: [P, index rows, K, I].
+        block_tables_RB: int64 pages by logical block.
+        context_lens_R: int64, valid tokens of each row; blocks past them get -inf.
+    """
+    check_shapes(
+        {},
+        qi=(qi_RHI, "R H I"),
+        index_row=(index_row_H, "H"),
+        index_cache=(index_cache, "P X K I"),
+        block_tables=(block_tables_RB, "R B"),
+        context_lens=(context_lens_R, "R"),
+    )
+    rows, heads, dim = qi_RHI.shape
+    width, block_tokens = block_tables_RB.shape[1], index_cache.shape[2]
+    log_mass_RHB = qi_RHI.new_empty((rows, heads, width), dtype=torch.float32)
+    step = max(1, MAX_GATHERED // max(1, heads * width * block_tokens * dim))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        log_mass_RHB[part] = _score_rows(
+            qi_RHI[part], index_row_H, index_cache, block_tables_RB[part], context_lens_R[part]
+        )
+    return log_mass_RHB
+
+
+def _score_rows(
+    qi_RHI: Tensor,
+    index_row_H: Tensor,
+    index_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+) -> Tensor:
+    """One gather that lays the keys out as [rows x heads, tokens, I], then one batched product."""
+    rows, heads, dim = qi_RHI.shape
+    _, index_rows, block_tokens, _ = index_cache.shape
+    width = block_tables_RB.shape[1]
+    pages_RHB = block_tables_RB[:, None] * index_rows + index_row_H[:, None]
+    keys = index_cache.flatten(0, 1).index_select(0, pages_RHB.flatten())
+    scores = torch.bmm(
+        keys.view(rows * heads, width * block_tokens, dim), qi_RHI.view(rows * heads, dim, 1)
+    )
+    positions = torch.arange(width * block_tokens, device=scores.device)
+    past = (positions >= context_lens_R[:, None]).view(rows, 1, width, block_tokens)
+    scores_RHBK = scores.view(rows, heads, width, block_tokens).float()
+    return scores_RHBK.masked_fill_(past, float("-inf")).logsumexp(-1)
+
+
+def select_blocks(
+    log_mass_RHB: Tensor, top_p_RH: Tensor, context_lens_R: Tensor, block_tokens: int
+) -> Tensor:
+    """Dynamic top-p over blocks with a log-space histogram, bool [R, H, B].
+
+    Args:
+        log_mass_RHB: float32 from `score_blocks`; -inf past the end of a row.
+        top_p_RH: share of the mass to keep, in (0, 1]; 1 keeps every block.
+        context_lens_R: int64, at least 1.
+        block_tokens: tokens per block.
+    """
+    check_shapes(
+        {},
+        log_mass=(log_mass_RHB, "R H B"),
+        top_p=(top_p_RH, "R H"),
+        context_lens=(context_lens_R, "R"),
+    )
+    below_RHB = log_mass_RHB.amax(-1, keepdim=True) - log_mass_RHB
+    bin_RHB = (below_RHB * BINS_PER_NAT).clamp_(max=BINS - 1).long()
+    mass_RHB = ((-below_RHB).exp().double() * MASS_UNIT).round_().long()
+    histogram = mass_RHB.new_zeros((*mass_RHB.shape[:2], BINS)).scatter_add_(-1, bin_RHB, mass_RHB)
+    cumulative = histogram.cumsum(-1)
+    wanted_RH1 = (top_p_RH.double() * cumulative[..., -1].double()).unsqueeze(-1)
+    threshold_RH = (cumulative.double() < wanted_RH1).sum(-1).clamp_(max=BINS - 1)
+    threshold_RH = threshold_RH.masked_fill_(top_p_RH >= 1, BINS - 1)
+
+    block_B = torch.arange(log_mass_RHB.shape[-1], device=log_mass_RHB.device)
+    last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
+    forced_RB = (block_B == 0) | (block_B >= last_R1 - 1)
+    inside_RB = block_B <= last_R1
+    chosen_RHB = bin_RHB <= threshold_RH.unsqueeze(-1)
+    return (chosen_RHB | forced_RB.unsqueeze(1)) & inside_RB.unsqueeze(1)
+
+
+def count_attended(mask_RHB: Tensor, context_lens_R: Tensor, block_tokens: int) -> Tensor:
+    """Tokens in the kept blocks per row and head, int64 [R, H]; the last may be partial."""
+    check_shapes({}, mask=(mask_RHB, "R H B"), context_lens=(context_lens_R, "R"))
+    start_B = torch.arange(mask_RHB.shape[-1], device=mask_RHB.device) * block_tokens
+    valid_RB = (context_lens_R[:, None] - start_B).clamp_(0, block_tokens)
+    return (mask_RHB * valid_RB[:, None]).sum(-1)

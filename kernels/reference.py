@@ -1,0 +1,274 @@
+"""The specification: every attention op in plain PyTorch, one token and one head at a time.
+
+The modules beside this one hold the same functions under the same names, fast; tests compare them.
+All arithmetic here is float32. Shapes:
+
+    T tokens, S prefill spans, R decode rows (one query token each), H query heads of the call,
+    N KV heads in the cache, D head_dim, I index_dim, P pages, K tokens of a page (block),
+    B block-table width in logical blocks
+
+A cache is [P, N, K, D]; page 0 is the null page that padding points to. Block tables are int64,
+indexed by logical block. `kv_row_H` gives each query head its row among the N cached KV heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BINS = 256  # of the selection histogram
+BINS_PER_NAT = 8
+MASS_UNIT = 2.0**32  # masses are summed as whole multiples of 1 / MASS_UNIT, so order cannot matter
+
+
+def store_kv(
+    k_TND: Tensor, v_TND: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor
+) -> None:
+    """Write keys and values of new tokens; slot = page * K + place in the page, int64."""
+    block_tokens = k_cache.shape[2]
+    for token, slot in enumerate(slots_T.tolist()):
+        page, place = divmod(slot, block_tokens)
+        k_cache[page, :, place] = k_TND[token]
+        v_cache[page, :, place] = v_TND[token]
+
+
+def store_index_keys(index_keys_THI: Tensor, index_cache: Tensor, slots_T: Tensor) -> None:
+    """Write index keys of new tokens into [P, index rows, K, I]."""
+    block_tokens = index_cache.shape[2]
+    for token, slot in enumerate(slots_T.tolist()):
+        page, place = divmod(slot, block_tokens)
+        index_cache[page, :, place] = index_keys_THI[token]
+
+
+def project_index(x_TND: Tensor, weight_HID: Tensor, head_H: Tensor) -> Tensor:
+    """Project pre-RoPE queries or keys to the index space: [T, H, I].
+
+    Row h of the result is weight_HID[h] applied to x_TND[:, head_H[h]].
+    """
+    rows = [
+        x_TND[:, head].float() @ weight_HID[row].float().T
+        for row, head in enumerate(head_H.tolist())
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def score_blocks(
+    qi_RHI: Tensor,
+    index_row_H: Tensor,
+    index_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+) -> Tensor:
+    """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
+
+    Blocks past the end of a row's context have -inf.
+    """
+    rows, width = block_tables_RB.shape
+    log_mass_RHB = torch.full((rows, qi_RHI.shape[1], width), -math.inf)
+    block_tokens = index_cache.shape[2]
+    for row, context in enumerate(context_lens_R.tolist()):
+        for head, index_row in enumerate(index_row_H.tolist()):
+            for block in range(math.ceil(context / block_tokens)):
+                valid = min(block_tokens, context - block * block_tokens)
+                keys = index_cache[block_tables_RB[row, block], index_row, :valid].float()
+                scores = keys @ qi_RHI[row, head].float()
+                log_mass_RHB[row, head, block] = scores.logsumexp(0)
+    return log_mass_RHB
+
+
+def select_blocks(
+    log_mass_RHB: Tensor, top_p_RH: Tensor, context_lens_R: Tensor, block_tokens: int
+) -> Tensor:
+    """Dynamic top-p over blocks, bool [R, H, B] (design section 5).
+
+    Blocks fall into 256 bins of 1/8 nat below the head's largest log mass, the last bin open. Bins
+    are taken from the top until their mass reaches top_p of the total; the bin that reaches it is
+    taken whole, so the kept mass is never below top_p. top_p of 1 keeps every block. The first
+    block (sinks), the newest and the one before it are always kept.
+    """
+    mask_RHB = torch.zeros(log_mass_RHB.shape, dtype=torch.bool)
+    for row, context in enumerate(context_lens_R.tolist()):
+        blocks = math.ceil(context / block_tokens)
+        for head in range(log_mass_RHB.shape[1]):
+            below_B = log_mass_RHB[row, head, :blocks].max() - log_mass_RHB[row, head, :blocks]
+            bin_B = (below_B * BINS_PER_NAT).long().clamp(max=BINS - 1)
+            mass_B = ((-below_B).exp().double() * MASS_UNIT).round().long()
+            wanted = float(top_p_RH[row, head].double()) * float(mass_B.sum())
+            kept, threshold = 0, 0
+            for threshold in range(BINS):
+                kept += int(mass_B[bin_B == threshold].sum())
+                if kept >= wanted:
+                    break
+            if top_p_RH[row, head] >= 1:
+                threshold = BINS - 1
+            mask_RHB[row, head, :blocks] = bin_B <= threshold
+            mask_RHB[row, head, [0, blocks - 1, max(blocks - 2, 0)]] = True
+    return mask_RHB
+
+
+def count_attended(mask_RHB: Tensor, context_lens_R: Tensor, block_tokens: int) -> Tensor:
+    """Tokens in the kept blocks per row and head, int64 [R, H]; the last may be partial."""
+    count_RH = torch.zeros(mask_RHB.shape[:2], dtype=torch.int64)
+    for row, context in enumerate(context_lens_R.tolist()):
+        for block in range(math.ceil(context / block_tokens)):
+            valid = min(block_tokens, context - block * block_tokens)
+            count_RH[row] += mask_RHB[row, :, block] * valid
+    return count_RH
+
+
+def decode_sparse(
+    q_RHD: Tensor,
+    kv_row_H: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+    mask_RHB: Tensor,
+    scale: float,
+) -> Tensor:
+    """Exact attention over the tokens of each row's and head's kept blocks: [R, H, D]."""
+    block_tokens = k_cache.shape[2]
+    out_RHD = torch.empty_like(q_RHD)
+    for row, context in enumerate(context_lens_R.tolist()):
+        positions = torch.arange(context)
+        for head in range(q_RHD.shape[1]):
+            seen = mask_RHB[row, head, positions // block_tokens]
+            out_RHD[row, head] = _attend(
+                q_RHD[row, head],
+                positions[seen],
+                int(kv_row_H[head]),
+                k_cache,
+                v_cache,
+                block_tables_RB[row],
+                scale,
+            )
+    return out_RHD
+
+
+def decode_windowed(
+    q_RHD: Tensor,
+    kv_row_H: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> Tensor:
+    """Attention of the newest token to the last `window` tokens and the first `sinks`: [R, H, D].
+
+    The query stands at position m = context - 1 and sees j <= m with m - j < window or j < sinks.
+    """
+    out_RHD = torch.empty_like(q_RHD)
+    for row, context in enumerate(context_lens_R.tolist()):
+        positions = torch.arange(context)
+        seen = positions[(context - 1 - positions < window) | (positions < sinks)]
+        for head in range(q_RHD.shape[1]):
+            out_RHD[row, head] = _attend(
+                q_RHD[row, head],
+                seen,
+                int(kv_row_H[head]),
+                k_cache,
+                v_cache,
+                block_tables_RB[row],
+                scale,
+            )
+    return out_RHD
+
+
+def decode_dense(
+    q_RHD: Tensor,
+    kv_row_H: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens_R: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of the newest token to the whole context: [R, H, D]."""
+    longest = int(context_lens_R.max())
+    return decode_windowed(
+        q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, context_lens_R, longest, 0, scale
+    )
+
+
+def prefill_windowed(
+    q_THD: Tensor,
+    kv_row_H: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_SB: Tensor,
+    query_starts: Tensor,
+    context_lens_S: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> Tensor:
+    """Window and sinks for the query tokens of several spans, concatenated: [T, H, D].
+
+    Span s has the queries [query_starts[s], query_starts[s + 1]); its last one stands at position
+    context_lens_S[s] - 1. The spans' own keys and values are already in the cache.
+    """
+    out_THD = torch.empty_like(q_THD)
+    starts = query_starts.tolist()
+    for span, context in enumerate(context_lens_S.tolist()):
+        begin, end = starts[span], starts[span + 1]
+        contexts = torch.arange(context - (end - begin) + 1, context + 1)
+        out_THD[begin:end] = decode_windowed(
+            q_THD[begin:end],
+            kv_row_H,
+            k_cache,
+            v_cache,
+            block_tables_SB[span].expand(end - begin, -1),
+            contexts,
+            window,
+            sinks,
+            scale,
+        )
+    return out_THD
+
+
+def prefill_dense(
+    q_THD: Tensor,
+    kv_row_H: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_SB: Tensor,
+    query_starts: Tensor,
+    context_lens_S: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention for the query tokens of several spans, concatenated: [T, H, D]."""
+    longest = int(context_lens_S.max())
+    return prefill_windowed(
+        q_THD,
+        kv_row_H,
+        k_cache,
+        v_cache,
+        block_tables_SB,
+        query_starts,
+        context_lens_S,
+        longest,
+        0,
+        scale,
+    )
+
+
+def _attend(
+    q_D: Tensor,
+    positions: Tensor,
+    kv_row: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """Softmax attention of one query head of one token to the given positions."""
+    block_tokens = k_cache.shape[2]
+    pages, places = block_table_B[positions // block_tokens], positions % block_tokens
+    keys, values = k_cache[pages, kv_row, places], v_cache[pages, kv_row, places]
+    weights = (keys.float() @ q_D.float() * scale).softmax(0)
+    return (weights @ values.float()).to(q_D.dtype)

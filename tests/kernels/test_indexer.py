@@ -1,0 +1,105 @@
+"""Scoring and selection: the fast ops against the specification, and what selection promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import indexer, reference
+from tests.kernels.paged_case import PagedCase, random_tensor
+
+
+def test_project_index() -> None:
+    x_TND, weight_HID = random_tensor(5, 3, 16), random_tensor(4, 6, 16)
+    args = (x_TND, weight_HID, torch.tensor([2, 0, 0, 1]))
+    torch.testing.assert_close(indexer.project_index(*args), reference.project_index(*args))
+
+
+@pytest.mark.parametrize("limit", [1, 2**24], ids=["row-by-row", "at-once"])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 2, 0, 1], [1]], ids=str)
+@pytest.mark.parametrize("lens", [[1], [7, 8, 9, 17], [1, 64, 33, 100]], ids=str)
+def test_score_blocks(
+    lens: list[int], rows: list[int], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexer, "MAX_GATHERED", limit)
+    case = PagedCase.make(lens)
+    qi_RHI = random_tensor(len(lens), len(rows), 4)
+    args = (qi_RHI, torch.tensor(rows), case.index_cache, case.tables_SB, case.lens_S)
+    torch.testing.assert_close(indexer.score_blocks(*args), reference.score_blocks(*args))
+
+
+@st.composite
+def masses(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log masses of 3 rows and 2 heads with ties, far outliers and ragged ends."""
+    block = 8
+    lens = draw(st.lists(st.integers(1, 80), min_size=3, max_size=3))
+    value = st.one_of(
+        st.floats(-40, 40, width=32), st.sampled_from([0.0, 1.0, 1.125]), st.just(-3e4)
+    )
+    log_mass = torch.full((3, 2, 11), -torch.inf)
+    for row, length in enumerate(lens):
+        for head in range(2):
+            for index in range(-(-length // block)):
+                log_mass[row, head, index] = draw(value)
+    top_p = torch.tensor(draw(st.lists(st.floats(0.01, 1.0), min_size=6, max_size=6))).view(3, 2)
+    return log_mass, top_p, torch.tensor(lens)
+
+
+@settings(deadline=None, max_examples=150)
+@given(masses())
+def test_selection_equals_the_specification_bit_for_bit(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    log_mass, top_p, lens = case
+    got = indexer.select_blocks(log_mass, top_p, lens, 8)
+    assert torch.equal(got, reference.select_blocks(log_mass, top_p, lens, 8))
+
+
+@settings(deadline=None, max_examples=150)
+@given(masses())
+def test_selection_keeps_its_promises(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    log_mass, top_p, lens = case
+    mask = indexer.select_blocks(log_mass, top_p, lens, 8)
+    weights = log_mass.double().softmax(-1)
+    assert ((weights * mask).sum(-1) >= top_p.double() - 1e-6).all()
+    for row, length in enumerate(lens.tolist()):
+        blocks = -(-length // 8)
+        assert mask[row, :, [0, blocks - 1, max(blocks - 2, 0)]].all()
+        assert not mask[row, :, blocks:].any()
+        assert mask[row][top_p[row] >= 1][:, :blocks].all()
+        # What is dropped is never heavier than what is kept for its mass, ties included.
+        free = slice(1, max(blocks - 2, 1))
+        for head in range(2):
+            kept, dropped = mask[row, head, free], ~mask[row, head, free]
+            if kept.any() and dropped.any():
+                masses_B = log_mass[row, head, free]
+                assert masses_B[kept].min() > masses_B[dropped].max()
+
+
+def test_selection_does_not_depend_on_the_order_of_blocks() -> None:
+    log_mass = 4 * random_tensor(1, 1, 64)
+    lens, top_p = torch.tensor([512]), torch.tensor([[0.7]])
+    order = torch.cat((torch.tensor([0]), 1 + torch.randperm(61), torch.tensor([62, 63])))
+    straight = indexer.select_blocks(log_mass, top_p, lens, 8)
+    assert straight.sum() < 60
+    assert torch.equal(
+        indexer.select_blocks(log_mass[..., order], top_p, lens, 8), straight[..., order]
+    )
+
+
+def test_count_attended() -> None:
+    mask = torch.rand(4, 3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    lens = torch.tensor([1, 8, 60, 72])
+    got = indexer.count_attended(mask, lens, 8)
+    assert torch.equal(got, reference.count_attended(mask, lens, 8))
+
+
+def test_a_model_with_one_dominant_block_reads_little() -> None:
+    log_mass = torch.zeros(1, 1, 100)
+    log_mass[0, 0, 40] = 10.0
+    mask = indexer.select_blocks(log_mass, torch.tensor([[0.9]]), torch.tensor([800]), 8)
+    assert mask[0, 0].nonzero().flatten().tolist() == [0, 40, 98, 99]
