@@ -25,6 +25,7 @@ class Span:
     full_blocks: list[int]
     window_blocks: list[int]
     sample: bool  # whether the last position's logits choose the next token
+    epoch: int = 0  # grows whenever the request lost its pages: its tables start anew
 
     @property
     def stop(self) -> int:

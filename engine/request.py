@@ -47,15 +47,18 @@ class Request:
         "arrival",
         "cached",
         "computed",
+        "digests",
         "first_scheduled",
         "full_blocks",
         "output",
         "params",
         "preemptions",
         "prompt",
+        "registered",
         "request_id",
         "slot",
         "window_blocks",
+        "window_start",
     )
 
     def __init__(
@@ -77,6 +80,9 @@ class Request:
         self.computed = 0
         self.full_blocks: list[int] = []  # page ids by logical block
         self.window_blocks: list[int] = []  # the same; a page that slid out is replaced by 0
+        self.window_start = 0  # logical blocks before it are released, but for the sinks
+        self.registered = 0  # leading logical blocks that the prefix cache was told about
+        self.digests: list[bytes] = []  # of leading full blocks (engine.block_digest)
         self.slot: int | None = None  # row of the worker's persistent tables while running
         self.preemptions = 0
 

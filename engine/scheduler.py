@@ -1,0 +1,252 @@
+"""What to compute next: decode first, then prefill in chunks, under one token budget per step.
+
+Policy, in the order it is applied at every step:
+
+1. Every running request that decodes gets its one token.
+2. Waiting requests are admitted first come, first served, while there is a slot and room for all
+   prompts that are under way. A request whose next block is just being computed by another one
+   waits for it and then shares its pages.
+3. What is left of the budget goes to prompts, and to generated tokens that are replayed. The oldest
+   gets at least half, the others share the rest, shortest first; so a prompt of a million tokens
+   neither starves short ones nor is starved by them.
+
+When pages run out, cached ones are evicted, then the newest running request is preempted: its pages
+are freed, it waits at the head of the queue and is computed again, its output included. The oldest
+running request is never preempted, so it always gets on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from engine.batch import Batch, Span
+from engine.errors import RequestError
+from engine.kv_pools import KvPools
+from engine.request import Request
+
+
+class Scheduler:
+    """Turns requests into batches. Torch-free and clockless: whoever runs it stamps times."""
+
+    def __init__(self, pools: KvPools, *, max_num_seqs: int, max_batch_tokens: int) -> None:
+        """
+        Args:
+            pools: the pages to hand out.
+            max_num_seqs: slots, that is sequences computed together.
+            max_batch_tokens: tokens per step, at least max_num_seqs.
+        """
+        assert max_batch_tokens >= max_num_seqs
+        self.pools = pools
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # oldest admission first
+        self._requests: dict[int, Request] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._leaders: dict[int, Request] = {}  # waiting request id -> whose prefill it waits for
+        self._spans: dict[int, Span] = {}  # of the step that is being put together
+        self._budget = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def prefill_remaining(self) -> int:
+        """Prompt tokens still to compute, of running and waiting requests."""
+        return sum(max(r.prompt_len - r.computed, 0) for r in self._requests.values())
+
+    def add(self, request: Request) -> None:
+        """Queue a request; one with output is a resumed one, whose output is replayed.
+
+        Raises:
+            RequestError: it could not be computed even if it were alone.
+        """
+        longest = request.prompt_len + request.params.max_tokens
+        full, window = self.pools.needed(longest, chunk=1)
+        if full > self.pools.full.total or window > self.pools.window.total:
+            raise RequestError(
+                f"{longest} tokens need {full} full and {window} window pages; the cache has "
+                f"{self.pools.full.total} and {self.pools.window.total}"
+            )
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request between two steps, wherever it stands; unknown ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        if request.slot is None:
+            self._waiting.remove(request)
+            self._leaders.pop(request_id, None)
+        else:
+            self._stop_running(request)
+
+    def finish(self, request_id: int) -> None:
+        """Forget a request that ended; pages of its prompt stay cached."""
+        self.abort(request_id)
+
+    def schedule(self) -> Batch:
+        """The next step. Empty only if nothing is queued."""
+        self._spans = {}
+        self._budget = self._max_batch_tokens
+        for request in list(self._running):
+            if request.slot is not None and request.remaining == 1 and not request.is_prefill:
+                self._compute(request, 1, may_preempt=True)
+        self._admit()
+        self._share_budget([r for r in self._running if r.request_id not in self._spans])
+        decodes = [span for span in self._spans.values() if span.rule == "decode"]
+        prefills = [span for span in self._spans.values() if span.rule == "prefill"]
+        return Batch(decodes + prefills)
+
+    def update(self, batch: Batch, tokens: Mapping[int, int]) -> None:
+        """Take over the results of a step: computed positions, then sampled tokens by request id.
+
+        Requests that were aborted since `schedule` are skipped.
+        """
+        for span in batch.spans:
+            request = self._requests.get(span.request_id)
+            if request is None:
+                continue
+            request.computed = span.stop
+            self.pools.commit(request)
+            if span.sample and span.request_id in tokens:
+                request.output.append(tokens[span.request_id])
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of queues, slots and pools; for tests and the idle loop."""
+        self.pools.check_integrity(self._running)
+        slots = [request.slot for request in self._running]
+        assert None not in slots
+        assert len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots)
+        assert set(self._requests) == {r.request_id for r in (*self._running, *self._waiting)}
+        for request in self._requests.values():
+            assert 0 <= request.cached <= request.computed <= request.total
+        for request in self._waiting:
+            assert request.slot is None
+            assert request.computed == 0
+
+    def _compute(self, request: Request, tokens: int, *, may_preempt: bool) -> None:
+        """Put up to `tokens` positions of a request into the step, as many as pages can be had."""
+        start = request.computed
+        limit = request.prompt_len if request.is_prefill else request.total
+        stop = min(start + min(tokens, self._budget), limit)
+        while (reachable := self.pools.reachable(request)) <= start:
+            if not may_preempt or not self._preempt_for(request):
+                return
+        stop = min(stop, reachable)
+        if stop <= start:
+            return
+        self.pools.grow(request, stop)
+        self._budget -= stop - start
+        assert request.slot is not None
+        self._spans[request.request_id] = Span(
+            request_id=request.request_id,
+            slot=request.slot,
+            start=start,
+            tokens=request.tokens(start, stop),
+            rule="prefill" if start < request.prompt_len else "decode",
+            full_blocks=request.full_blocks,
+            window_blocks=request.window_blocks,
+            sample=stop == request.total and request.params.max_tokens > 0,
+            epoch=request.preemptions,
+        )
+
+    def _share_budget(self, requests: list[Request]) -> None:
+        """Divide what is left of the step between unfinished prompts and replays."""
+        if not requests:
+            return
+        oldest, others = requests[0], sorted(requests[1:], key=lambda r: r.remaining)
+        others_want = sum(request.remaining for request in others)
+        self._compute(
+            oldest, max(self._budget - others_want, -(-self._budget // 2)), may_preempt=True
+        )
+        for request in others:
+            if request.slot is not None and self._budget:
+                self._compute(request, self._budget, may_preempt=False)
+
+    def _admit(self) -> None:
+        """Move waiting requests into slots, in order; those that wait for a leader are passed by."""
+        passed: list[Request] = []
+        while self._waiting and self._free_slots:
+            request = self._waiting.popleft()
+            if self._follows(request):
+                passed.append(request)
+                continue
+            hit = self.pools.match(request)
+            if (leader := self._computing_next_block(request, hit)) is not None:
+                self._leaders[request.request_id] = leader
+                passed.append(request)
+                continue
+            if self._running and not self._has_room(request):
+                self._waiting.appendleft(request)
+                break
+            self._start(request, hit)
+        self._waiting.extendleft(reversed(passed))
+
+    def _start(self, request: Request, hit: int) -> None:
+        self._leaders.pop(request.request_id, None)
+        request.slot = self._free_slots.pop()
+        self.pools.take(request, hit)
+        self.prefix_hit_tokens += hit
+        self._running.append(request)
+
+    def _follows(self, request: Request) -> bool:
+        """Whether the request still waits for another one's prefill."""
+        leader = self._leaders.get(request.request_id)
+        if leader is not None and leader.slot is not None and leader.is_prefill:
+            return True
+        self._leaders.pop(request.request_id, None)
+        return False
+
+    def _computing_next_block(self, request: Request, hit: int) -> Request | None:
+        """The running request that is about to make the first block `request` misses findable."""
+        block = hit // self.pools.block_tokens
+        if len(request.digests) <= block or request.params.prompt_logprobs is not None:
+            return None
+        digest = request.digests[block]
+        for other in self._running:
+            pending = other.is_prefill and other.registered <= block < len(other.digests)
+            if pending and other.digests[block] == digest:
+                return other
+        return None
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all prompts under way and this one fit, with a page to spare for every request."""
+        full = window = 0
+        for other in (*self._running, request):
+            need_full, need_window = self.pools.needed(other.total + 1, self._max_batch_tokens)
+            full += max(need_full - len(other.full_blocks), 0)
+            held = len(other.window_blocks) - other.window_start + (other.window_start > 0)
+            window += max(need_window - held, 0)
+        enough_full = not self.pools.has_full or full <= self.pools.full.available
+        return enough_full and (not self.pools.has_window or window <= self.pools.window.available)
+
+    def _preempt_for(self, request: Request) -> bool:
+        """Free the newest running request if it is newer than `request`; False if there is none."""
+        victim = self._running[-1]
+        if victim is request:
+            return False
+        span = self._spans.pop(victim.request_id, None)
+        if span is not None:
+            self._budget += len(span.tokens)
+        self._stop_running(victim)
+        victim.computed = victim.cached = 0
+        victim.preemptions += 1
+        self.preemptions += 1
+        self._waiting.appendleft(victim)
+        return True
+
+    def _stop_running(self, request: Request) -> None:
+        assert request.slot is not None
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = None
+        self.pools.release(request)
