@@ -13,11 +13,14 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from engine.batch import Batch, Span
+from engine.kv_pools import KvPools
 from engine.messages import Attended, EngineInfo, TokenLogprobs
 from engine.request import Request
+from engine.scheduler import Scheduler
 from engine.step import Sample, StepResult
 
 VOCAB = 100
+WINDOW, SINKS = 8, 2  # tokens
 EOS = 89  # never produced by toy_next, so that lengths are predictable
 NOT_FINITE = 90  # the row that carries this token has logits that are not finite
 RAISE = 91  # the step raises
@@ -63,15 +66,25 @@ def toy_info(
     )
 
 
+def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
+    """The real scheduler over pools of the toy's size."""
+    pools = KvPools(
+        full_pages=info.full_pages,
+        window_pages=info.window_pages,
+        block_tokens=info.block_tokens,
+        window_tokens=WINDOW,
+        sink_tokens=SINKS,
+    )
+    return Scheduler(pools, max_num_seqs=info.max_num_seqs, max_batch_tokens=max_batch_tokens)
+
+
 class FakeRunner:
     """Implements `engine.step.Runner`."""
 
-    def __init__(self, info: EngineInfo, *, window: int, sinks: int) -> None:
+    def __init__(self, info: EngineInfo) -> None:
         self.info = info
         self.forgotten: list[int] = []
         self.steps: list[Batch] = []
-        self._window = window
-        self._sinks = sinks
         self._full: dict[int, int] = {}  # slot -> token
         self._windowed: dict[int, int] = {}
 
@@ -112,8 +125,8 @@ class FakeRunner:
     def _check_window(self, span: Span, request: Request) -> None:
         """Every token that the window rule lets this span see must still be there."""
         sequence = request.tokens(0, span.stop)
-        first = max(span.start - self._window + 1, 0)
-        for position in {*range(min(self._sinks, span.stop)), *range(first, span.stop)}:
+        first = max(span.start - WINDOW + 1, 0)
+        for position in {*range(min(SINKS, span.stop)), *range(first, span.stop)}:
             slot = self._slot(span.window_blocks, position)
             assert self._windowed[slot] == sequence[position], f"window page lost: {position}"
 

@@ -1,0 +1,303 @@
+"""The engine process: one loop that receives, schedules, executes and emits.
+
+`EngineCore` is the loop over its collaborators; `main` is what the front end starts. What goes
+wrong with one request ends that request. What goes wrong with a step ends the process, because
+nobody can say what it left behind; the supervisor starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.errors import CheckpointError, ConfigError, EngineError, RequestError
+from engine.ipc import EngineChannel
+from engine.launch import die_with_parent, read_launch
+from engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    FromEngine,
+    Ready,
+    Report,
+    RequestUpdate,
+    Shutdown,
+    Stats,
+    ToEngine,
+)
+from engine.request import FinishReason, Request
+from engine.scheduler import Scheduler
+from engine.step import Runner, StepResult
+from engine.tracker import RequestTracker
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5  # between reports of an idle engine; well inside any hang deadline
+_MEAN_WEIGHT = 0.02  # of the newest decode step in the moving means
+
+
+class Channel(Protocol):
+    """Where the loop gets its messages and leaves its own (`engine.ipc.EngineChannel`)."""
+
+    def receive(self, timeout: float) -> list[ToEngine]: ...
+
+    def send(self, message: FromEngine) -> None: ...
+
+
+class EngineCore:
+    """The loop. `run` returns after Shutdown; any other end is an exception."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        channel: Channel,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._channel = channel
+        self._clock = clock
+        self._info = runner.info
+        self._requests: dict[int, Request] = {}
+        self._trackers: dict[int, RequestTracker] = {}
+        self._updates: list[RequestUpdate] = []
+        self._step = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._layer_means: dict[int, float] = {}
+        self._rested = False
+        self._stopping = False
+
+    def run(self) -> None:
+        """Work until Shutdown."""
+        while not self._stopping:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take the messages that are there, then compute one step or rest."""
+        for message in self._channel.receive(0.0 if self._requests else IDLE_SECONDS):
+            self._accept(message)
+        if self._requests:
+            self._rested = False
+            self._compute()
+        elif not self._rested:
+            self._scheduler.check_integrity()
+            self._rested = True
+        self._emit()
+
+    def _accept(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._add(message)
+        elif isinstance(message, Abort):
+            for request_id in message.request_ids:
+                if request_id in self._requests:
+                    self._scheduler.abort(request_id)
+                    self._forget(request_id)
+        elif isinstance(message, Shutdown):
+            self._stopping = True
+
+    def _add(self, message: Add) -> None:
+        """Admit a request, or answer with an error if it cannot be computed."""
+        request = Request(
+            message.request_id,
+            _tokens(message.prompt),
+            message.params,
+            output=_tokens(message.output),
+            arrival=message.arrival,
+        )
+        tracker = RequestTracker(request, self._info.eos_token_ids, self._info.max_model_len)
+        try:
+            self._check(request)
+            self._scheduler.add(request)
+        except RequestError as error:
+            logger.warning("request %d refused: %s", request.request_id, error)
+            self._updates.append(tracker.failure(self._clock()))
+            return
+        self._requests[request.request_id] = request
+        self._trackers[request.request_id] = tracker
+
+    def _check(self, request: Request) -> None:
+        """The edge has checked all of this; ids index tensors, so it is checked here again."""
+        vocab = self._info.vocab_size
+        params = request.params
+        for ids in (request.prompt, request.output, params.logit_bias, params.stop_token_ids):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab):
+                raise RequestError(f"a token id is outside [0, {vocab})")
+        if request.total >= self._info.max_model_len + (params.max_tokens == 0):
+            raise RequestError(f"{request.total} tokens leave no room to generate")
+
+    def _compute(self) -> None:
+        """One step: schedule, execute, account."""
+        batch = self._scheduler.schedule()
+        assert batch.spans, "the scheduler has work and found none"
+        self._stamp(batch)
+        result = self._runner.execute(batch, self._requests)
+        now = self._clock()
+        self._step += 1
+        self._count(batch, result)
+        failed = self._fail(batch, result, now)
+        tokens = {
+            request_id: sample.token
+            for request_id, sample in result.samples.items()
+            if request_id not in failed and sample.token is not None
+        }
+        self._scheduler.update(batch, tokens)
+        for request_id in dict.fromkeys(span.request_id for span in batch.spans):
+            if request_id not in failed:
+                self._advance(request_id, result, tokens.get(request_id), now)
+
+    def _stamp(self, batch: Batch) -> None:
+        """Note when requests left the queue; a preempted one keeps its first time."""
+        now = self._clock()
+        for span in batch.spans:
+            request = self._requests[span.request_id]
+            if request.first_scheduled is None:
+                request.first_scheduled = now
+
+    def _fail(self, batch: Batch, result: StepResult, now: float) -> set[int]:
+        """End the requests whose values were not finite, before their pages can be shared."""
+        failed = result.failed | {r for r, sample in result.samples.items() if sample.token is None}
+        for request_id in failed:
+            logger.error("request %d: the model gave values that are not finite", request_id)
+            self._updates.append(self._trackers[request_id].failure(now))
+            self._scheduler.abort(request_id)
+            self._forget(request_id)
+        return failed
+
+    def _advance(self, request_id: int, result: StepResult, token: int | None, now: float) -> None:
+        """Account one step of a request that is well; end it if this was its last."""
+        tracker = self._trackers[request_id]
+        request = tracker.request
+        attended = result.attended.get(request_id)
+        if attended is not None:
+            tracker.count_attended(attended)
+        finish: FinishReason | None = None
+        if tracker.wants_no_tokens:
+            token = None
+            finish = None if request.is_prefill else "length"
+        elif token is not None:
+            self._generated_tokens += 1
+            finish = tracker.finish_of(token)
+        self._updates.append(tracker.update(result, token, finish, now))
+        if finish is not None:
+            self._scheduler.finish(request_id)
+            self._forget(request_id)
+
+    def _count(self, batch: Batch, result: StepResult) -> None:
+        for span in batch.spans:
+            if span.rule == "prefill":
+                self._prompt_tokens += len(span.tokens)
+        for layer, fraction in result.layer_attended_fraction.items():
+            mean = self._layer_means.setdefault(layer, fraction)
+            self._layer_means[layer] = mean + _MEAN_WEIGHT * (fraction - mean)
+
+    def _forget(self, request_id: int) -> None:
+        del self._requests[request_id], self._trackers[request_id]
+        self._runner.forget(request_id)
+
+    def _emit(self) -> None:
+        self._channel.send(Report(updates=self._updates, stats=self._stats()))
+        self._updates = []
+
+    def _stats(self) -> Stats:
+        scheduler, pools = self._scheduler, self._scheduler.pools
+        return Stats(
+            step=self._step,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            full_used=pools.full.used,
+            full_total=pools.full.total,
+            window_used=pools.window.used,
+            window_total=pools.window.total,
+            prefill_remaining=scheduler.prefill_remaining,
+            preemptions=scheduler.preemptions,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            layer_attended_fraction=dict(self._layer_means),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What the loop needs beside its channel."""
+
+    scheduler: Scheduler
+    runner: Runner
+
+
+def run_engine(build: Callable[[EngineConfig], EngineParts]) -> int:
+    """Be the engine process that the parent's launch message asks for; returns the exit code.
+
+    SIGINT and SIGTERM reach the whole process group (Ctrl-C, systemd), while the front end wants
+    to drain: it alone decides when this process ends, and its own death ends it too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        launch = read_launch(sys.stdin.buffer)
+    except EngineError as error:
+        print(f"rtpurbo engine: {error}", file=sys.stderr)
+        return 2
+    die_with_parent()
+    channel = EngineChannel(launch.folder)
+    try:
+        parts = _load(build, launch.config, channel)
+        if parts is None:
+            return 1
+        EngineCore(parts.scheduler, parts.runner, channel).run()
+    finally:
+        channel.close()
+    return 0
+
+
+def _load(
+    build: Callable[[EngineConfig], EngineParts], config: EngineConfig, channel: Channel
+) -> EngineParts | None:
+    """Build the parts and say Ready; or say in one line why not."""
+    try:
+        parts = build(config)
+    except ConfigError as error:
+        channel.send(Failed(_one_line(error), kind="config"))
+    except CheckpointError as error:
+        channel.send(Failed(_one_line(error), kind="checkpoint"))
+    except Exception as error:
+        logger.exception("the engine cannot start")
+        channel.send(Failed(f"{type(error).__name__}: {_one_line(error)}"))
+    else:
+        channel.send(Ready(parts.runner.info))
+        return parts
+    return None
+
+
+def build_engine(config: EngineConfig) -> EngineParts:
+    """The real thing. Torch is imported here, after the process is tied to its parent."""
+    from engine.worker import load_engine_parts
+
+    return load_engine_parts(config)
+
+
+def _tokens(buffer: bytes) -> list[int]:
+    values = array("i")
+    values.frombytes(buffer)
+    return values.tolist()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine(build_engine))

@@ -1,0 +1,41 @@
+"""An engine process with the toy model: `EngineProcess(module="tests.engine.fake_engine")`.
+
+`config.model` chooses what happens at start; see `build`. The loop, the scheduler, the wire and
+the supervision are the real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.core import EngineParts, run_engine
+from engine.errors import CheckpointError, ConfigError
+from tests.engine.fake_runner import FakeRunner, toy_info, toy_scheduler
+
+
+def build(config: EngineConfig) -> EngineParts:
+    if config.model == "no-folder":
+        raise CheckpointError("no-folder: there is no config.json")
+    if config.model == "too-small":
+        raise ConfigError("kv_cache_bytes must be at least 1000, got 1")
+    if config.model == "crash-at-load":
+        os._exit(7)
+    if config.model == "bug-at-load":
+        raise ZeroDivisionError("nobody expected this")
+    if config.model == "hang-at-load":
+        time.sleep(3600)
+    if config.model.startswith("once:"):  # loads once; later the folder is gone
+        marker = Path(config.model.removeprefix("once:"))
+        if not marker.exists():
+            raise CheckpointError(f"{marker.name}: there is no config.json")
+        marker.unlink()
+    info = toy_info()
+    return EngineParts(toy_scheduler(info), FakeRunner(info))
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine(build))

@@ -1,0 +1,327 @@
+"""The loop in process, around the toy model: what goes in, what comes out, what stays behind."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from engine.core import EngineCore
+from engine.messages import Abort, Add, Attended, Shutdown
+from engine.messages import RequestUpdate as Update
+from engine.request import SamplingParams
+from tests.engine.fake_channel import FakeChannel
+from tests.engine.fake_runner import (
+    EOS,
+    NOT_FINITE,
+    RAISE,
+    FakeRunner,
+    toy_generate,
+    toy_info,
+    toy_next,
+    toy_scheduler,
+)
+
+
+class Bench:
+    """An EngineCore with everything around it faked but the scheduler."""
+
+    def __init__(self, *, clock_start: float = 100.0, **options: Any) -> None:
+        info_options = {k: options.pop(k) for k in ("full_pages", "window_pages") if k in options}
+        self.now = clock_start
+        self.info = toy_info(**info_options)
+        self.channel = FakeChannel()
+        self.runner = FakeRunner(self.info)
+        self.scheduler = toy_scheduler(self.info, **options)
+        self.core = EngineCore(self.scheduler, self.runner, self.channel, clock=self.tick)
+
+    def tick(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def add(
+        self, request_id: int, prompt: Sequence[int], output: Sequence[int] = (), **params: Any
+    ) -> None:
+        self.channel.inbox.append(
+            Add(
+                request_id=request_id,
+                params=SamplingParams(temperature=0.0, **params),
+                prompt=array("i", prompt).tobytes(),
+                output=array("i", output).tobytes(),
+                arrival=self.now,
+            )
+        )
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self.core.turn()
+
+    def until_idle(self, limit: int = 5000) -> None:
+        """Turn until the loop waits for messages; then nothing may be left in use."""
+        for _ in range(limit):
+            self.core.turn()
+            if not self.channel.inbox and self.channel.reports[-1].stats.running == 0:
+                stats = self.channel.reports[-1].stats
+                if stats.waiting == 0:
+                    break
+        else:
+            pytest.fail(f"still busy after {limit} turns")
+        self.core.turn()
+        assert self.channel.timeouts[-1] > 0, "an idle loop blocks on its socket"
+        self.scheduler.check_integrity()
+
+    def updates(self, request_id: int) -> list[Update]:
+        return [u for r in self.channel.reports for u in r.updates if u.request_id == request_id]
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token for update in self.updates(request_id) for token in update.tokens]
+
+    def last(self, request_id: int) -> Update:
+        """The one update with a finish reason, which must be the last one."""
+        updates = self.updates(request_id)
+        assert [u.finish_reason is not None for u in updates] == [False] * (len(updates) - 1) + [
+            True
+        ]
+        return updates[-1]
+
+
+def random_prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    source = random.Random(seed)
+    shared = [source.randrange(EOS) for _ in range(longest)]
+    prompts = []
+    for _ in range(count):
+        keep = source.randrange(longest // 2)
+        own = [source.randrange(EOS) for _ in range(source.randrange(1, longest // 2))]
+        prompts.append(shared[:keep] + own)
+    return prompts
+
+
+@pytest.mark.parametrize("max_batch_tokens", [4, 7, 64])
+@pytest.mark.parametrize("pages", [20, 30, 200], ids=lambda n: f"{n} pages")
+def test_tokens_do_not_depend_on_batch_chunks_prefix_hits_or_preemption(
+    max_batch_tokens: int, pages: int
+) -> None:
+    bench = Bench(max_batch_tokens=max_batch_tokens, full_pages=pages, window_pages=pages)
+    prompts = random_prompts(16, seed=pages)
+    for request_id, prompt in enumerate(prompts):
+        bench.add(request_id, prompt, max_tokens=25)
+        bench.turns(request_id % 3)
+    bench.until_idle()
+    for request_id, prompt in enumerate(prompts):
+        assert bench.tokens(request_id) == toy_generate(prompt, 25)
+        assert bench.last(request_id).finish_reason == "length"
+    stats = bench.channel.reports[-1].stats
+    assert stats.generated_tokens == 16 * 25
+    assert stats.prefix_hit_tokens > 0
+    assert (stats.preemptions > 0) == (pages < 200), "the small pools are there to preempt"
+    assert sorted(bench.runner.forgotten) == list(range(16))
+
+
+def test_progress_is_told_with_each_chunk() -> None:
+    bench = Bench(max_batch_tokens=8)
+    bench.add(1, [3] * 21, max_tokens=2)
+    bench.until_idle()
+    assert [u.prefilled for u in bench.updates(1)] == [8, 16, 21, 21]
+    assert [u.tokens for u in bench.updates(1)[:2]] == [[], []]
+
+
+def test_cached_prompt_tokens_are_reported() -> None:
+    bench = Bench()
+    prompt = list(range(30))
+    bench.add(1, prompt, max_tokens=1)
+    bench.until_idle()
+    bench.add(2, prompt, max_tokens=1)
+    bench.until_idle()
+    assert bench.last(1).cached == 0
+    assert bench.last(2).cached == 28  # whole pages of 4, and one token must be computed
+    assert bench.tokens(2) == bench.tokens(1)
+
+
+def test_stop_ids_end_a_request_and_are_reported() -> None:
+    prompt = [1, 2, 4]
+    first, second, third = toy_generate(prompt, 3)
+    assert third not in (first, second)
+    bench = Bench()
+    bench.add(1, prompt, max_tokens=10, stop_token_ids=(third,))
+    bench.until_idle()
+    assert bench.tokens(1) == toy_generate(prompt, 3)
+    assert bench.last(1).finish_reason == "stop"
+    assert bench.last(1).stop_token == third
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_end_of_sequence_stops_unless_ignored(ignore_eos: bool) -> None:
+    class Ender(FakeRunner):
+        def execute(self, batch: Any, requests: Any) -> Any:
+            result = super().execute(batch, requests)
+            for request_id, sample in result.samples.items():
+                result.samples[request_id] = type(sample)(EOS, None)
+            return result
+
+    bench = Bench()
+    runner = Ender(bench.info)
+    bench.core = EngineCore(bench.scheduler, runner, bench.channel, clock=bench.tick)
+    bench.add(1, [1], max_tokens=4, ignore_eos=ignore_eos)
+    bench.until_idle()
+    assert bench.tokens(1) == [EOS] * (4 if ignore_eos else 1)
+    assert bench.last(1).finish_reason == ("length" if ignore_eos else "stop")
+
+
+def test_the_context_limit_ends_with_length() -> None:
+    bench = Bench()
+    limit = bench.info.max_model_len
+    bench.add(1, [1] * (limit - 3), max_tokens=50)
+    bench.until_idle()
+    assert len(bench.tokens(1)) == 3
+    assert bench.last(1).finish_reason == "length"
+
+
+def test_max_tokens_zero_yields_prompt_logprobs_and_no_token() -> None:
+    bench = Bench(max_batch_tokens=8)
+    bench.add(1, list(range(20)), max_tokens=0, prompt_logprobs=0)
+    bench.until_idle()
+    assert bench.tokens(1) == []
+    assert bench.last(1).finish_reason == "length"
+    entries = [entry for update in bench.updates(1) for entry in update.prompt_logprobs]
+    assert entries[0] is None
+    assert [entry.token_id for entry in entries[1:] if entry is not None] == list(range(1, 20))
+    assert bench.channel.reports[-1].stats.generated_tokens == 0
+
+
+def test_prompt_logprobs_come_once_although_preemption_computes_them_again() -> None:
+    bench = Bench(full_pages=20, window_pages=20, max_batch_tokens=8)
+    for request_id in range(4):
+        bench.add(request_id, [request_id] * 24, max_tokens=25, prompt_logprobs=0)
+    bench.until_idle()
+    assert bench.channel.reports[-1].stats.preemptions > 0
+    for request_id in range(4):
+        entries = [e for update in bench.updates(request_id) for e in update.prompt_logprobs]
+        assert [None if e is None else e.logprob for e in entries] == [
+            None,
+            *(-float(position) for position in range(1, 24)),
+        ]
+
+
+def test_logprobs_come_with_their_tokens() -> None:
+    bench = Bench()
+    bench.add(1, [1], max_tokens=3, logprobs=0)
+    bench.until_idle()
+    reported = [entry.token_id for update in bench.updates(1) for entry in update.logprobs]
+    assert reported == bench.tokens(1)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 9])
+def test_abort_at_any_point_frees_everything(turns: int) -> None:
+    bench = Bench(max_batch_tokens=8)
+    bench.add(1, [4] * 20, max_tokens=30)
+    bench.add(2, [5] * 5, max_tokens=4)
+    bench.turns(turns)
+    bench.channel.inbox.append(Abort([1, 1, 99]))
+    bench.until_idle()
+    assert bench.tokens(2) == toy_generate([5] * 5, 4)
+    assert all(update.finish_reason is None for update in bench.updates(1))
+    stats = bench.channel.reports[-1].stats
+    assert (stats.full_used, stats.window_used, stats.prefill_remaining) == (0, 0, 0)
+    bench.add(3, [4] * 20, max_tokens=5)
+    bench.until_idle()
+    assert bench.tokens(3) == toy_generate([4] * 20, 5)
+
+
+BAD_REQUESTS: dict[str, dict[str, Any]] = {
+    "id past the logits": {"prompt": [1, 100]},
+    "negative id": {"prompt": [1, -1]},
+    "resumed with a bad id": {"prompt": [1], "output": [5000]},
+    "bias past the logits": {"prompt": [1], "logit_bias": {100: 1.0}},
+    "stop id past the logits": {"prompt": [1], "stop_token_ids": (100,)},
+    "longer than the model": {"prompt": [1] * 128},
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_v07_requests_at_fault_are_answered_and_touch_nobody(name: str) -> None:
+    bench = Bench()
+    bench.add(1, [1, 2], max_tokens=5)
+    bench.add(2, max_tokens=5, **BAD_REQUESTS[name])
+    bench.until_idle()
+    assert bench.last(2).finish_reason == "error"
+    assert bench.tokens(2) == []
+    assert bench.tokens(1) == toy_generate([1, 2], 5)
+
+
+def test_f07_a_row_that_is_not_finite_ends_alone_and_is_never_cached() -> None:
+    bench = Bench(max_batch_tokens=16)
+    poisoned = [7] * 10 + [NOT_FINITE] + [8] * 20
+    bench.add(1, poisoned, max_tokens=5)
+    bench.add(2, [9, 9], max_tokens=5)
+    bench.until_idle()
+    assert bench.last(1).finish_reason == "error"
+    assert bench.tokens(1) == []
+    assert bench.tokens(2) == toy_generate([9, 9], 5)
+    bench.add(3, poisoned[:10] + [6] * 20, max_tokens=2)
+    bench.until_idle()
+    assert bench.last(3).cached == 0
+    assert bench.tokens(3) == toy_generate(poisoned[:10] + [6] * 20, 2)
+
+
+def test_f08_an_exception_in_a_step_leaves_the_loop() -> None:
+    bench = Bench()
+    bench.add(1, [RAISE], max_tokens=1)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        bench.until_idle()
+
+
+def test_a_resumed_request_goes_on_as_if_nothing_had_happened() -> None:
+    prompt = [3, 1, 4, 1, 5]
+    whole = toy_generate(prompt, 20)
+    bench = Bench(max_batch_tokens=4)
+    bench.add(1, prompt, output=whole[:13], max_tokens=20)
+    bench.until_idle()
+    assert bench.tokens(1) == whole[13:]
+    assert bench.last(1).finish_reason == "length"
+
+
+def test_v34_what_one_request_left_in_a_slot_does_not_reach_the_next() -> None:
+    bench = Bench(full_pages=12, window_pages=12)
+    for round_ in range(6):
+        canary = [11 + round_] * (5 + 3 * round_)
+        bench.add(round_, canary, max_tokens=6)
+        bench.until_idle()
+        assert bench.tokens(round_) == toy_generate(canary, 6)
+
+
+@pytest.mark.parametrize("start", [100.0, 100.0 - 86400, 100.0 + 86400])
+def test_f18_timings_are_differences_of_the_injected_clock(start: float) -> None:
+    bench = Bench(clock_start=start, max_batch_tokens=8)
+    bench.add(1, [1] * 20, max_tokens=4)
+    bench.until_idle()
+    timing = bench.last(1).timing
+    assert timing is not None
+    assert timing.queue is not None
+    assert timing.prefill is not None
+    assert timing.decode is not None
+    assert timing.queue >= 0
+    assert timing.prefill > 0
+    total = timing.queue + timing.prefill + timing.decode
+    assert total == pytest.approx(bench.now - start, abs=6), "within the idle turns at the end"
+
+
+def test_the_token_budget_is_summed_over_decode_steps() -> None:
+    bench = Bench()
+    bench.add(1, [1] * 9, max_tokens=4)
+    bench.until_idle()
+    assert bench.last(1).attended == Attended(pairs=3, tokens=5 + 5 + 6, fraction=1.5)
+    assert bench.channel.reports[-1].stats.layer_attended_fraction == {0: 0.5}
+
+
+def test_shutdown_ends_the_loop() -> None:
+    bench = Bench()
+    bench.add(1, [1], max_tokens=100)
+    bench.channel.inbox.append(Shutdown())
+    bench.core.run()
+
+
+def test_the_toy_model_reads_every_token() -> None:
+    assert len({toy_next([1, 2, 3]), toy_next([1, 3, 2]), toy_next([0, 2, 3])}) == 3
