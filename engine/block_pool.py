@@ -55,7 +55,7 @@ class BlockPool:
         self._owners[page] += 1
 
     def release(self, page: int) -> None:
-        """Take one owner away; the last one leaves the page cached if it has a digest, else free."""
+        """Take one owner away; without owners a page is cached if it has a digest, else free."""
         assert self._owners[page] > 0, f"page {page} has no owner"
         self._owners[page] -= 1
         if self._owners[page]:

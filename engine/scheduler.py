@@ -173,7 +173,7 @@ class Scheduler:
                 self._compute(request, self._budget, may_preempt=False)
 
     def _admit(self) -> None:
-        """Move waiting requests into slots, in order; those that wait for a leader are passed by."""
+        """Move waiting requests into slots in order; those that wait for a leader are passed by."""
         passed: list[Request] = []
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
@@ -219,7 +219,7 @@ class Scheduler:
         return None
 
     def _has_room(self, request: Request) -> bool:
-        """Whether all prompts under way and this one fit, with a page to spare for every request."""
+        """Whether all prompts under way and this one fit, and a further token of each."""
         full = window = 0
         for other in (*self._running, request):
             need_full, need_window = self.pools.needed(other.total + 1, self._max_batch_tokens)

@@ -7,6 +7,7 @@ Torch-free; nothing of the folder is imported or executed.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ FAMILIES: dict[str, Family] = {
 HARMLESS = frozenset(
     """_name_or_path add_cross_attention architectures attention_dropout bad_words_ids
     begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size
     eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
-    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
+    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size 
+    num_beam_groups     num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
     output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
@@ -97,7 +99,7 @@ class _Reader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self.error(f"{key} must be a positive number")
         return float(value)
 
@@ -160,8 +162,6 @@ def _model_config(reader: _Reader, folder: Path) -> ModelConfig:
 
 
 def _with_sparse_section(reader: _Reader, config: ModelConfig) -> ModelConfig:
-    from dataclasses import replace
-
     if (section := reader.values.get("rtpurbo")) is not None:
         return replace(config, sparse=read_rtpurbo_section(reader.path, section, config))
     if (section := reader.values.get("headwise_config")) is not None:

@@ -1,4 +1,4 @@
-"""The sparse sections of config.json: "rtpurbo" (design section 4) and RTP-LLM's headwise_config."""
+"""Sparse sections of config.json: "rtpurbo" (design section 4) and RTP-LLM's headwise_config."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
         parameter = parameters[rule.target].detach()
         whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
         sizes = [shape[0] for _, shape in rule.sources]
-        for (name, _), part in zip(rule.sources, whole.split(sizes), strict=True):
+        for (name, _), part in zip(rule.sources, torch.split(whole, sizes), strict=True):
             yield name, part.contiguous()
 
 

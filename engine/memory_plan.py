@@ -1,0 +1,212 @@
+"""How much memory goes where: decided once, before anything is allocated, and printed.
+
+All sizes are bytes of what is really allocated, null pages included. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.head_layout import model_heads
+
+CPU_CACHE_LIMIT = 2**30  # a server on a laptop does not take half of it unasked
+CPU_SHARE = 0.5  # of the memory that is free, for the cache
+CUDA_SHARE = 0.9  # of the memory that is free once the weights are there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Sizes of both pools and what they mean in tokens."""
+
+    weight_bytes: int
+    workspace_bytes: int  # largest activations of one step, an estimate
+    block_tokens: int
+    full_pages: int  # usable; one null page more is allocated
+    window_pages: int
+    full_page_bytes: int
+    window_page_bytes: int
+    max_model_len: int
+    bytes_per_token: int  # what one more token of context costs: the full pool
+    bytes_per_token_dense: int  # the same if every KV head kept everything
+
+    @property
+    def cache_bytes(self) -> int:
+        full = (self.full_pages + 1) * self.full_page_bytes
+        return full + (self.window_pages + 1) * self.window_page_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.workspace_bytes
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of context that fit in all; None if only the window pool limits."""
+        return self.full_pages * self.block_tokens if self.full_pages else None
+
+    @property
+    def tokens_dense(self) -> int:
+        """Tokens that a dense cache of the same size would hold."""
+        return self.cache_bytes // self.bytes_per_token_dense
+
+    def render(self) -> str:
+        """The plan as text, one line per fact."""
+        tokens = "unlimited" if self.tokens is None else f"{self.tokens:,}"
+        full, window = (
+            f"{_size((pages + 1) * size)} in {pages:,} pages of {self.block_tokens} tokens"
+            if size
+            else "none"
+            for pages, size in (
+                (self.full_pages, self.full_page_bytes),
+                (self.window_pages, self.window_page_bytes),
+            )
+        )
+        lines = {
+            "weights": _size(self.weight_bytes),
+            "full pool": full,
+            "window pool": window,
+            "workspace": f"about {_size(self.workspace_bytes)}",
+            "total": _size(self.total_bytes),
+            "KV per token": f"{self.bytes_per_token:,} B, dense {self.bytes_per_token_dense:,} B",
+            "tokens that fit": f"{tokens}, dense {self.tokens_dense:,}",
+            "longest request": f"{self.max_model_len:,} tokens",
+        }
+        return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
+
+
+def plan_memory(
+    config: ModelConfig,
+    *,
+    item_bytes: int,
+    weight_bytes: int,
+    cache_bytes: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    block_tokens: int,
+) -> MemoryPlan:
+    """Divide `cache_bytes` between the pools.
+
+    The window pool gets what `max_num_seqs` sequences and one prefill chunk can use, twice over so
+    that cached prefixes keep their windows, but at most half; the rest goes to the full pool.
+
+    Args:
+        item_bytes: of one element of keys, values and index keys.
+        max_model_len: None takes the model's limit, or what fits if that is less.
+
+    Raises:
+        ConfigError: one request of the maximum length does not fit; the message names the bytes.
+    """
+    full_page, window_page = page_bytes(config, item_bytes, block_tokens)
+    window = config.sparse.window_tokens if config.sparse is not None else 0
+
+    def blocks(tokens: int) -> int:
+        return -(-tokens // block_tokens)
+
+    wanted_len = max_model_len or config.max_position_embeddings
+    if wanted_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {wanted_len} is more than the model's {config.max_position_embeddings}"
+        )
+    live = min(blocks(window + max_batch_tokens) + 2, blocks(wanted_len))
+    nulls = full_page + window_page
+    smallest = nulls + blocks(wanted_len) * full_page + live * window_page
+    if smallest > cache_bytes:
+        if max_model_len is not None or not full_page:
+            raise ConfigError(
+                f"a request of max_model_len {wanted_len} needs {_size(smallest)} of KV cache, "
+                f"there are {_size(cache_bytes)}; lower max_model_len or raise kv_cache_bytes"
+            )
+        room = (cache_bytes - nulls - live * window_page) // full_page
+        if room < 1:
+            raise ConfigError(f"{_size(cache_bytes)} of KV cache do not hold a single page")
+        wanted_len = room * block_tokens
+
+    window_pages = 0
+    if window_page:
+        useful = 2 * max_num_seqs * (blocks(window) + 2) + blocks(max_batch_tokens)
+        share = cache_bytes // 2 if full_page else cache_bytes
+        most = (cache_bytes - nulls - blocks(wanted_len) * full_page) // window_page
+        window_pages = min(max(live, min(useful, share // window_page)), most)
+    full_pages = 0
+    if full_page:
+        full_pages = (cache_bytes - nulls - window_pages * window_page) // full_page
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        workspace_bytes=_workspace_bytes(config, item_bytes, max_batch_tokens, max_num_seqs),
+        block_tokens=block_tokens,
+        full_pages=full_pages,
+        window_pages=window_pages,
+        full_page_bytes=full_page,
+        window_page_bytes=window_page,
+        max_model_len=wanted_len,
+        bytes_per_token=full_page // block_tokens,
+        bytes_per_token_dense=_dense_bytes(config, item_bytes),
+    )
+
+
+def page_bytes(config: ModelConfig, item_bytes: int, block_tokens: int) -> tuple[int, int]:
+    """Bytes of one page of the full pool (index keys included) and of the window pool."""
+    index_dim = 0
+    if config.sparse is not None and config.sparse.index_dim is not None:
+        index_dim = config.sparse.index_dim
+    full = window = 0
+    for heads in model_heads(config):
+        full += 2 * len(heads.full_kv) * config.head_dim + heads.index_rows * index_dim
+        window += 2 * len(heads.windowed_kv) * config.head_dim
+    return full * item_bytes * block_tokens, window * item_bytes * block_tokens
+
+
+def default_cache_bytes(
+    config: ModelConfig, *, free_bytes: int, on_cuda: bool, smallest_tokens: int, item_bytes: int
+) -> int:
+    """The cache's budget where the operator named none.
+
+    On CUDA a share of what is free after loading. On a CPU at most 1 GiB, unless one request of
+    `smallest_tokens` needs more, and never more than half of what is free.
+    """
+    if on_cuda:
+        return int(free_bytes * CUDA_SHARE)
+    one_request = int(1.2 * smallest_tokens * _dense_bytes(config, item_bytes))
+    return min(int(free_bytes * CPU_SHARE), max(CPU_CACHE_LIMIT, one_request))
+
+
+def free_host_bytes() -> int:
+    """Memory that this process may still take: the host's, or its cgroup's if that is less."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        maximum, current = limit.read_text().strip(), int(used.read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, int(maximum) - current) if maximum.isdigit() else available
+
+
+def _dense_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """KV bytes per token of all heads of all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
+
+
+def _workspace_bytes(
+    config: ModelConfig, item_bytes: int, max_batch_tokens: int, max_num_seqs: int
+) -> int:
+    """Activations of the widest step: hidden states, projections, MLP, and logits in float32."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    mlp = 3 * (config.intermediate_size if config.moe is None else config.moe.intermediate_size)
+    per_token = (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
+    return max_batch_tokens * per_token + max_num_seqs * config.vocab_size * 4 * 2
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 3 significant digits, powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"

@@ -1,0 +1,208 @@
+"""Attention of the serving path: head roles over the paged cache (design section 5).
+
+Shapes: T tokens of the step (decode rows first), R decode rows, H query heads, N KV heads,
+D head_dim, I index_dim, B block-table width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.model.batch_tensors import AttentionMetadata
+from engine.model.config import ModelConfig
+from engine.model.decoder import Indexer
+from engine.model.head_layout import LayerHeads, model_heads
+from engine.model.kv_cache import KVCache, LayerCache
+from kernels.decode import decode_dense, decode_sparse, decode_windowed
+from kernels.indexer import count_attended, project_index, score_blocks, select_blocks
+from kernels.paged_kv import store_index_keys, store_kv
+from kernels.prefill import prefill_dense, prefill_windowed
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGroup:
+    """Query heads of one role in one layer: their indices, and their KV heads' cache rows."""
+
+    heads_H: Tensor
+    kv_row_H: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRoles:
+    """`LayerHeads` as tensors on the device."""
+
+    full_kv_N: Tensor
+    windowed_kv_N: Tensor
+    retrieval: HeadGroup
+    local_on_full: HeadGroup
+    local_on_windowed: HeadGroup
+    index_head_X: Tensor  # the KV head that each row of index keys is made from
+    index_row_H: Tensor  # row of index keys of each retrieval head
+    top_p_H: Tensor  # float32, the checkpoint's value per retrieval head
+
+    @classmethod
+    def make(cls, heads: LayerHeads, group_size: int, device: torch.device) -> LayerRoles:
+        def ints(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        per_head = heads.index_rows == len(heads.retrieval)
+        index_heads = [h // group_size for h in heads.retrieval] if per_head else heads.full_kv
+        return cls(
+            full_kv_N=ints(heads.full_kv),
+            windowed_kv_N=ints(heads.windowed_kv),
+            retrieval=HeadGroup(ints(heads.retrieval), ints(heads.retrieval_kv_row)),
+            local_on_full=HeadGroup(ints(heads.local_on_full), ints(heads.local_on_full_kv_row)),
+            local_on_windowed=HeadGroup(
+                ints(heads.local_on_windowed), ints(heads.local_on_windowed_kv_row)
+            ),
+            index_head_X=ints(index_heads if heads.has_indexer else ()),
+            index_row_H=ints(heads.index_row),
+            top_p_H=torch.tensor(heads.top_p, dtype=torch.float32, device=device),
+        )
+
+
+class AttentionLayers:
+    """What stays the same from step to step: roles, caches and indexers of all layers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: KVCache,
+        indexers: Sequence[Indexer | None],
+        device: torch.device,
+    ) -> None:
+        self.heads = model_heads(config)
+        self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
+        self.caches = cache.layers
+        self.indexers = indexers
+        self.block_tokens = cache.block_tokens
+        self.scale = config.head_dim**-0.5
+        self.window = 0 if config.sparse is None else config.sparse.window_tokens
+        self.sinks = 0 if config.sparse is None else config.sparse.sink_tokens
+        self.dense_below = 0 if config.sparse is None else config.sparse.dense_below
+
+
+@dataclass(slots=True)
+class PagedAttention:
+    """Implements `engine.model.layers.Attention` for one step over the paged cache.
+
+    Every layer stores the step's keys, values and index keys first and attends then, so spans of
+    one sequence may stand in the same step.
+    """
+
+    layers: AttentionLayers
+    metadata: AttentionMetadata
+    attended: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: tokens attended, int64 [R, retrieval heads], where selection ran; rows whose
+    context is below `dense_below` count 0."""
+
+    def attend(
+        self,
+        layer: int,
+        q_pre_THD: Tensor,
+        k_pre_TND: Tensor,
+        q_THD: Tensor,
+        k_TND: Tensor,
+        v_TND: Tensor,
+    ) -> Tensor:
+        self._store(layer, k_pre_TND, k_TND, v_TND)
+        out_THD = torch.empty_like(q_THD)
+        rows = self.metadata.num_decode_rows
+        if rows:
+            self._decode(layer, q_pre_THD[:rows], q_THD[:rows], out_THD[:rows])
+        if self.metadata.num_prefill_spans:
+            self._prefill(layer, q_THD[rows:], out_THD[rows:])
+        return out_THD
+
+    def _store(self, layer: int, k_pre_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> None:
+        heads, roles = self.layers.heads[layer], self.layers.roles[layer]
+        cache, metadata = self.layers.caches[layer], self.metadata
+        if heads.full_kv:
+            full = roles.full_kv_N
+            store_kv(
+                k_TND[:, full], v_TND[:, full], cache.full_k, cache.full_v, metadata.full_slots_T
+            )
+        if heads.windowed_kv:
+            windowed = roles.windowed_kv_N
+            store_kv(
+                k_TND[:, windowed],
+                v_TND[:, windowed],
+                cache.window_k,
+                cache.window_v,
+                metadata.window_slots_T,
+            )
+        indexer = self.layers.indexers[layer]
+        if heads.has_indexer and indexer is not None:
+            keys_TXI = project_index(k_pre_TND, indexer.k_proj_HID, roles.index_head_X)
+            store_index_keys(keys_TXI, cache.index, metadata.full_slots_T)
+
+    def _prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
+        roles, cache = self.layers.roles[layer], self.layers.caches[layer]
+        metadata, static = self.metadata, self.layers
+        ends = (metadata.prefill_starts, metadata.prefill_lens_S)
+        full = (cache.full_k, cache.full_v, metadata.prefill_full_SB, *ends)
+        window = (cache.window_k, cache.window_v, metadata.prefill_window_SB, *ends)
+        rule = (static.window, static.sinks, static.scale)
+        for group in _present(roles.retrieval):
+            q = q_THD[:, group.heads_H]
+            out_THD[:, group.heads_H] = prefill_dense(q, group.kv_row_H, *full, static.scale)
+        for group in _present(roles.local_on_full):
+            q = q_THD[:, group.heads_H]
+            out_THD[:, group.heads_H] = prefill_windowed(q, group.kv_row_H, *full, *rule)
+        for group in _present(roles.local_on_windowed):
+            q = q_THD[:, group.heads_H]
+            out_THD[:, group.heads_H] = prefill_windowed(q, group.kv_row_H, *window, *rule)
+
+    def _decode(self, layer: int, q_pre_RHD: Tensor, q_RHD: Tensor, out_RHD: Tensor) -> None:
+        roles, cache = self.layers.roles[layer], self.layers.caches[layer]
+        metadata, static = self.metadata, self.layers
+        lens = metadata.decode_lens_R
+        full = (cache.full_k, cache.full_v, metadata.decode_full_RB, lens)
+        window = (cache.window_k, cache.window_v, metadata.decode_window_RB, lens)
+        rule = (static.window, static.sinks, static.scale)
+        for group in _present(roles.retrieval):
+            q = q_RHD[:, group.heads_H]
+            mask_RHB = self._select(layer, q_pre_RHD[:, group.heads_H], cache)
+            out_RHD[:, group.heads_H] = (
+                decode_dense(q, group.kv_row_H, *full, static.scale)
+                if mask_RHB is None
+                else decode_sparse(q, group.kv_row_H, *full, mask_RHB, static.scale)
+            )
+        for group in _present(roles.local_on_full):
+            q = q_RHD[:, group.heads_H]
+            out_RHD[:, group.heads_H] = decode_windowed(q, group.kv_row_H, *full, *rule)
+        for group in _present(roles.local_on_windowed):
+            q = q_RHD[:, group.heads_H]
+            out_RHD[:, group.heads_H] = decode_windowed(q, group.kv_row_H, *window, *rule)
+
+    def _select(self, layer: int, q_pre_RHD: Tensor, cache: LayerCache) -> Tensor | None:
+        """Blocks that each row's retrieval heads attend, bool [R, H, B]; None: all of them.
+
+        Rows below `dense_below` take every block and are not counted as a selection.
+        """
+        indexer, metadata = self.layers.indexers[layer], self.metadata
+        selects_R = metadata.decode_lens_R >= max(self.layers.dense_below, 1)
+        if indexer is None or not bool(selects_R.any()):
+            return None
+        roles = self.layers.roles[layer]
+        lens_R, block = metadata.decode_lens_R, self.layers.block_tokens
+        identity_H = torch.arange(q_pre_RHD.shape[1], device=q_pre_RHD.device)
+        qi_RHI = project_index(q_pre_RHD, indexer.q_proj_HID, identity_H)
+        log_mass_RHB = score_blocks(
+            qi_RHI, roles.index_row_H, cache.index, metadata.decode_full_RB, lens_R
+        )
+        own_R1 = metadata.top_p_R.unsqueeze(1)
+        top_p_RH = torch.where(own_R1.isnan(), roles.top_p_H, own_R1)
+        top_p_RH = top_p_RH.masked_fill(~selects_R.unsqueeze(1), 1.0)  # 1 keeps every block
+        mask_RHB = select_blocks(log_mass_RHB, top_p_RH, lens_R, block)
+        self.attended[layer] = count_attended(mask_RHB, lens_R, block) * selects_R.unsqueeze(1)
+        return mask_RHB
+
+
+def _present(group: HeadGroup) -> tuple[HeadGroup, ...]:
+    """The group if the layer has such heads."""
+    return (group,) if group.heads_H.numel() else ()
