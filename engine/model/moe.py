@@ -26,7 +26,7 @@ class MoeMlp(nn.Module):
     def forward(self, x_TE: Tensor) -> Tensor:
         weights_Tk, experts_Tk = self._route(x_TE)
         out_TE = torch.zeros_like(x_TE)
-        for expert in experts_Tk.unique().tolist():
+        for expert in sorted(set(experts_Tk.flatten().tolist())):
             tokens, choice = torch.where(experts_Tk == expert)
             gate, up = F.linear(x_TE[tokens], self.gate_up[expert]).chunk(2, dim=-1)
             result = F.linear(F.silu(gate) * up, self.down[expert])
