@@ -14,7 +14,6 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Batch
@@ -36,7 +35,7 @@ from engine.messages import (
 )
 from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler
-from engine.step import Runner, StepResult
+from engine.step import EngineParts, Runner, StepResult
 from engine.tracker import RequestTracker
 
 logger = logging.getLogger(__name__)
@@ -228,14 +227,6 @@ class EngineCore:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """What the loop needs beside its channel."""
-
-    scheduler: Scheduler
-    runner: Runner
-
-
 def run_engine(build: Callable[[EngineConfig], EngineParts]) -> int:
     """Be the engine process that the parent's launch message asks for; returns the exit code.
 
@@ -284,7 +275,7 @@ def _load(
 
 def build_engine(config: EngineConfig) -> EngineParts:
     """The real thing. Torch is imported here, after the process is tied to its parent."""
-    from engine.worker import load_engine_parts
+    from engine.loading import load_engine_parts
 
     return load_engine_parts(config)
 

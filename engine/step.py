@@ -9,6 +9,7 @@ from typing import Protocol
 from engine.batch import Batch
 from engine.messages import Attended, EngineInfo, TokenLogprobs
 from engine.request import Request
+from engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +48,11 @@ class Runner(Protocol):
     def forget(self, request_id: int) -> None:
         """Drop what is kept for a request that ended; unknown ids are ignored."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What the loop needs beside its channel."""
+
+    scheduler: Scheduler
+    runner: Runner

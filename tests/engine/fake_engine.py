@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.core import EngineParts, run_engine
+from engine.core import run_engine
 from engine.errors import CheckpointError, ConfigError
+from engine.step import EngineParts
 from tests.engine.fake_runner import FakeRunner, toy_info, toy_scheduler
 
 

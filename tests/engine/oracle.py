@@ -153,7 +153,7 @@ class Oracle:
         context_R = torch.tensor(rows) + 1
         past_end_RT = torch.arange(T) >= context_R[:, None]
         scores_RT = scores_TT[rows].masked_fill(past_end_RT, -torch.inf)
-        mass_BR = [part.logsumexp(dim=-1) for part in scores_RT.split(block, dim=-1)]
+        mass_BR = [part.logsumexp(dim=-1) for part in torch.split(scores_RT, block, -1)]
         top_p = self.model.top_p if params.attention_top_p is None else params.attention_top_p
         mask_R1B = select_blocks(
             torch.stack(mass_BR, dim=-1)[:, None].float(),

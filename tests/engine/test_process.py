@@ -33,9 +33,11 @@ from engine.process import EngineProcess
 from engine.request import SamplingParams
 from engine.supervision import RestartBudget, SupervisionPolicy
 from tests.engine.fake_runner import HANG, KILL, NOT_FINITE, RAISE, toy_generate
+from tests.engine.oracle import Oracle
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEADLINE = 60.0  # generous: the machine may be busy; nothing waits for it when all is well
+DEADLINE = 100.0  # generous: the machine may be busy; nothing waits for it when all is well
 POLICY = SupervisionPolicy(first_backoff=0.01, max_backoff=0.02, stop_seconds=DEADLINE)
 
 
@@ -228,6 +230,47 @@ def test_f27_a_folder_that_is_gone_at_the_restart_ends_in_dead(tmp_path: Path) -
             with pytest.raises(EngineUnavailableError):
                 await finish(engine.submit([KILL], greedy(1)))
             await until(lambda: engine.state == "dead")
+
+    run(test)
+
+
+def test_the_real_engine_answers_as_the_oracle_and_survives_a_kill(tmp_path: Path) -> None:
+    model = TinyModel()
+    folder = write_checkpoint(tmp_path / "tiny", model)
+    prompt = [7, 11, 13] * 12
+    params = greedy(6, ignore_eos=True)
+    expected = Oracle(folder, model).generate(prompt, params)
+    assert expected.blocks_dropped > 0
+
+    async def test() -> None:
+        config = EngineConfig(model=str(folder), device="cpu", threads=1, max_num_seqs=4)
+        engine = EngineProcess(config, policy=POLICY)
+        await engine.start()
+        try:
+            assert engine.info.attention == "sparse"
+            assert engine.info.vocab_size == model.vocab
+            for restarts in (0, 1):
+                await until(lambda: engine.state == "ready")
+                assert engine.restarts == restarts
+                generation = engine.submit(prompt, params)
+                await finish(generation)
+                assert generation.output == expected.tokens
+                if not restarts:
+                    assert engine.pid is not None
+                    os.kill(engine.pid, signal.SIGKILL)
+                    await until(lambda: engine.state == "restarting")
+        finally:
+            await engine.stop()
+
+    run(test)
+
+
+def test_the_real_engine_names_the_folder_that_is_missing(tmp_path: Path) -> None:
+    async def test() -> None:
+        engine = EngineProcess(EngineConfig(model=str(tmp_path / "nothing")), policy=POLICY)
+        with pytest.raises(CheckpointError, match="nothing: no such folder") as caught:
+            await engine.start()
+        assert "\n" not in str(caught.value)
 
     run(test)
 

@@ -1,0 +1,180 @@
+"""From settings to a scheduler and a runner that are ready: check, load, plan memory, allocate."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.kv_pools import KvPools
+from engine.memory_plan import MemoryPlan, default_cache_bytes, free_host_bytes, plan_memory
+from engine.messages import EngineInfo
+from engine.model.checkpoint import Checkpoint, preflight
+from engine.model.config import ModelConfig
+from engine.model.head_layout import model_heads
+from engine.model.kv_cache import KVCache
+from engine.model.weights import load_decoder
+from engine.scheduler import Scheduler
+from engine.step import EngineParts
+from engine.worker import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+DENSE_BLOCK_TOKENS = 64  # page size of a model without a sparse section
+
+
+def load_engine_parts(config: EngineConfig) -> EngineParts:
+    """Everything the loop needs.
+
+    Raises:
+        CheckpointError: the folder is unusable; one line that names the file.
+        ConfigError: a setting is impossible here, with the numbers.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    stored = preflight(Path(config.model))
+    block_tokens = DENSE_BLOCK_TOKENS
+    if stored.config.sparse is not None:
+        block_tokens = stored.config.sparse.block_tokens
+    checkpoint = _as_served(stored, config)
+    _check_fit(checkpoint, device)
+    decoder = load_decoder(checkpoint, device, dtype)
+    model = checkpoint.config
+    plan = _plan(config, checkpoint, device, dtype, block_tokens)
+    cache = KVCache(
+        model,
+        full_pages=plan.full_pages,
+        window_pages=plan.window_pages,
+        block_tokens=block_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    info = _describe(config, model, plan, device, dtype)
+    return EngineParts(_scheduler(config, model, plan), ModelRunner(decoder, cache, info, device))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a setting means; raises ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device {name} is not there; CUDA devices found: {count}")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; `auto` follows the device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _as_served(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
+    """The checkpoint, without its sparse section if it is to be served densely."""
+    if checkpoint.config.sparse is None:
+        if config.attention == "sparse":
+            logger.info("%s has no sparse section: it is served densely", checkpoint.folder)
+        return checkpoint
+    if config.attention == "sparse":
+        return checkpoint
+    dense = dataclasses.replace(checkpoint.config, sparse=None)
+    return dataclasses.replace(checkpoint, config=dense, indexer={})
+
+
+def _check_fit(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Refuse before loading what cannot be loaded."""
+    free = _free_bytes(device)
+    if checkpoint.weight_bytes > free:
+        raise ConfigError(
+            f"the weights have {checkpoint.weight_bytes:,} bytes, {device} has {free:,} free"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return free_host_bytes()
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
+def _plan(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+) -> MemoryPlan:
+    model = checkpoint.config
+    cache_bytes = config.kv_cache_bytes
+    if cache_bytes is None:
+        cache_bytes = default_cache_bytes(
+            model,
+            free_bytes=_free_bytes(device),
+            on_cuda=device.type == "cuda",
+            smallest_tokens=config.max_model_len or model.max_position_embeddings,
+            item_bytes=dtype.itemsize,
+        )
+    return plan_memory(
+        model,
+        item_bytes=dtype.itemsize,
+        weight_bytes=checkpoint.weight_bytes,
+        cache_bytes=cache_bytes,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        block_tokens=block_tokens,
+    )
+
+
+def _scheduler(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Scheduler:
+    pools = KvPools(
+        full_pages=plan.full_pages,
+        window_pages=plan.window_pages,
+        block_tokens=plan.block_tokens,
+        window_tokens=0 if model.sparse is None else model.sparse.window_tokens,
+        sink_tokens=0 if model.sparse is None else model.sparse.sink_tokens,
+        prefix_caching=config.prefix_caching,
+        cache_generated=config.cache_generated,
+    )
+    return Scheduler(
+        pools, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens
+    )
+
+
+def _describe(
+    config: EngineConfig,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> EngineInfo:
+    return EngineInfo(
+        vocab_size=model.vocab_size,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        attention="dense" if model.sparse is None else "sparse",
+        retrieval_heads=sum(len(heads.retrieval) for heads in model_heads(model)),
+        attention_heads=model.num_layers * model.num_heads,
+        kv_bytes_per_token=plan.bytes_per_token,
+        kv_bytes_per_token_dense=plan.bytes_per_token_dense,
+        block_tokens=plan.block_tokens,
+        full_pages=plan.full_pages,
+        window_pages=plan.window_pages,
+        max_num_seqs=config.max_num_seqs,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        plan=plan.render(),
+    )

@@ -1,0 +1,149 @@
+"""The runner on its own: failures of one row, settings that cannot be, the token budget."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.batch import Batch, Span
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.loading import load_engine_parts, resolve_device
+from engine.messages import Add
+from engine.request import SamplingParams
+from engine.step import EngineParts
+from engine.token_budget import step_budget
+from engine.worker import ModelRunner
+from tests.engine.fake_channel import FakeChannel
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+
+POISONED = 5  # token id whose embedding the tests make NaN
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), TinyModel())
+
+
+def load(folder: Path, **settings: object) -> EngineParts:
+    options = {"device": "cpu", "threads": 1, "max_num_seqs": 4, "max_model_len": 64, **settings}
+    return load_engine_parts(EngineConfig(model=str(folder), **options))  # type: ignore[arg-type]  # options are mixed
+
+
+class Session:
+    """An engine loop without a wire, for prompts one after another or together."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.channel = FakeChannel()
+        self.parts = parts
+        self.core = EngineCore(parts.scheduler, parts.runner, self.channel)
+        self.next_id = 0
+
+    def generate(self, *prompts: list[int]) -> list[tuple[list[int], str | None]]:
+        """Tokens and finish reason of each prompt, all computed together."""
+        ids = range(self.next_id, self.next_id + len(prompts))
+        self.next_id = ids.stop
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.channel.inbox.append(
+                Add(
+                    request_id=request_id,
+                    params=SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+                    prompt=array("i", prompt).tobytes(),
+                    arrival=0.0,
+                )
+            )
+        answers: dict[int, tuple[list[int], str | None]] = {i: ([], None) for i in ids}
+        while any(reason is None for _, reason in answers.values()):
+            self.core.turn()
+            for report in self.channel.reports:
+                for update in report.updates:
+                    tokens, _ = answers[update.request_id]
+                    answers[update.request_id] = (tokens + update.tokens, update.finish_reason)
+            self.channel.reports.clear()
+        self.parts.scheduler.check_integrity()
+        return [answers[i] for i in ids]
+
+
+def poison(parts: EngineParts) -> None:
+    assert isinstance(parts.runner, ModelRunner)
+    with torch.no_grad():
+        parts.runner._decoder.embedding.weight[POISONED] = torch.nan
+
+
+def test_f07_nan_of_one_request_reaches_neither_its_neighbours_nor_the_next_owner(
+    folder: Path,
+) -> None:
+    good = [[9] * 11, [8, 3] * 15]
+    expected = Session(load(folder)).generate(*good)
+    # 10 pages of 8: the bad request takes most of the pool, the good ones then get its pages.
+    parts = load(folder, kv_cache_bytes=4 * 90 * 104)
+    poison(parts)
+    session = Session(parts)
+    bad = [9] * 20 + [POISONED] + [7] * 30
+    assert session.generate(bad) == [([], "error")]
+    assert parts.scheduler.pools.full.cached == 0, "nothing of it is shared"
+    assert session.generate(good[0], bad, good[1]) == [expected[0], ([], "error"), expected[1]]
+    for _ in range(3):
+        assert session.generate(*good) == expected
+
+
+def test_a_chunk_that_does_not_sample_is_checked_too(folder: Path) -> None:
+    parts = load(folder, max_batch_tokens=16)
+    poison(parts)
+    session = Session(parts)
+    assert session.generate([POISONED] + [7] * 40) == [([], "error")]
+    assert parts.scheduler.pools.full.cached == 0
+    assert parts.scheduler.pools.window.cached == 0
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cpu:1", ""])
+def test_devices_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        resolve_device(name)
+
+
+def test_a_cache_that_holds_no_request_is_refused_with_numbers(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="KV cache"):
+        load(folder, kv_cache_bytes=1000)
+
+
+def test_dtype_follows_the_setting(folder: Path) -> None:
+    assert load(folder).runner.info.dtype == "float32"
+    assert load(folder, dtype="bfloat16").runner.info.dtype == "bfloat16"
+
+
+def span(request_id: int, start: int, count: int, rule: str, sample: bool) -> Span:
+    tokens = [0] * count
+    return Span(request_id, 0, start, tokens, rule, [], [], sample)  # type: ignore[arg-type]  # Literal
+
+
+def test_the_budget_counts_rows_that_sample_and_selected() -> None:
+    batch = Batch(
+        [
+            span(1, 19, 1, "decode", True),  # row 0, context 20
+            span(2, 30, 3, "decode", True),  # rows 1 to 3: only the last is new, context 33
+            span(3, 40, 2, "decode", False),  # rows 4 and 5: replay goes on
+            span(4, 9, 1, "decode", True),  # row 6: below dense_below, selected nothing
+            span(5, 0, 8, "prefill", True),
+        ]
+    )
+    attended = {
+        0: torch.tensor([[10], [1], [1], [11], [1], [1], [0]]),
+        2: torch.tensor([[5, 20], [1, 1], [1, 1], [22, 33], [1, 1], [1, 1], [0, 0]]),
+    }
+    by_request, by_layer = step_budget(batch, attended)
+    sums = {i: (a.pairs, a.tokens, a.fraction) for i, a in by_request.items()}
+    assert sums == {
+        1: (3, 35, pytest.approx(0.5 + 0.25 + 1.0)),
+        2: (3, 66, pytest.approx(1 / 3 + 2 / 3 + 1.0)),
+    }
+    assert by_layer[0] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert by_layer[2] == pytest.approx((0.25 + 1 + 2 / 3 + 1) / 4)
+
+
+def test_the_budget_of_a_step_without_selection_is_empty() -> None:
+    assert step_budget(Batch([span(1, 0, 4, "prefill", True)]), {}) == ({}, {})
