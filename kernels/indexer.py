@@ -73,7 +73,7 @@ def _score_rows(
     pages_RHB = block_tables_RB[:, None] * index_rows + index_row_H[:, None]
     keys = index_cache.flatten(0, 1).index_select(0, pages_RHB.flatten())
     scores = torch.bmm(
-        keys.view(rows * heads, width * block_tokens, dim), qi_RHI.view(rows * heads, dim, 1)
+        keys.view(rows * heads, width * block_tokens, dim), qi_RHI.reshape(rows * heads, dim, 1)
     )
     positions = torch.arange(width * block_tokens, device=scores.device)
     past = (positions >= context_lens_R[:, None]).view(rows, 1, width, block_tokens)
@@ -87,7 +87,7 @@ def select_blocks(
     """Dynamic top-p over blocks with a log-space histogram, bool [R, H, B].
 
     Args:
-        log_mass_RHB: float32 from `score_blocks`; -inf past the end of a row.
+        log_mass_RHB: float32 from `score_blocks`; what is not finite has no mass.
         top_p_RH: share of the mass to keep, in (0, 1]; 1 keeps every block.
         context_lens_R: int64, at least 1.
         block_tokens: tokens per block.
@@ -98,7 +98,11 @@ def select_blocks(
         top_p=(top_p_RH, "R H"),
         context_lens=(context_lens_R, "R"),
     )
-    below_RHB = log_mass_RHB.amax(-1, keepdim=True) - log_mass_RHB
+    # What is not finite is past the end, or of a sequence that has gone wrong: it has no mass, and
+    # must not become the index of a bin.
+    finite_RHB = log_mass_RHB.masked_fill(~log_mass_RHB.isfinite(), float("-inf"))
+    most_RH1 = finite_RHB.amax(-1, keepdim=True).clamp_(min=torch.finfo(finite_RHB.dtype).min)
+    below_RHB = most_RH1 - finite_RHB
     bin_RHB = (below_RHB * BINS_PER_NAT).clamp_(max=BINS - 1).long()
     mass_RHB = ((-below_RHB).exp().double() * MASS_UNIT).round_().long()
     histogram = mass_RHB.new_zeros((*mass_RHB.shape[:2], BINS)).scatter_add_(-1, bin_RHB, mass_RHB)

@@ -86,14 +86,17 @@ def select_blocks(
     Blocks fall into 256 bins of 1/8 nat below the head's largest log mass, the last bin open. Bins
     are taken from the top until their mass reaches top_p of the total; the bin that reaches it is
     taken whole, so the kept mass is never below top_p. top_p of 1 keeps every block. The first
-    block (sinks), the newest and the one before it are always kept.
+    block (sinks), the newest and the one before it are always kept. A log mass that is not finite
+    counts as no mass, so a sequence whose values have gone wrong selects what is forced.
     """
     mask_RHB = torch.zeros(log_mass_RHB.shape, dtype=torch.bool)
     for row, context in enumerate(context_lens_R.tolist()):
         blocks = math.ceil(context / block_tokens)
         for head in range(log_mass_RHB.shape[1]):
-            below_B = log_mass_RHB[row, head, :blocks].max() - log_mass_RHB[row, head, :blocks]
-            bin_B = (below_B * BINS_PER_NAT).long().clamp(max=BINS - 1)
+            mass_B = log_mass_RHB[row, head, :blocks]
+            finite_B = mass_B.where(mass_B.isfinite(), torch.tensor(-math.inf))
+            below_B = finite_B.max().clamp(min=torch.finfo(torch.float32).min) - finite_B
+            bin_B = (below_B * BINS_PER_NAT).clamp(max=BINS - 1).long()
             mass_B = ((-below_B).exp().double() * MASS_UNIT).round().long()
             wanted = float(top_p_RH[row, head].double()) * float(mass_B.sum())
             kept, threshold = 0, 0

@@ -30,6 +30,32 @@ def test_score_blocks(
     torch.testing.assert_close(indexer.score_blocks(*args), reference.score_blocks(*args))
 
 
+def test_score_blocks_takes_what_project_index_returns() -> None:
+    """Regression: projected queries are not contiguous, and scoring several rows of them failed."""
+    case = PagedCase.make([20, 9])
+    queries = random_tensor(2, 4, 16), random_tensor(3, 4, 16), torch.tensor([3, 0, 1])
+    tail = (torch.tensor([0, 1, 2]), case.index_cache, case.tables_SB, case.lens_S)
+    torch.testing.assert_close(
+        indexer.score_blocks(indexer.project_index(*queries), *tail),
+        reference.score_blocks(reference.project_index(*queries), *tail),
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", [slice(3, 4), slice(None)], ids=["one-block", "all-blocks"])
+def test_values_that_are_not_finite_have_no_mass(bad: float, where: slice) -> None:
+    """Regression: a NaN became the index of a bin, and one bad sequence ended the whole step."""
+    log_mass = random_tensor(2, 3, 9)
+    lens, top_p = torch.tensor([72, 72]), torch.full((2, 3), 0.4)
+    healthy = indexer.select_blocks(log_mass, top_p, lens, 8)[1]
+    log_mass[0, :, where] = bad
+    got = indexer.select_blocks(log_mass, top_p, lens, 8)
+    assert torch.equal(got, reference.select_blocks(log_mass, top_p, lens, 8))
+    assert torch.equal(got[1], healthy)
+    assert got[0][:, [0, 7, 8]].all()
+    assert not got[0][:, where][:, 0].any() or where.start is None
+
+
 @st.composite
 def masses(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log masses of 3 rows and 2 heads with ties, far outliers and ragged ends."""

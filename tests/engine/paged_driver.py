@@ -1,0 +1,296 @@
+"""Drives PagedAttention by hand: random queries, keys and values, shuffled pages, NaN everywhere
+else. `expected` is the naive answer: one n x n mask per head.
+
+Legend: n tokens of a sequence, H query heads, N KV heads, D head_dim, I index_dim, B blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch, Rule, Span
+from engine.model.attention import AttentionLayers, PagedAttention
+from engine.model.batch_tensors import BatchTensors
+from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
+from engine.model.decoder import Indexer
+from engine.model.head_layout import model_heads
+from engine.model.kv_cache import KVCache
+from engine.request import Request, SamplingParams
+from kernels.reference import select_blocks
+
+Take = tuple[int, int, Rule]  # sequence, number of tokens, rule
+
+
+def make_model(
+    retrieval: Sequence[Sequence[int]] | None,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    window: int = 11,
+    sinks: int = 3,
+    index_dim: int | None = 4,
+    scope: IndexScope = "query_head",
+    top_p: float = 0.5,
+    dense_below: int = 0,
+    layers: int = 1,
+) -> ModelConfig:
+    """A model of which only the head layout matters; None retrieval heads: a dense one."""
+    sparse = None
+    if retrieval is not None:
+        layers = len(retrieval)
+        sparse = SparseAttentionConfig(
+            retrieval_heads=tuple(tuple(layer) for layer in retrieval),
+            window_tokens=window,
+            sink_tokens=sinks,
+            index_dim=index_dim,
+            index_scope=scope,
+            block_tokens=8,
+            top_p=tuple(tuple(top_p for _ in layer) for layer in retrieval),
+            dense_below=dense_below,
+        )
+    return ModelConfig(
+        family="qwen3",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        qk_norm=True,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        rope=RopeConfig(theta=1e4),
+        sparse=sparse,
+    )
+
+
+def random_indexers(model: ModelConfig, generator: torch.Generator) -> list[Indexer | None]:
+    def weights(rows: int) -> Tensor:
+        assert model.sparse is not None
+        assert model.sparse.index_dim is not None
+        shape = (rows, model.sparse.index_dim, model.head_dim)
+        return torch.randn(shape, generator=generator) * 0.6
+
+    return [
+        Indexer(weights(len(heads.retrieval)), weights(heads.index_rows))
+        if heads.has_indexer
+        else None
+        for heads in model_heads(model)
+    ]
+
+
+@dataclass
+class PagedSequence:
+    """Random tensors of one sequence in every layer, and where its pages lie."""
+
+    q_pre: Tensor  # [layers, n, H, D]; the same shapes below
+    k_pre: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt: int
+    top_p: float | None = None
+    computed: int = 0
+    epoch: int = 0
+    full_blocks: list[int] = field(default_factory=list)
+    window_blocks: list[int] = field(default_factory=list)
+
+
+class Driver:
+    """A few sequences over one cache of tiny pages."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        lengths: Sequence[tuple[int, int]],
+        *,
+        top_p: Sequence[float | None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`lengths`: prompt and total tokens of each sequence."""
+        self.model = model
+        self.generator = torch.Generator().manual_seed(seed)
+        self.block = 8 if model.sparse is not None else 64
+        self.heads = model_heads(model)
+        self.indexers = random_indexers(model, self.generator)
+        self.has_full = any(heads.full_kv for heads in self.heads)
+        self.has_window = any(heads.windowed_kv for heads in self.heads)
+        own = top_p or [None] * len(lengths)
+        self.sequences = [
+            self._sequence(prompt, total, p)
+            for (prompt, total), p in zip(lengths, own, strict=True)
+        ]
+        pages = sum(-(-total // self.block) for _, total in lengths) + 3
+        self.cache = KVCache(
+            model,
+            block_tokens=self.block,
+            full_pages=pages if self.has_full else 0,
+            window_pages=pages if self.has_window else 0,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        for layer in self.cache.layers:
+            for tensor in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+                tensor.fill_(torch.nan)
+        self.free_full = (torch.randperm(pages, generator=self.generator) + 1).tolist()
+        self.free_window = (torch.randperm(pages, generator=self.generator) + 1).tolist()
+        self.tensors = BatchTensors(
+            max_num_seqs=len(lengths),
+            max_blocks=-(-256 // self.block),
+            block_tokens=self.block,
+            device=torch.device("cpu"),
+        )
+        self.layers = AttentionLayers(model, self.cache, self.indexers, torch.device("cpu"))
+        self.newest: PagedAttention | None = None
+
+    def _sequence(self, prompt: int, total: int, top_p: float | None) -> PagedSequence:
+        model = self.model
+        q_shape = (model.num_layers, total, model.num_heads, model.head_dim)
+        k_shape = (model.num_layers, total, model.num_kv_heads, model.head_dim)
+        shapes = (q_shape, k_shape, q_shape, k_shape, k_shape)
+        q_pre, k_pre, q, k, v = (torch.randn(s, generator=self.generator) for s in shapes)
+        return PagedSequence(q_pre, k_pre, q, k, v, prompt, top_p)
+
+    def step(self, takes: Sequence[Take]) -> list[Tensor]:
+        """Compute the next tokens of some sequences; outputs [layers, taken, H, D] of each."""
+        spans = [self._span(index, count, rule) for index, count, rule in takes]
+        requests = {
+            index: Request(index, [0], SamplingParams(attention_top_p=sequence.top_p))
+            for index, sequence in enumerate(self.sequences)
+        }
+        metadata = self.tensors.build(Batch(spans), requests)
+        attention = PagedAttention(self.layers, metadata)
+        outputs = []
+        for layer in range(self.model.num_layers):
+            inputs = [
+                torch.cat(
+                    [
+                        getattr(self.sequences[span.request_id], name)[
+                            layer, span.start : span.stop
+                        ]
+                        for span in spans
+                    ]
+                )
+                for name in ("q_pre", "k_pre", "q", "k", "v")
+            ]
+            outputs.append(attention.attend(layer, *inputs))
+        self.newest = attention
+        for span in spans:
+            self.sequences[span.request_id].computed = span.stop
+            self._slide(self.sequences[span.request_id])
+        return list(torch.split(torch.stack(outputs), [count for _, count, _ in takes], dim=1))
+
+    def _span(self, index: int, count: int, rule: Rule) -> Span:
+        sequence = self.sequences[index]
+        stop = sequence.computed + count
+        while len(sequence.full_blocks) * self.block < stop:
+            sequence.full_blocks.append(self.free_full.pop())
+            sequence.window_blocks.append(self.free_window.pop())
+        return Span(
+            index,
+            index,
+            sequence.computed,
+            [0] * count,
+            rule,
+            sequence.full_blocks if self.has_full else [],
+            sequence.window_blocks if self.has_window else [],
+            True,
+            sequence.epoch,
+        )
+
+    def _slide(self, sequence: PagedSequence) -> None:
+        """Free window pages that no later query sees, and poison them."""
+        if not self.has_window:
+            return
+        assert self.model.sparse is not None
+        lowest = sequence.computed - self.model.sparse.window_tokens + 1
+        for block, page in enumerate(sequence.window_blocks):
+            is_sink = block * self.block < self.model.sparse.sink_tokens
+            if page and not is_sink and (block + 1) * self.block <= lowest:
+                for layer in self.cache.layers:
+                    layer.window_k[page] = torch.nan
+                    layer.window_v[page] = torch.nan
+                self.free_window.insert(0, page)
+                sequence.window_blocks[block] = 0
+
+    def restart(self, index: int) -> None:
+        """Preempt a sequence: all pages go back, and hold NaN until they are written again."""
+        sequence = self.sequences[index]
+        for page in filter(None, sequence.window_blocks):
+            self.free_window.insert(0, page)
+        for layer in self.cache.layers if self.has_full else ():
+            for tensor in (layer.full_k, layer.full_v, layer.index):
+                tensor[sequence.full_blocks] = torch.nan
+        self.free_full[:0] = sequence.full_blocks
+        sequence.full_blocks, sequence.window_blocks = [], []
+        sequence.computed = 0
+        sequence.epoch += 1
+
+    def attended(self) -> dict[int, Tensor]:
+        """Tokens attended in the newest step, by layer."""
+        assert self.newest is not None
+        return self.newest.attended
+
+    def expected(self, index: int) -> Tensor:
+        """Every output of a sequence from masks: [layers, n, H, D]."""
+        layers = range(self.model.num_layers)
+        return torch.stack([self._expected_layer(self.sequences[index], layer) for layer in layers])
+
+    def _expected_layer(self, sequence: PagedSequence, layer: int) -> Tensor:
+        model = self.model
+        heads = []
+        for head in range(model.num_heads):
+            kv = head // model.group_size
+            q_nD, k_nD = sequence.q[layer, :, head].double(), sequence.k[layer, :, kv].double()
+            scores_nn = q_nD @ k_nD.T * model.head_dim**-0.5
+            scores_nn[~self._allowed(sequence, layer, head)] = -torch.inf
+            heads.append(scores_nn.softmax(-1) @ sequence.v[layer, :, kv].double())
+        return torch.stack(heads, dim=1).float()
+
+    def _allowed(self, sequence: PagedSequence, layer: int, head: int) -> Tensor:
+        """Which key (column) each query (row) of one head sees: design section 5."""
+        n, sparse = sequence.q.shape[1], self.model.sparse
+        m, j = torch.arange(n)[:, None], torch.arange(n)
+        allowed_nn = j <= m
+        if sparse is None:
+            return allowed_nn
+        if head not in sparse.retrieval_heads[layer]:
+            return allowed_nn & ((m - j < sparse.window_tokens) | (j < sparse.sink_tokens))
+        if sparse.index_dim is not None:
+            for query in range(sequence.prompt, n):
+                if query + 1 >= sparse.dense_below:
+                    kept_B = self._selected(sequence, layer, head, query)
+                    allowed_nn[query] &= kept_B.repeat_interleave(self.block)[:n]
+        return allowed_nn
+
+    def _selected(self, sequence: PagedSequence, layer: int, head: int, query: int) -> Tensor:
+        sparse, indexer = self.model.sparse, self.indexers[layer]
+        assert sparse is not None
+        assert indexer is not None
+        row = sparse.retrieval_heads[layer].index(head)
+        kv = head // self.model.group_size
+        key_row = self.heads[layer].full_kv.index(kv) if sparse.index_scope == "kv_head" else row
+        qi_I = indexer.q_proj_HID[row] @ sequence.q_pre[layer, query, head]
+        ki_nI = sequence.k_pre[layer, : query + 1, kv] @ indexer.k_proj_HID[key_row].T
+        blocks = -(-sequence.q.shape[1] // self.block)
+        log_mass_B = torch.full((blocks,), -torch.inf)
+        for block, scores in enumerate(torch.split(ki_nI @ qi_I, self.block)):
+            log_mass_B[block] = scores.logsumexp(0)
+        top_p = sequence.top_p or sparse.top_p[layer][row]
+        mask_11B = select_blocks(
+            log_mass_B[None, None],
+            torch.tensor([[top_p]], dtype=torch.float64),
+            torch.tensor([query + 1]),
+            self.block,
+        )
+        return mask_11B[0, 0]
