@@ -59,6 +59,25 @@ class Generation:
         self._error = error
         self._wakeup.set()
 
+    def listen(self, wakeup: asyncio.Event) -> None:
+        """Let updates set `wakeup`, so that one task can wait for several generations."""
+        if self._pending is not None or self._error is not None:
+            wakeup.set()
+        self._wakeup = wakeup
+
+    def take(self) -> RequestUpdate | None:
+        """Everything since the last call, None if nothing came.
+
+        Raises:
+            EngineError: the request was failed by the client, for example on engine death.
+        """
+        if self._pending is not None:
+            update, self._pending = self._pending, None
+            return update
+        if self._error is not None:
+            raise self._error
+        return None
+
     async def next_update(self, timeout: float | None = None) -> RequestUpdate | None:
         """Everything since the last call; None if nothing came within `timeout` seconds.
 
@@ -72,11 +91,7 @@ class Generation:
                     await self._wakeup.wait()
             except TimeoutError:
                 return None
-        if self._pending is not None:
-            update, self._pending = self._pending, None
-            return update
-        assert self._error is not None
-        raise self._error
+        return self.take()
 
     def abort(self) -> None:
         """Stop computing and free the pages; harmless on a finished request."""
@@ -140,6 +155,6 @@ def _merge(first: RequestUpdate, second: RequestUpdate) -> RequestUpdate:
         cached=max(first.cached, second.cached),
         finish_reason=second.finish_reason,
         stop_token=second.stop_token,
-        timing=second.timing,
-        attended=second.attended,
+        timing=second.timing if second.timing is not None else first.timing,
+        attended=second.attended if second.attended is not None else first.attended,
     )

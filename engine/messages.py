@@ -69,8 +69,8 @@ class RequestUpdate(msgspec.Struct, kw_only=True):
     cached: int = 0  # prompt tokens taken from the prefix cache
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the id that ended it, when finish_reason is "stop"
-    timing: Timing | None = None  # with the last update
-    attended: Attended | None = None  # with the last update
+    timing: Timing | None = None  # so far, with every update that has tokens and with the last
+    attended: Attended | None = None  # the same
 
 
 class Stats(msgspec.Struct, kw_only=True):

@@ -52,6 +52,7 @@ class RequestTracker:
             self._last_token = now
             if self._first_token is None:
                 self._first_token = now
+        accounted = token is not None or finish is not None
         return RequestUpdate(
             request_id=request_id,
             tokens=[] if token is None else [token],
@@ -61,8 +62,8 @@ class RequestTracker:
             cached=min(self.request.cached, self.request.prompt_len),
             finish_reason=finish,
             stop_token=token if finish == "stop" else None,
-            timing=None if finish is None else self._timing(now),
-            attended=None if finish is None else self._attended,
+            timing=self._timing(now) if accounted else None,
+            attended=self._attended if accounted else None,
         )
 
     def failure(self, now: float) -> RequestUpdate:

@@ -1,0 +1,137 @@
+"""A whole request to the engine: its choices, their merged updates, and the accounts at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+from engine.messages import RequestUpdate
+from server.choice import Choice, Delta
+from server.errors import ApiError
+from server.service import Service
+
+
+class Answer:
+    """The choices of one HTTP request. `close` must follow in every case."""
+
+    def __init__(self, service: Service, choices: Sequence[Choice], deadline: float) -> None:
+        """`deadline` is in seconds from now."""
+        self.choices = choices
+        self._service = service
+        self._begun = time.monotonic()
+        self._deadline = self._begun + deadline
+        self._newest = {choice.index: self._begun for choice in choices}
+        self._closed = False
+        self._wakeup = asyncio.Event()
+        for choice in choices:
+            choice.generation.listen(self._wakeup)
+
+    async def deltas(self, pause: float) -> AsyncIterator[tuple[Choice, Delta] | None]:
+        """Deltas of all choices as they come; None whenever nothing came for `pause` seconds.
+
+        Raises:
+            ApiError: 408 at the deadline, 500 for a request that failed alone.
+            EngineError: the engine was lost.
+        """
+        open_choices = [choice for choice in self.choices if choice.finish_reason is None]
+        while open_choices:
+            wait = min(pause, self._deadline - time.monotonic())
+            if wait <= 0:
+                raise ApiError(
+                    408, "the deadline of this request has passed", code="deadline_exceeded"
+                )
+            arrived = [(c, update) for c in open_choices if (update := c.generation.take())]
+            if not arrived:
+                if not await self._woken(wait):
+                    yield None
+                continue
+            for choice, update in arrived:
+                delta = choice.push(update)
+                self._observe(choice, update)
+                if choice.finish_reason == "error":
+                    raise ApiError(500, "the request failed in the engine", code="request_failed")
+                yield choice, delta
+            open_choices = [choice for choice in open_choices if choice.finish_reason is None]
+
+    def progress(self) -> tuple[int, int]:
+        """Prompt tokens computed and wanted, over all choices."""
+        return (
+            sum(choice.prefilled for choice in self.choices),
+            sum(choice.prompt_tokens for choice in self.choices),
+        )
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object; each prompt counts once, however many choices it has."""
+        prompts = {id(choice.generation.prompt): choice for choice in reversed(self.choices)}
+        prompt = sum(choice.prompt_tokens for choice in prompts.values())
+        completion = sum(choice.generated for choice in self.choices)
+        cached = sum(choice.cached for choice in prompts.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def metrics(self) -> dict[str, float | None]:
+        """The `metrics` object (design section 7): the slowest choice, the mean token budget."""
+        timings = [choice.timing for choice in self.choices]
+        attended = [choice.attended for choice in self.choices]
+        pairs = sum(one.pairs for one in attended)
+        tokens = sum(one.tokens for one in attended)
+        fraction = sum(one.fraction for one in attended)
+        firsts = [
+            timing.queue + timing.prefill
+            for timing in timings
+            if timing.queue is not None and timing.prefill is not None
+        ]
+        return {
+            "queue_seconds": _largest(timing.queue for timing in timings),
+            "prefill_seconds": _largest(timing.prefill for timing in timings),
+            "decode_seconds": _largest(timing.decode for timing in timings),
+            "time_to_first_token_seconds": _largest(firsts),
+            "attended_tokens_mean": tokens / pairs if pairs else None,
+            "attended_fraction": fraction / pairs if pairs else None,
+        }
+
+    def close(self, reason: str | None = None) -> None:
+        """Abort what still runs and account every choice once; `reason` if it was cut off."""
+        if self._closed:
+            return
+        self._closed = True
+        for choice in self.choices:
+            choice.generation.abort()
+            ended = choice.finish_reason or reason or "abort"
+            self._service.metrics.observe_request(
+                prompt_tokens=choice.prompt_tokens,
+                generated_tokens=choice.generated,
+                reason=ended,
+                duration=time.monotonic() - self._begun,
+                timing=choice.timing,
+                attended=choice.attended,
+            )
+
+    async def _woken(self, wait: float) -> bool:
+        """Whether an update came within `wait` seconds."""
+        try:
+            async with asyncio.timeout(wait):
+                await self._wakeup.wait()
+        except TimeoutError:
+            return False
+        self._wakeup.clear()
+        return True
+
+    def _observe(self, choice: Choice, update: RequestUpdate) -> None:
+        if update.tokens:
+            now = time.monotonic()
+            if choice.generated > len(update.tokens):
+                since = now - self._newest[choice.index]
+                self._service.metrics.observe_tokens(since, len(update.tokens))
+            self._newest[choice.index] = now
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None

@@ -1,0 +1,49 @@
+"""The application: routes around one service, behind the edge."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from engine.client import Engine
+from engine.errors import EngineError
+from engine.tokenizer import Tokenizer
+from server.auth import KeyRing
+from server.chat import chat_router
+from server.completions import completions_router
+from server.config import ServerConfig
+from server.edge import Edge
+from server.errors import ApiError, answer_error, to_api_error
+from server.info_api import info_router
+from server.service import Service
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+
+
+def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
+    """The ASGI application of one server. The engine is started and stopped by the caller."""
+    service = Service(engine, tokenizer, config)
+    return Edge(create_routes(service), config, KeyRing(config.keys()))
+
+
+def create_routes(service: Service) -> FastAPI:
+    """The routes without the edge around them."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.include_router(completions_router(service))
+    app.include_router(chat_router(service))
+    app.include_router(info_router(service))
+
+    async def rejected(request: Request, error: Exception) -> Response:
+        service.metrics.count_rejected(to_api_error(error).code or "invalid_request")
+        return await answer_error(request, error)
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    for kind in (ApiError, EngineError, HTTPException):
+        app.add_exception_handler(kind, rejected)
+    app.add_exception_handler(ClientDisconnect, gone)
+    return app

@@ -1,0 +1,53 @@
+"""API keys: deny by default, every key compared, in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+from starlette.types import Scope
+
+from server.errors import ApiError
+from server.info_api import LIVE, READY
+
+OPEN_PATHS = frozenset([LIVE, READY])  # everything else needs a key once there is one
+
+
+class KeyRing:
+    """The keys of a server; without any, everybody may do everything (loopback only)."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, scope: Scope) -> None:
+        """Refuse a request without a valid bearer key.
+
+        Raises:
+            ApiError: 401, the same whatever is wrong.
+        """
+        if not self._digests or scope["path"] in OPEN_PATHS:
+            return
+        if not self._is_valid(_bearer(scope)):
+            raise ApiError(
+                401,
+                "a valid API key is needed as bearer token",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _is_valid(self, key: bytes) -> bool:
+        """Digests of equal length are compared with all keys, without an early exit."""
+        digest = hashlib.sha256(key).digest()
+        matches = [secrets.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
+
+
+def _bearer(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                token: bytes = key.strip()
+                return token
+    return b""

@@ -1,0 +1,186 @@
+"""The `rtpurbo` command: the composition root, the one file that may import every package.
+
+Each subcommand imports what it needs when it runs, so that `--help` is quick and the front end
+never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a full-attention language model into a sparse one, and serve it over HTTP.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, and print what the README quotes.")
+app.add_typer(bench_app, name="bench")
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Model folder; without it the embedded model.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name in /v1/models and metrics; default: the folder's.")
+    ] = None,
+    attention: Annotated[
+        Literal["sparse", "dense"] | None,
+        typer.Option(help="dense serves a converted model with full attention."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None,
+        typer.Option(help="auto: bfloat16 on CUDA, else float32."),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest prompt and output together, in tokens.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.")] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one engine step; prefill is cut to fit.")
+    ] = None,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for the KV cache in GiB; default: measured.")
+    ] = None,
+    prefix_caching: Annotated[
+        bool | None, typer.Option(help="Reuse the KV pages of shared prompt prefixes.")
+    ] = None,
+    cache_generated: Annotated[
+        bool | None,
+        typer.Option(help="Also reuse pages of generated tokens (last digits may differ)."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with API keys, one a line.")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool | None, typer.Option(help="Listen on other than loopback without a key.")
+    ] = None,
+) -> None:
+    """Serve MODEL on an OpenAI-compatible HTTP API.
+
+    MODEL is a converted folder, a plain dense one, or one with RTP-LLM's headwise_config. Every
+    flag has an environment variable of the same name (RTPURBO_PORT and so on); flags win.
+    """
+    from engine.embedded import embedded_model_path
+    from engine.errors import EngineError
+    from server.config import ServerConfig
+    from server.runner import run_server
+
+    _refuse_hub_kernels()
+    flags = {
+        "model": model,
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "api_key_file": api_key_file,
+        "allow_unauthenticated": allow_unauthenticated,
+        "attention": attention,
+        "device": device,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_batch_tokens": max_batch_tokens,
+        "kv_cache_gib": kv_cache_gib,
+        "prefix_caching": prefix_caching,
+        "cache_generated": cache_generated,
+        "threads": threads,
+    }
+    try:
+        config = ServerConfig.resolve(_given(flags), embedded_model_path())
+        raise typer.Exit(run_server(config))
+    except EngineError as error:
+        _fail(error)
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="Folder of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make; must not exist.")],
+) -> None:
+    """Make a sparse model of a dense one."""
+    raise NotImplementedError
+
+
+@bench_app.command("serving")
+def bench_serving(
+    model: ModelArgument = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 16384,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per stream.")] = 64,
+    streams: Annotated[str, typer.Option(help="Numbers of streams, comma separated.")] = "1,8",
+    threads: Annotated[int | None, typer.Option(help="torch threads of both sides.")] = None,
+    peer: Annotated[bool, typer.Option(help="Also measure transformers' dense generate.")] = True,
+) -> None:
+    """Prefill and decode over HTTP beside transformers' dense generate; ends with a JSON line."""
+    from rich.console import Console
+
+    from benchmarks.serving import ServingBench, run_serving_bench
+    from engine.embedded import embedded_model_path
+
+    bench = ServingBench(
+        model=str(model or embedded_model_path()),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        streams=_numbers(streams),
+        threads=threads,
+        peer=peer,
+    )
+    result = run_serving_bench(bench, Console(stderr=True))
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that stand on the command line; the others are left to the environment."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,8")
+    return numbers
+
+
+def _refuse_hub_kernels() -> None:
+    """Hugging Face's distribution `kernels` would take the place of ours, or we of it."""
+    try:
+        found = version("kernels")
+    except PackageNotFoundError:
+        return
+    _fail(
+        f"the Hugging Face package kernels {found} is installed in this environment and has the "
+        "name of one of ours; give rtpurbo a virtual environment of its own"
+    )
+
+
+def _fail(error: object) -> NoReturn:
+    """One line for the operator, exit code 1."""
+    print(f"rtpurbo: {error}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""POST /v1/completions: one JSON answer, or a stream of chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.admission import submit_all
+from server.answer import Answer
+from server.choice import Choice, Delta
+from server.echo import EchoedPrompt
+from server.errors import invalid
+from server.event_stream import EventStream, answered
+from server.logprobs import LogprobEntry, completion_logprobs
+from server.protocol import CompletionRequest
+from server.service import Service
+from server.streaming import stream_events
+from server.validation import (
+    DEFAULT_MAX_TOKENS,
+    Prompt,
+    SamplingChoice,
+    clamp_max_tokens,
+    encode_prompt,
+    parse_prompts,
+    parse_sampling,
+)
+
+
+def completions_router(service: Service) -> APIRouter:
+    """The route, bound to its service."""
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await service.parse(CompletionRequest, request)
+        service.require_ready()
+        call = await answered(CompletionCall.prepare(service, body), request)
+        return await call.respond(request)
+
+    return router
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall:
+    """One admitted call."""
+
+    service: Service
+    body: CompletionRequest
+    answer: Answer
+    completion_id: str
+    created: int
+
+    @classmethod
+    async def prepare(cls, service: Service, body: CompletionRequest) -> CompletionCall:
+        """Validate, tokenise and admit.
+
+        Raises:
+            ApiError: 400 naming the field.
+            EngineError: no room, or no engine.
+        """
+        info = service.engine.info
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
+            raise invalid("max_tokens 0 makes sense with echo only", "max_tokens")
+        n = body.n or 1
+        prompts = parse_prompts(body.prompt, info.vocab_size, service.config.max_prompts)
+        if len(prompts) * n > service.config.max_choices:
+            raise invalid(f"prompts times n: at most {service.config.max_choices}", "n")
+        common = parse_sampling(
+            body,
+            info,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        encoded = [
+            await service.in_thread(encode_prompt, prompt, service.tokenizer, info)
+            for prompt in prompts
+        ]
+        jobs = [
+            (ids, _for_prompt(common, clamp_max_tokens(len(ids), max_tokens, info)))
+            for ids in encoded
+        ]
+        answer = _admit(service, body, prompts, jobs, common, n)
+        return cls(service, body, answer, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
+
+    async def respond(self, request: Request) -> Response:
+        """The answer, whole or streamed."""
+        if self.body.stream:
+            return EventStream(
+                stream_events(self.answer, self, self.service.config.keep_alive_seconds),
+                self.answer.close,
+                self.service.config.slow_reader_seconds,
+            )
+        try:
+            payload = await answered(self._collect(), request)
+        finally:
+            self.answer.close()
+        return Response(msgspec.json.encode(payload), media_type="application/json")
+
+    async def _collect(self) -> dict[str, Any]:
+        choices = self.answer.choices
+        texts: list[list[str]] = [[] for _ in choices]
+        entries: list[list[LogprobEntry]] = [[] for _ in choices]
+        async for item in self.answer.deltas(self.service.config.keep_alive_seconds):
+            if item is not None:
+                choice, delta = item
+                texts[choice.index].append(delta.text)
+                entries[choice.index].extend(delta.logprobs)
+        return {
+            **self._head(),
+            "choices": [
+                self._choice(c, "".join(texts[c.index]), entries[c.index], c.finish_reason)
+                for c in choices
+            ],
+            "usage": self.answer.usage(),
+            "metrics": self.answer.metrics(),
+        }
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Chunks before any text: none."""
+        return []
+
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        """One streamed chunk, None if there is nothing to say."""
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        body = self._choice(choice, delta.text, delta.logprobs, delta.finish_reason)
+        return {**self._head(), "choices": [body]}
+
+    def usage_chunk(self) -> dict[str, Any] | None:
+        """The chunk that closes a stream, if it was asked for."""
+        options = self.body.stream_options
+        if options is None or not options.include_usage:
+            return None
+        accounts = {"usage": self.answer.usage(), "metrics": self.answer.metrics()}
+        return {**self._head(), "choices": [], **accounts}
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.completion_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.service.config.model_name,
+        }
+
+    def _choice(
+        self, choice: Choice, text: str, entries: list[LogprobEntry], finish_reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = completion_logprobs(entries, self.service.tokenizer, self.body.logprobs)
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+
+def _for_prompt(common: SamplingChoice, max_tokens: int) -> SamplingChoice:
+    """The common parameters with what is left of the context after one prompt."""
+    params = msgspec.structs.replace(
+        common.params,
+        max_tokens=max_tokens,
+        min_tokens=min(common.params.min_tokens, max_tokens),
+    )
+    return SamplingChoice(params, common.stops)
+
+
+def _admit(
+    service: Service,
+    body: CompletionRequest,
+    prompts: list[Prompt],
+    jobs: list[tuple[list[int], SamplingChoice]],
+    common: SamplingChoice,
+    n: int,
+) -> Answer:
+    generations = submit_all(service, [(ids, job.params) for ids, job in jobs], n)
+    choices = []
+    for index, generation in enumerate(generations):
+        prompt = prompts[index // n]
+        text = prompt if isinstance(prompt, str) else None
+        echo = EchoedPrompt(generation.prompt, text, service.tokenizer) if body.echo else None
+        choices.append(Choice(index, generation, service.tokenizer, common.stops, echo))
+    return Answer(service, choices, service.deadline(body.timeout_seconds))

@@ -1,0 +1,152 @@
+"""Settings of the server: flags first, then RTPURBO_* environment, read here and nowhere else.
+
+Frozen once made. A key is never a flag, since process lists show those.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.config import AttentionMode, EngineConfig
+from engine.errors import ConfigError
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ServerConfig(BaseSettings):
+    """Everything the front end needs, and the engine's own settings beside it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RTPURBO_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    model: Path  # folder to serve
+    model_name: str = ""  # in answers and metrics; empty: the folder's name
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 takes a free one
+    api_key: SecretStr | None = None  # environment only
+    api_key_file: Path | None = None  # one key a line, several for rotation; wins over api_key
+    allow_unauthenticated: bool = False  # listen on other than loopback without a key
+
+    max_body_bytes: Count = 16 * 2**20  # a prompt of 1M tokens needs it
+    max_header_bytes: Count = 32 * 2**10
+    max_headers: Count = 100
+    max_connections: Count = 1024
+    header_seconds: Seconds = 10.0  # to receive a request's head
+    body_seconds: Seconds = 30.0  # to receive its body
+    idle_seconds: Seconds = 60.0  # keep-alive between requests
+    keep_alive_seconds: Seconds = 5.0  # longest silence of a stream
+    slow_reader_seconds: Seconds = 60.0  # a stream whose reader takes nothing for so long is ended
+    max_request_seconds: Seconds = 3600.0  # deadline of a request that names none, and the most
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0  # for running requests after SIGTERM
+    stall_seconds: Seconds = 60.0  # without an engine step, readiness is denied
+    max_queued_requests: Count = 256
+    max_prompts: Count = 128  # in one call
+    max_choices: Count = 128  # prompts times n in one call
+
+    attention: AttentionMode = "sparse"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: Annotated[int, Field(ge=2)] | None = None  # tokens
+    max_num_seqs: Count = 32
+    max_batch_tokens: Count = 2048  # tokens of one engine step
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    prefix_caching: bool = True
+    cache_generated: bool = False
+    threads: Count | None = None
+
+    @classmethod
+    def resolve(cls, flags: dict[str, Any], default_model: Path) -> ServerConfig:
+        """Settings of one run: `flags` that were given, then the environment, then defaults.
+
+        Raises:
+            ConfigError: one line that names the setting.
+        """
+        try:
+            config = (
+                cls(**flags) if "model" in flags else cls(**_with_default(flags, default_model))
+            )
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            name = first["loc"][0] if first["loc"] else "settings"
+            raise ConfigError(f"{name}: {first['msg']}") from None
+        if not config.model_name:
+            config = config.model_copy(update={"model_name": config.model.resolve().name})
+        config.engine()  # its own checks
+        if not config.keys() and not config.is_loopback and not config.allow_unauthenticated:
+            raise ConfigError(
+                f"host: listening on {config.host} without an API key lets anyone use this server; "
+                "set api_key_file, or allow_unauthenticated"
+            )
+        return config
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def keys(self) -> tuple[str, ...]:
+        """API keys; none means that none is asked for.
+
+        Raises:
+            ConfigError: the file cannot be read or holds no key.
+        """
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError):
+                raise ConfigError(f"api_key_file: cannot read {self.api_key_file}") from None
+            keys = tuple(line.strip() for line in lines if line.strip())
+            if not keys:
+                raise ConfigError(f"api_key_file: {self.api_key_file} holds no key")
+            return keys
+        return (self.api_key.get_secret_value(),) if self.api_key is not None else ()
+
+    def engine(self) -> EngineConfig:
+        """The engine's settings.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError("dtype must be auto, float32 or bfloat16")
+        gib = self.kv_cache_gib
+        return msgspec.convert(
+            {
+                "model": str(self.model),
+                "attention": self.attention,
+                "device": self.device,
+                "dtype": self.dtype,
+                "max_model_len": self.max_model_len,
+                "max_num_seqs": self.max_num_seqs,
+                "max_batch_tokens": self.max_batch_tokens,
+                "kv_cache_bytes": None if gib is None else int(gib * 2**30),
+                "prefix_caching": self.prefix_caching,
+                "cache_generated": self.cache_generated,
+                "threads": self.threads,
+            },
+            EngineConfig,
+        )
+
+    def describe(self) -> str:
+        """Every setting on a line of its own; secrets are not shown."""
+        values = self.model_dump(mode="json")
+        return "\n".join(f"{name:>22}  {value}" for name, value in values.items())
+
+
+def _with_default(flags: dict[str, Any], default_model: Path) -> dict[str, Any]:
+    """The flags, with the default model unless the environment names one."""
+    return flags if "RTPURBO_MODEL" in os.environ else {**flags, "model": default_model}

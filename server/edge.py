@@ -1,0 +1,155 @@
+"""The outermost layer: what a request must look like before any route sees it.
+
+Pure ASGI over raw headers and the raw path, so that nothing is decided on what a parser made of
+them (CVE-2026-48710: a Host header that changed the path which authorisation looked at).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.auth import KeyRing
+from server.config import ServerConfig
+from server.errors import ApiError, invalid, to_api_error
+
+logger = logging.getLogger(__name__)
+
+_HOST = re.compile(rb"[A-Za-z0-9._\-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
+_MAX_PATH = 2048  # bytes, query included
+_CLOSE = {"Connection": "close"}
+
+
+class Edge:
+    """Request id, header and body rules, keys, and the last resort for exceptions."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, keys: KeyRing) -> None:
+        self._app = app
+        self._config = config
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        answer = _Answer(send, request_id)
+        try:
+            self._check_head(scope)
+            self._keys.check(scope)
+            body = self._limited(scope, receive)
+            await self._app(scope, body, answer.send)
+        except Exception as error:  # whatever happens, a client gets exactly one answer
+            await self._answer_exception(error, request_id, answer, scope, receive)
+
+    async def _answer_exception(
+        self, error: Exception, request_id: str, answer: _Answer, scope: Scope, receive: Receive
+    ) -> None:
+        api_error = to_api_error(error)
+        if api_error.status >= 500:
+            logger.exception("request %s failed", request_id, exc_info=error)
+            api_error.message = f"{api_error.message} (request {request_id})"
+        if not answer.started:
+            api_error.headers.setdefault("Connection", "close")  # the body may be unread
+            await api_error.response()(scope, receive, answer.send)
+
+    def _check_head(self, scope: Scope) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(headers) > self._config.max_headers:
+            raise ApiError(431, "too many header fields", headers=dict(_CLOSE))
+        if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_PATH:
+            raise ApiError(414, "the request target is too long", headers=dict(_CLOSE))
+        values = _by_name(headers)
+        hosts = values.get(b"host", [])
+        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+            raise invalid("the Host header is missing or malformed", code="invalid_host")
+        if b"transfer-encoding" in values and b"content-length" in values:
+            raise invalid("Transfer-Encoding and Content-Length exclude each other")
+        if b"content-encoding" in values and values[b"content-encoding"] != [b"identity"]:
+            raise ApiError(415, "Content-Encoding is not supported", code="unsupported_encoding")
+        if scope["method"] == "POST":
+            self._check_body_head(values)
+
+    def _check_body_head(self, values: dict[bytes, list[bytes]]) -> None:
+        kind = values.get(b"content-type", [b""])[0].split(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError(
+                415, "Content-Type must be application/json", code="unsupported_media_type"
+            )
+        length = values.get(b"content-length", [b"0"])[0]
+        if length.isdigit() and int(length) > self._config.max_body_bytes:
+            raise _too_large(self._config.max_body_bytes)
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive` under the byte cap and the deadline, both for the request's body only."""
+        if scope["method"] != "POST":
+            return receive
+        limit = self._config.max_body_bytes
+        deadline = time.monotonic() + self._config.body_seconds
+        received, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408, "the body did not arrive in time", headers=dict(_CLOSE)
+                ) from None
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise _too_large(limit)
+            complete = not message.get("more_body", False)
+            return message
+
+        return limited
+
+
+class _Answer:
+    """Adds the request id to the answer and remembers that one was started."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.started = False
+        self._send = send
+        self._header = (b"x-request-id", request_id.encode())
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            message = {**message, "headers": [*message.get("headers", []), self._header]}
+        await self._send(message)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's X-Request-Id if it is a plain label, else a new one; never a key to anything."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            label: str = value.decode()
+            return label
+    return uuid.uuid4().hex
+
+
+def _by_name(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes",
+        code="body_too_large",
+        headers=dict(_CLOSE),
+    )

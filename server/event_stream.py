@@ -1,0 +1,101 @@
+"""Server-sent events written straight to the ASGI channel, with an eye on the reader.
+
+Headers leave at once. A reader that disconnects cancels the source; one that stops reading for
+longer than the grace is dropped as a slow consumer, and generation never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+def event(payload: Any) -> bytes:
+    """One `data:` event of compact JSON."""
+    return b"data: " + _encoder.encode(payload) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that clients ignore and connections live on."""
+    return f": {text}\n\n".encode()
+
+
+class EventStream(Response):
+    """A streaming answer. `close(reason)` is called once, with None after a complete stream."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        source: AsyncIterator[bytes],
+        close: Callable[[str | None], None],
+        slow_reader_seconds: float,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._source = source
+        self._close = close
+        self._grace = slow_reader_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason: str | None = "abort"
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await until_disconnect(self._write(send), receive)
+            reason = None
+        except TimeoutError:
+            reason = "slow_consumer"
+        except ClientDisconnect:
+            pass
+        finally:
+            self._close(reason)
+
+    async def _write(self, send: Send) -> None:
+        async for chunk in self._source:
+            async with asyncio.timeout(self._grace):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it went away first.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            if not pending.done():
+                pending.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pending
+
+
+async def answered(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """`until_disconnect` for a route that answers at once."""
+    return await until_disconnect(work, request.receive)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has gone; the body was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,104 @@
+"""The small routes: models, tokenize, detokenize, health, metrics, version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.errors import ApiError, invalid
+from server.metrics import MetricsPage
+from server.protocol import DetokenizeRequest, TokenizeRequest
+from server.service import Service
+from server.validation import encode_prompt
+
+LIVE = "/health/live"
+READY = "/health/ready"
+
+
+def info_router(service: Service) -> APIRouter:
+    """The routes, bound to their service."""
+    router = APIRouter()
+    page = MetricsPage(service.metrics.registry)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_model(service)]})
+
+    @router.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> Response:
+        if model_id != service.config.model_name:
+            raise ApiError(404, "no such model", param="model", code="model_not_found")
+        return _json(_model(service))
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await service.parse(TokenizeRequest, request)
+        ids = await service.in_thread(
+            encode_prompt,
+            body.prompt,
+            service.tokenizer,
+            service.engine.info,
+            body.add_special_tokens,
+        )
+        limit = service.engine.info.max_model_len
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": limit})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await service.parse(DetokenizeRequest, request)
+        if body.tokens and max(body.tokens) >= service.engine.info.vocab_size:
+            raise invalid("tokens: an id is not in the vocabulary", "tokens")
+        return _json({"prompt": await service.in_thread(service.tokenizer.decode, body.tokens)})
+
+    @router.get(LIVE)
+    async def live() -> Response:
+        return _json({"status": "alive"})
+
+    @router.get(READY)
+    async def ready() -> Response:
+        problem = not_ready(service)
+        if problem is not None:
+            return _json({"status": problem}, 503, {"Retry-After": "5"})
+        return _json({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await page.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/version")
+    async def show_version() -> Response:
+        return _json({"version": version("rtpurbo")})
+
+    return router
+
+
+def not_ready(service: Service) -> str | None:
+    """Why the engine takes no work now, None if it does."""
+    if service.engine.state != "ready":
+        return service.engine.state
+    silent = service.engine.seconds_since_step()
+    return "stalled" if silent > service.config.stall_seconds else None
+
+
+def _model(service: Service) -> dict[str, Any]:
+    info = service.engine.info
+    return {
+        "id": service.config.model_name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "rtpurbo",
+        "max_model_len": info.max_model_len,
+        "attention": info.attention,
+        "retrieval_head_share": info.retrieval_heads / info.attention_heads,
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "kv_bytes_per_token_dense": info.kv_bytes_per_token_dense,
+    }
+
+
+def _json(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(payload), status, headers, media_type="application/json")

@@ -1,0 +1,144 @@
+"""Request bodies: strict types, every accepted field honoured, everything else said.
+
+The raw bytes are parsed by pydantic's JSON parser, which refuses NaN, lone surrogates, deep nesting
+and trailing bytes before any of our code runs. Fields with several shapes (`prompt`, `stop`, …) are
+taken as they come and checked by hand in `server.validation`: a union type would check every branch
+and report an error per branch and item.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import ApiError, invalid
+
+INT64 = 2**63
+MAX_STOP_IDS = 128
+
+Unit = Annotated[float, Field(gt=0, le=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    include_usage: bool = False
+
+
+class GenerationFields(BaseModel):
+    """What both completion routes share."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Unit | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**20)] | None = None  # -1 and 0 are off
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Any = None
+    stop_token_ids: (
+        Annotated[list[TokenId], pydantic.FailFast(), Field(max_length=MAX_STOP_IDS)] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    logit_bias: Any = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    attention_top_p: Unit | None = None
+
+
+class CompletionRequest(GenerationFields):
+    """Body of POST /v1/completions (design section 7)."""
+
+    prompt: Any = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Any = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", protected_namespaces=())
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", protected_namespaces=())
+    model: str | None = None
+    tokens: Annotated[list[TokenId], pydantic.FailFast()]
+
+
+# OpenAI fields that are known and do nothing here: null is as good as absent, a value is refused.
+UNSUPPORTED: dict[type[BaseModel], frozenset[str]] = {
+    CompletionRequest: frozenset(["suffix", "best_of"]),
+    ChatCompletionRequest: frozenset(
+        """audio function_call functions modalities parallel_tool_calls prediction reasoning_effort
+        response_format tool_choice tools verbosity web_search_options""".split()
+    ),
+}
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(kind: type[Body], raw: bytes) -> Body:
+    """Validate a JSON body.
+
+    Raises:
+        ApiError: 400 that names the first field at fault and echoes nothing.
+    """
+    try:
+        body = kind.model_validate_json(raw)
+    except pydantic.ValidationError as error:
+        raise _first_error(error) from None
+    for name in UNSUPPORTED.get(kind, ()):
+        if (body.model_extra or {}).get(name) is not None:
+            raise invalid("this field is not supported", name, "unsupported_field")
+    return body
+
+
+def unknown_fields(body: BaseModel) -> list[str]:
+    """Names of fields that nobody knows; they are ignored and counted."""
+    known = UNSUPPORTED.get(type(body), frozenset())
+    return [name for name in body.model_extra or {} if name not in known]
+
+
+def _first_error(error: pydantic.ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    location = first["loc"]
+    param = location[0] if location and isinstance(location[0], str) else None
+    if first["type"] == "json_invalid":
+        return invalid("the body is not valid JSON", code="invalid_json")
+    if param is None:
+        return invalid("the body must be a JSON object", code="invalid_json")
+    message = (
+        first["msg"] if first["type"] != "string_pattern_mismatch" else "has control characters"
+    )
+    return invalid(f"{param}: {message}", param, "invalid_value")

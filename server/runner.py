@@ -1,0 +1,142 @@
+"""One server from start to end: bind, check, load, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+
+from engine.errors import ConfigError
+from engine.model.checkpoint import preflight
+from engine.process import EngineProcess
+from engine.tokenizer import Tokenizer
+from server.app import create_app
+from server.config import ServerConfig
+from server.http_protocol import limited_protocol
+
+logger = logging.getLogger(__name__)
+
+
+def run_server(config: ServerConfig) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Raises:
+        EngineError: one line; the settings, the address or the model folder are not usable.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    listener = bind(config.host, config.port)
+    try:
+        preflight(config.model)
+        tokenizer = Tokenizer.from_folder(config.model)
+        port = listener.getsockname()[1]
+        print(f"rtpurbo settings\n{config.describe()}", flush=True)
+        with asyncio.Runner(
+            loop_factory=uvicorn.Config("", loop="uvloop").get_loop_factory()
+        ) as runner:
+            return runner.run(_serve(config, tokenizer, listener, port))
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening address, taken before the model is loaded so that a conflict shows at once.
+
+    Raises:
+        ConfigError: one line that says why not.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    listener.set_inheritable(False)
+    return listener
+
+
+async def _serve(
+    config: ServerConfig, tokenizer: Tokenizer, listener: socket.socket, port: int
+) -> int:
+    """Answer health probes from the first moment, requests once the model is loaded."""
+    engine = EngineProcess(config.engine(), max_queued_requests=config.max_queued_requests)
+    server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    serving = asyncio.create_task(server.serve([listener]))
+    loading = asyncio.create_task(_load(engine, config, port))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            await _drain(engine, config.drain_seconds, stop_now)
+    finally:
+        loading.cancel()
+        stopping.cancel()
+        await engine.stop()  # what still runs ends with an error event
+        server.should_exit = True
+        await serving
+    return 0
+
+
+async def _drain(engine: EngineProcess, seconds: float, stop_now: asyncio.Event) -> None:
+    """Let running requests end, until the time is up or a second signal comes."""
+    tasks = [asyncio.create_task(engine.drain(seconds)), asyncio.create_task(stop_now.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+async def _load(engine: EngineProcess, config: ServerConfig, port: int) -> None:
+    """Start the engine and tell the operator what was made of the settings."""
+    await engine.start()
+    print(f"memory plan\n{engine.info.plan}", flush=True)
+    address = f"[{config.host}]" if ":" in config.host else config.host
+    print(
+        f"serving {config.model_name} ({engine.info.attention} attention, {engine.info.device}, "
+        f"{engine.info.dtype}) on http://{address}:{port}",
+        flush=True,
+    )
+
+
+def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]  # an ASGI application
+        http=limited_protocol(config.max_connections, config.header_seconds),
+        ws="none",
+        lifespan="off",
+        loop="uvloop",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(config.idle_seconds),
+        h11_max_incomplete_event_size=config.max_header_bytes,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: draining comes before closing."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
