@@ -44,6 +44,7 @@ class Edge:
         try:
             self._check_head(scope)
             self._keys.check(scope)
+            self._check_body_head(scope)
             body = self._limited(scope, receive)
             await self._app(scope, body, answer.send)
         except Exception as error:  # whatever happens, a client gets exactly one answer
@@ -62,8 +63,9 @@ class Edge:
 
     def _check_head(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if len(headers) > self._config.max_headers:
-            raise ApiError(431, "too many header fields", headers=dict(_CLOSE))
+        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        if len(headers) > self._config.max_headers or size > self._config.max_header_bytes:
+            raise ApiError(431, "the header fields are too many or too large", headers=dict(_CLOSE))
         if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_PATH:
             raise ApiError(414, "the request target is too long", headers=dict(_CLOSE))
         values = _by_name(headers)
@@ -74,10 +76,12 @@ class Edge:
             raise invalid("Transfer-Encoding and Content-Length exclude each other")
         if b"content-encoding" in values and values[b"content-encoding"] != [b"identity"]:
             raise ApiError(415, "Content-Encoding is not supported", code="unsupported_encoding")
-        if scope["method"] == "POST":
-            self._check_body_head(values)
 
-    def _check_body_head(self, values: dict[bytes, list[bytes]]) -> None:
+    def _check_body_head(self, scope: Scope) -> None:
+        """What can be said of a body before it is read; after the key, before `100 Continue`."""
+        if scope["method"] != "POST":
+            return
+        values = _by_name(scope["headers"])
         kind = values.get(b"content-type", [b""])[0].split(b";")[0].strip().lower()
         if kind != b"application/json":
             raise ApiError(

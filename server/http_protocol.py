@@ -15,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError
 
+LINGER_SECONDS = 1.0  # for a refused client to finish sending and read why
+
 
 def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Protocol]:
     """A protocol class with these limits, to give to `uvicorn.Config(http=...)`."""
@@ -23,6 +25,7 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
         """One connection. A head must be complete `header_seconds` after its first byte."""
 
         _head_timer: asyncio.TimerHandle | None = None
+        _refused = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -32,6 +35,8 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
             self._start_timer()
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return  # read and dropped, so that our answer is not lost to a reset
             between = self.cycle is None or self.cycle.response_complete
             if between and self._head_timer is None:
                 self._start_timer()
@@ -67,6 +72,7 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
 
         def _refuse(self, error: ApiError) -> None:
             """Answer below the application and close."""
+            self._refused = True
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.close()
                 return
@@ -84,6 +90,8 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
                 output = self.conn.send(event)
                 if output:
                     self.transport.write(output)
-            self.transport.close()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     return LimitedH11Protocol

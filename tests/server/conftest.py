@@ -1,0 +1,32 @@
+"""One running server per test module, brought back to its baseline after every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server.live_server import LiveServer, live_server
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Short deadlines, so that no test waits for them long."""
+    settings = {"body_seconds": 0.5, "header_seconds": 0.5, "keep_alive_seconds": 0.1}
+    with live_server(tmp_path_factory.mktemp("model"), **settings) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: LiveServer) -> Iterator[LiveServer]:
+    """The module's server; afterwards it must serve, and nothing may be left running."""
+    yield shared_server
+    engine = shared_server.engine
+    shared_server.call(engine.running.set)
+    shared_server.until(lambda: not engine.live)
+    engine.state, engine.silence, engine.queue_limit = "ready", 0.0, 64
+    engine.minus_infinity = False
+    engine.scripts.clear()
+    good = shared_server.post(prompt="after", max_tokens=2, temperature=0)
+    assert good.status_code == 200, good.text
+    assert not engine.live
