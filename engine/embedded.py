@@ -1,10 +1,8 @@
-"""Where the model that ships with the project lies. Torch-free."""
-
-from __future__ import annotations
+"""The model that ships with the project; `rtpurbo serve` without MODEL takes it. Torch-free."""
 
 from pathlib import Path
 
 
 def embedded_model_path() -> Path:
-    """Folder of the embedded sparse model, which `rtpurbo serve` takes by default."""
+    """Folder of the embedded model; its README.md says what it is."""
     return Path(__file__).resolve().parent / "embedded_model"

@@ -1,0 +1,96 @@
+"""Needle scores: how much each head attends from a late needle back to the same early needle.
+
+RTPurbo (arXiv 2605.16928): one document with the same span at its start and its end; the score of a
+head is the mean, over the tokens of the late span, of its dense post-softmax attention to all
+tokens of the early one. The paper leaves the needle, the lengths and the aggregation open. Here the
+needle is 32 random tokens that are not special, so that only copying predicts it; a document is
+8192 tokens of text, or the model's limit if that is less; scores are averaged over 4 documents with
+needles of their own, and each document's are kept, so that their spread shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from tokenizers import Tokenizer
+
+from conversion.document_attention import LayerView, attention_rows, watch_document
+from conversion.errors import ConversionError
+from engine.model.decoder import Decoder
+
+NEEDLE_TOKENS = 32
+MARGIN_TOKENS = 16  # of text before the early needle, so that it is no attention sink
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleDocument:
+    """Token ids with `needle` ids planted at `early` and again at the very end."""
+
+    ids: list[int]
+    early: int
+    needle: int  # tokens
+
+    @property
+    def late(self) -> int:
+        return len(self.ids) - self.needle
+
+
+@dataclass(slots=True)
+class NeedleProbe:
+    """Watches a dense run of a needle document; `scores[layer][head]` fills layer by layer."""
+
+    document: NeedleDocument
+    group_size: int
+    scores: list[list[float]] = field(default_factory=list)
+
+    def __call__(self, view: LayerView) -> None:
+        start, needle = self.document.early, self.document.needle
+        rows_R = torch.arange(self.document.late, len(self.document.ids)).to(view.q_THD.device)
+        self.scores.append(
+            [
+                attention_rows(view, head, rows_R, self.group_size)[:, start : start + needle]
+                .exp()
+                .sum(-1)
+                .mean()
+                .item()
+                for head in range(view.q_THD.shape[1])
+            ]
+        )
+
+
+def needle_document(ids: list[int], tokenizer: Tokenizer, needle: int, seed: int) -> NeedleDocument:
+    """Overwrite two spans of `ids` with the same random tokens.
+
+    Raises:
+        ConversionError: the document cannot hold both spans apart.
+    """
+    if len(ids) < MARGIN_TOKENS + 4 * needle:
+        raise ConversionError(
+            f"a calibration document of {len(ids)} tokens is too short for two needles of {needle}"
+        )
+    special = set(tokenizer.get_added_tokens_decoder())
+    ordinary = [i for i in range(tokenizer.get_vocab_size()) if i not in special]
+    span = random.Random(seed).choices(ordinary, k=needle)
+    middle = ids[MARGIN_TOKENS + needle : len(ids) - needle]
+    return NeedleDocument([*ids[:MARGIN_TOKENS], *span, *middle, *span], MARGIN_TOKENS, needle)
+
+
+def needle_scores(
+    decoder: Decoder, documents: list[NeedleDocument], advance: Callable[[], None] = lambda: None
+) -> list[list[list[float]]]:
+    """Scores [document][layer][head] in [0, 1] under dense attention.
+
+    Args:
+        advance: called after each document.
+    """
+    dense = replace(decoder.config, sparse=None)
+    scores = []
+    for document in documents:
+        probe = NeedleProbe(document, dense.group_size)
+        watch_document(decoder, dense, document.ids, probe)
+        scores.append(probe.scores)
+        advance()
+    return scores

@@ -1,0 +1,116 @@
+"""Write a converted model folder (the format is in the README): atomically, never over another.
+
+Weights are copied byte for byte, so that plain transformers still loads the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from conversion.errors import ConversionError
+from engine.model.checkpoint import INDEX_FILE, INDEXER_FILE, Checkpoint, preflight
+from engine.model.config import SparseAttentionConfig
+from engine.model.decoder import Indexer
+from engine.model.sparse_section import FORMAT_VERSION
+
+# Files that belong to a model besides config and weights; what is not there is not copied.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+def sparse_section(sparse: SparseAttentionConfig, calibration: dict[str, Any]) -> dict[str, Any]:
+    """The "rtpurbo" section of config.json. `top_p` is one number if all heads agree."""
+    values = [p for layer in sparse.top_p for p in layer]
+    same = len(set(values)) == 1
+    return {
+        "format_version": FORMAT_VERSION,
+        "retrieval_heads": [list(heads) for heads in sparse.retrieval_heads],
+        "window_tokens": sparse.window_tokens,
+        "sink_tokens": sparse.sink_tokens,
+        "index_dim": sparse.index_dim,
+        "index_scope": sparse.index_scope,
+        "block_tokens": sparse.block_tokens,
+        "top_p": values[0] if same else values,
+        "dense_below": sparse.dense_below,
+        "calibration": calibration,
+    }
+
+
+def export_model(
+    source: Checkpoint,
+    out: Path,
+    sparse: SparseAttentionConfig,
+    indexers: Sequence[Indexer | None],
+    calibration: dict[str, Any],
+) -> None:
+    """Make the folder `out`.
+
+    It is written beside its place and renamed when it is complete and has passed the same checks
+    as before serving.
+
+    Raises:
+        ConversionError: `out` exists, or cannot be written.
+    """
+    refuse_existing(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ConversionError(f"{out}: cannot be made ({error.strerror})") from None
+    try:
+        _fill(work, source, sparse_section(sparse, calibration), indexers)
+        preflight(work)
+        refuse_existing(out)
+        for file in work.iterdir():
+            file.chmod(0o644)
+        work.chmod(0o755)
+        os.rename(work, out)
+    except OSError as error:
+        raise ConversionError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises ConversionError if something is at `out`, even a broken link."""
+    if os.path.lexists(out):
+        raise ConversionError(f"{out}: exists already; name a folder that does not")
+
+
+def _fill(
+    folder: Path, source: Checkpoint, section: dict[str, Any], indexers: Sequence[Indexer | None]
+) -> None:
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("headwise_config", None)  # one head map per folder
+    config["rtpurbo"] = section
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    for file in sorted({stored.file for stored in source.tensors.values()}):
+        shutil.copyfile(file, folder / file.name)
+    for name in (INDEX_FILE, *COMPANIONS):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    tensors = {}
+    for layer, indexer in enumerate(indexers):
+        if indexer is not None:
+            prefix = f"model.layers.{layer}.self_attn.indexer."
+            tensors[prefix + "q_proj.weight"] = indexer.q_proj_HID.contiguous()
+            tensors[prefix + "k_proj.weight"] = indexer.k_proj_HID.contiguous()
+    save_file(tensors, folder / INDEXER_FILE, metadata={"format": "pt"})

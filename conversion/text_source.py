@@ -1,0 +1,100 @@
+"""Text for calibration: documents of a given number of tokens, from files or from this Python.
+
+Torch-free. A document is several whole files in a row, cut at its end; the order is a function of
+the seed alone, so that a resumed conversion sees the same text.
+"""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from conversion.errors import ConversionError
+from engine.errors import CheckpointError
+
+MIN_FILE_CHARS = 500
+MAX_FILE_CHARS = 2_000_000  # larger files are data more often than text
+TEXT_SUFFIXES = frozenset({".md", ".py", ".rst", ".txt"})
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Files to read, and words for people on where they come from."""
+
+    files: tuple[Path, ...]
+    description: str
+
+    @classmethod
+    def find(cls, data: Path | None) -> TextSource:
+        """The text files of `data` (a file or a folder), or Python's own sources if it is None.
+
+        Raises:
+            ConversionError: the path does not exist or holds no text file.
+        """
+        if data is None:
+            paths = sysconfig.get_paths()
+            folders = dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib"))
+            files = sorted({file for folder in folders for file in folder.rglob("*.py")})
+            return cls(tuple(files), "Python sources of the running environment")
+        if data.is_file():
+            return cls((data,), str(data))
+        if not data.is_dir():
+            raise ConversionError(f"{data}: no such file or folder")
+        files = sorted(f for f in data.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
+        if not files:
+            raise ConversionError(f"{data}: no text file ({', '.join(sorted(TEXT_SUFFIXES))})")
+        return cls(tuple(files), str(data))
+
+    def documents(
+        self, tokenizer: Tokenizer, count: int, tokens: int, seed: int
+    ) -> list[list[int]]:
+        """`count` documents of exactly `tokens` token ids, no file used twice.
+
+        Raises:
+            ConversionError: there is less text than that.
+        """
+        pieces = self._pieces(tokenizer, seed)
+        documents = []
+        for number in range(count):
+            ids: list[int] = []
+            while len(ids) < tokens:
+                piece = next(pieces, None)
+                if piece is None:
+                    raise ConversionError(
+                        f"{self.description}: too little text, it ends in document {number + 1} "
+                        f"of {count} after {len(ids)} of {tokens} tokens"
+                    )
+                ids.extend(piece)
+            documents.append(ids[:tokens])
+        return documents
+
+    def _pieces(self, tokenizer: Tokenizer, seed: int) -> Iterator[Sequence[int]]:
+        """Token ids of one file after the other, in an order drawn from `seed`."""
+        files = list(self.files)
+        random.Random(seed).shuffle(files)
+        least = MIN_FILE_CHARS if len(files) > 1 else 1
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if least <= len(text) and (len(text) <= MAX_FILE_CHARS or len(files) == 1):
+                yield tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: one line that names the file.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong
+        raise CheckpointError(f"{path}: not a tokenizer ({error})".splitlines()[0]) from None
