@@ -11,8 +11,9 @@ from pathlib import Path
 
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
-from engine.model.config_reader import read_config, read_json_object
+from engine.model.config_reader import read_config
 from engine.model.head_layout import model_heads
+from engine.model.json_object import read_json_object, shown
 from engine.model.safetensors_header import StoredTensor, read_header
 from engine.model.weight_names import is_ignored, weight_rules
 
@@ -70,12 +71,12 @@ def indexer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _model_tensors(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX_FILE
-    if index.exists():
-        return _sharded(index)
-    single = folder / SINGLE_FILE
+    """Tensors of the single file or else of the shards, in the order that transformers looks."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.exists():
         return read_header(single)
+    if index.exists():
+        return _sharded(index)
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLE_SUFFIXES:
             raise CheckpointError(f"{path}: pickled weights are not loaded; convert to safetensors")
@@ -90,52 +91,62 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted({str(name) for name in weight_map.values()}):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index}: shard {shard[:100]!r} is no safetensors file beside it"
-            )
+            raise CheckpointError(f"{index}: shard {shown(shard)} is no safetensors file beside it")
         for name, stored in read_header(index.parent / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{stored.file}: tensor {name!r} is not listed in {index.name}"
+                    f"{stored.file}: tensor {shown(name)} is not listed in {index.name}"
                 )
             tensors[name] = stored
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index.parent / shard}: tensor {name!r} is missing")
+            raise CheckpointError(f"{index.parent / shard}: tensor {shown(name)} is missing")
     return tensors
 
 
 def _check_model(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    file = folder / (INDEX_FILE if (folder / INDEX_FILE).exists() else SINGLE_FILE)
-    expected = {name: shape for rule in weight_rules(config) for name, shape in rule.sources}
-    _check(file, expected, tensors)
+    file = folder / (SINGLE_FILE if (folder / SINGLE_FILE).exists() else INDEX_FILE)
+    known: set[str] = set()
+    for rule in weight_rules(config):
+        for name, shape in rule.sources:
+            _check(file, name, shape, tensors)
+            known.add(name)
     for name, stored in tensors.items():
-        if name not in expected and not is_ignored(name, config):
-            raise CheckpointError(f"{stored.file}: tensor {name!r} is not part of such a model")
+        if name not in known and not is_ignored(name, config):
+            raise CheckpointError(
+                f"{stored.file}: tensor {shown(name)} is not part of such a model"
+            )
 
 
 def _indexer_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     expected = indexer_shapes(config)
-    if not expected:
-        return {}
     path = folder / INDEXER_FILE
+    if not expected and not path.exists():
+        return {}
     tensors = read_header(path)
-    _check(path, expected, tensors)
+    for name, shape in expected.items():
+        _check(path, name, shape, tensors)
     if surplus := sorted(set(tensors) - set(expected)):
-        raise CheckpointError(f"{path}: tensor {surplus[0]!r} belongs to no retrieval head")
+        raise CheckpointError(
+            f"{path}: tensor {shown(surplus[0])} belongs to no retrieval head with an indexer"
+        )
     return tensors
 
 
 def _check(
-    file: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor]
+    file: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]
 ) -> None:
-    for name, shape in expected.items():
-        stored = tensors.get(name)
-        if stored is None:
-            raise CheckpointError(f"{file}: tensor {name!r} is missing")
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, not {list(shape)}"
-            )
-        if stored.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{stored.file}: tensor {name!r} has dtype {stored.dtype}")
+    """One expected tensor; `file` is named where it is missing."""
+    stored = tensors.get(name)
+    if stored is None:
+        raise CheckpointError(f"{file}: tensor {name!r} is missing")
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.file}: tensor {name!r} has shape {shown(list(stored.shape))}, "
+            f"not {list(shape)}"
+        )
+    if stored.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{stored.file}: tensor {name!r} has dtype {stored.dtype}, "
+            f"not one of {', '.join(FLOAT_DTYPES)}"
+        )

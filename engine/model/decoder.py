@@ -76,7 +76,7 @@ class Decoder(nn.Module):
             attention: computes every layer's attention and owns what it needs to know of the past.
         """
         x_TE: Tensor = self.embedding(token_ids_T)
-        cos, sin = self._tables(x_TE.device).tables(positions_T, x_TE.dtype)
+        cos, sin = self._rotary(x_TE.device).tables(positions_T, x_TE.dtype)
         for layer in self.layers:
             x_TE = layer(x_TE, cos, sin, attention)
         out: Tensor = self.final_norm(x_TE)
@@ -87,10 +87,8 @@ class Decoder(nn.Module):
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden_RE, weight).float()
 
-    def _tables(self, device: torch.device) -> RotaryEmbedding:
-        if self._rope is None:
-            config = self.config
-            self._rope = RotaryEmbedding(
-                config.rope, config.head_dim, config.max_position_embeddings, device
-            )
+    def _rotary(self, device: torch.device) -> RotaryEmbedding:
+        """Made on first use: frequencies are no weights, and know neither meta device nor dtype."""
+        if self._rope is None or self._rope.device != device:
+            self._rope = RotaryEmbedding(self.config.rope, self.config.head_dim, device)
         return self._rope

@@ -1,6 +1,7 @@
 """Building blocks of a decoder layer: norm, SwiGLU MLP, and the projections around attention.
 
-Shapes: T tokens, E hidden size, F intermediate size, H query heads, N KV heads, D head_dim.
+Shapes: T tokens, E hidden size, F intermediate size, H query heads, N KV heads,
+X = H + N, D head_dim.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Attention(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
+    """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -40,9 +41,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return self.weight * _normalised(x, self.eps)
+
+
+class QKNorm(nn.Module):
+    """RMS norm of every head, with one weight for all queries and one for all keys.
+
+    Queries and keys lie side by side in the fused projection, so one call does both.
+    `weight` is the queries' [D] followed by the keys' [D].
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads = (heads, kv_heads)
+        self.weight = nn.Parameter(torch.ones(2 * head_dim))
+        self.eps = eps
+
+    def forward(self, qk_TXD: Tensor) -> Tensor:
+        """Norm of [T, H + N, D], queries first."""
+        parts = zip(self.weight.chunk(2), self.heads, strict=True)
+        weight_XD = torch.cat([part.expand(count, -1) for part, count in parts])
+        return weight_XD * _normalised(qk_TXD, self.eps)
+
+
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square; rounded to x's dtype before any weight, as transformers does."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -72,15 +96,19 @@ class AttentionBlock(nn.Module):
         self.o_proj = nn.Linear(
             config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias
         )
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.qk_norm = (
+            QKNorm(self.heads, self.kv_heads, self.head_dim, config.rms_norm_eps)
+            if config.qk_norm
+            else None
+        )
 
     def forward(self, x_TE: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        sizes = [self.heads, self.kv_heads]
         rows_TRD = self.qkv_proj(x_TE).view(x_TE.shape[0], -1, self.head_dim)
-        q_THD, k_TND, v_TND = rows_TRD.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TND = self.q_norm(q_THD), self.k_norm(k_TND)
-        out_THD = attention.attend(
-            self.layer, q_THD, k_TND, rotate(q_THD, cos, sin), rotate(k_TND, cos, sin), v_TND
-        )
+        qk_TXD, v_TND = torch.split(rows_TRD, [sum(sizes), self.kv_heads], dim=1)
+        if self.qk_norm is not None:
+            qk_TXD = self.qk_norm(qk_TXD)
+        q_pre_THD, k_pre_TND = torch.split(qk_TXD, sizes, dim=1)
+        q_THD, k_TND = torch.split(rotate(qk_TXD, cos, sin), sizes, dim=1)
+        out_THD = attention.attend(self.layer, q_pre_THD, k_pre_TND, q_THD, k_TND, v_TND)
         return self.o_proj(out_THD.flatten(1))  # type: ignore[no-any-return]  # nn.Module

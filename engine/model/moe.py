@@ -1,6 +1,7 @@
 """Mixture of experts as in Qwen3-MoE: softmax router, top-k experts, weighted sum.
 
-Shapes: T tokens, E hidden size, X experts, F intermediate size of an expert.
+Shapes: T tokens, E hidden size, X experts, F intermediate size of an expert, k experts per token,
+J = T k pairs of token and chosen expert.
 """
 
 from __future__ import annotations
@@ -24,19 +25,29 @@ class MoeMlp(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, size))
 
     def forward(self, x_TE: Tensor) -> Tensor:
+        """Sort the pairs by expert, so that each expert that was chosen runs once.
+
+        A token's results are summed in the order of its own choices: what stands beside it in the
+        batch cannot change that order.
+        """
         weights_Tk, experts_Tk = self._route(x_TE)
-        out_TE = torch.zeros_like(x_TE)
-        for expert in sorted(set(experts_Tk.flatten().tolist())):
-            tokens, choice = torch.where(experts_Tk == expert)
-            gate, up = F.linear(x_TE[tokens], self.gate_up[expert]).chunk(2, dim=-1)
-            result = F.linear(F.silu(gate) * up, self.down[expert])
-            out_TE = out_TE.index_add(0, tokens, result * weights_Tk[tokens, choice, None])
-        return out_TE
+        experts_J = experts_Tk.flatten()
+        order_J = experts_J.argsort(stable=True)
+        sizes = torch.bincount(experts_J, minlength=self.config.num_experts).tolist()
+        inputs_JE = x_TE[order_J // self.config.experts_per_token]
+        groups = enumerate(torch.split(inputs_JE, sizes))
+        sorted_JE = torch.cat([self._expert(i, rows) for i, rows in groups if len(rows)])
+        results_TkE = sorted_JE[order_J.argsort()].view(*experts_Tk.shape, -1)
+        return torch.einsum("tk,tke->te", weights_Tk, results_TkE)
 
     def _route(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in the model's dtype and expert ids, both [T, experts_per_token]."""
-        probabilities_TX = self.router(x_TE).float().softmax(-1)
-        weights, experts = probabilities_TX.topk(self.config.experts_per_token, dim=-1)
+        """Weights in the model's dtype and expert ids, both [T, k]."""
+        probabilities_TX = self.router(x_TE).softmax(-1, dtype=torch.float32)
+        weights_Tk, experts_Tk = probabilities_TX.topk(self.config.experts_per_token, dim=-1)
         if self.config.normalize_weights:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x_TE.dtype), experts
+            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+        return weights_Tk.to(x_TE.dtype), experts_Tk
+
+    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, self.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down[expert])

@@ -1,7 +1,7 @@
-"""Rotary position embedding: one cosine and sine table per model, gathered by position.
+"""Rotary position embedding: cosines and sines of a step's positions, shared by all layers.
 
-Shapes: T tokens, H heads, D head_dim, M positions. The frequency rules are those of
-transformers' `modeling_rope_utils` (default, linear, llama3, yarn).
+Shapes: T tokens, H heads, D head_dim. The frequency rules are those of transformers'
+`modeling_rope_utils` (default, linear, llama3, yarn).
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ from engine.model.config import RopeConfig
 
 
 class RotaryEmbedding:
-    """Tables cos and sin, float32 [M, D], with both halves of D filled (rotate-half layout)."""
+    """Frequencies on a device, float32 [D / 2].
 
-    def __init__(
-        self, config: RopeConfig, head_dim: int, max_positions: int, device: torch.device
-    ) -> None:
-        frequencies, scale = rope_frequencies(config, head_dim, max_positions)
-        positions = torch.arange(max_positions, dtype=torch.float32)
-        angles_MD = torch.outer(positions, frequencies).repeat(1, 2)
-        self._cos_MD = (angles_MD.cos() * scale).to(device)
-        self._sin_MD = (angles_MD.sin() * scale).to(device)
+    The angles of a step are computed rather than looked up: that costs no more than two gathers,
+    and a table for a million positions would take half a gigabyte.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        frequencies, self._scale = rope_frequencies(config, head_dim)
+        self._frequencies = frequencies.to(device)
+        self.device = device
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, 1, D] in `dtype`, for int64 `positions_T`."""
-        cos = self._cos_MD[positions_T].to(dtype).unsqueeze(1)
-        return cos, self._sin_MD[positions_T].to(dtype).unsqueeze(1)
+        """cos and sin, [T, 1, D / 2] in `dtype`, for int64 `positions_T`; angles in float32."""
+        angles = (positions_T.float()[:, None] * self._frequencies).unsqueeze(1)
+        cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the tables of `RotaryEmbedding.tables` to queries or keys."""
+    """Turn pairs (i, i + D / 2) of queries or keys by the angles of `RotaryEmbedding.tables`."""
     first, second = x_THD.chunk(2, dim=-1)
-    return x_THD * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """Angular frequencies, float32 [D / 2], and the factor on cos and sin."""
-    base = 1.0 / config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """Angular frequencies, float32 [D / 2] on the CPU, and the factor on cos and sin."""
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    base = 1.0 / config.theta**steps
     if config.kind == "linear":
         return base / config.factor, 1.0
     if config.kind == "llama3":
@@ -76,7 +80,7 @@ def _yarn(config: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    index = torch.arange(head_dim // 2, dtype=torch.float32)
+    index = torch.arange(head_dim // 2, dtype=torch.float32, device=base.device)
     keep = 1 - ((index - low) / (high - low)).clamp(0, 1)
     return base / config.factor * (1 - keep) + base * keep
 

@@ -11,33 +11,30 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 from engine.errors import CheckpointError
+from engine.model.json_object import LFS_MARK, shown
 
+# Every whole-byte dtype of the format, so that a wrong one is named rather than called malformed.
 ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
-ITEM_BYTES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
-_LFS_MARK = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file: safetensors dtype name, shape, and bytes on disk."""
+    """One tensor of a file and where its bytes lie."""
 
     file: Path
-    dtype: str
+    dtype: str  # name in the format: F32, BF16, ...
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
     num_bytes: int
 
 
@@ -50,22 +47,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            if _LFS_MARK.startswith(start) and len(start) == 8:
-                raise CheckpointError(
-                    f"{path}: a Git-LFS pointer, not the weights; run git lfs pull"
-                )
-            if len(start) < 8:
-                raise CheckpointError(f"{path}: truncated, {size} bytes hold no safetensors header")
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: not a safetensors file (header of {length} bytes)")
-            header = file.read(length)
+            header = _read_header_bytes(path, file, size)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or 'not readable'}") from None
-    if len(header) < length:
+    return _tensors(path, _parse(path, header), data_start=8 + len(header), file_bytes=size)
+
+
+def _read_header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
+    start = file.read(len(LFS_MARK))
+    if start == LFS_MARK.encode():
+        raise CheckpointError(f"{path}: a Git-LFS pointer, not the weights; run git lfs pull")
+    if len(start) < 8:
+        raise CheckpointError(f"{path}: truncated, {size} bytes hold no safetensors header")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: not a safetensors file (header of {length} bytes)")
+    if 8 + length > size:
         raise CheckpointError(f"{path}: truncated inside its header")
-    return _tensors(path, _parse(path, header), size - 8 - length)
+    file.seek(8)
+    return file.read(length)
 
 
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
@@ -85,35 +85,35 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     return value
 
 
-def _tensors(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, StoredTensor]:
-    tensors = {}
-    spans = []
-    for name, entry in entries.items():
-        tensor, begin = _tensor(path, name, entry)
-        tensors[name] = tensor
-        spans.append((begin, begin + tensor.num_bytes))
-    expected = 0
-    for begin, end in sorted(spans):
-        if begin != expected:
-            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {expected}")
-        expected = end
-    if expected > data_bytes:
-        raise CheckpointError(
-            f"{path}: truncated, {data_bytes} of {expected} tensor bytes are there"
-        )
-    if expected < data_bytes:
-        raise CheckpointError(f"{path}: {data_bytes - expected} bytes follow the last tensor")
+def _tensors(
+    path: Path, entries: dict[str, Any], data_start: int, file_bytes: int
+) -> dict[str, StoredTensor]:
+    """The entries, which must cover the rest of the file without gap or overlap."""
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {end}")
+        end += tensor.num_bytes
+    if end > file_bytes:
+        raise CheckpointError(f"{path}: truncated, {file_bytes} of {end} bytes are there")
+    if end < file_bytes:
+        raise CheckpointError(f"{path}: {file_bytes - end} bytes follow the last tensor")
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any) -> tuple[StoredTensor, int]:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        sane = False
-    if not sane or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: tensor {name[:100]!r} has a malformed entry")
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (_whole_numbers(shape) and _whole_numbers(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{path}: tensor {shown(name)} has a malformed entry")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}")
+    begin, end = offsets
     if end - begin != prod(shape) * ITEM_BYTES[dtype]:
-        raise CheckpointError(f"{path}: tensor {name[:100]!r} has a size that is not its shape's")
-    return StoredTensor(path, dtype, tuple(shape), end - begin), begin
+        raise CheckpointError(f"{path}: tensor {shown(name)} has a size that is not its shape's")
+    return StoredTensor(path, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -67,8 +67,8 @@ def _layer_rules(config: ModelConfig, layer: int) -> Iterator[WeightRule]:
     if config.o_bias:
         yield _plain(ours + "attention.o_proj.bias", attention + "o_proj.bias", (hidden,))
     if config.qk_norm:
-        yield _plain(ours + "attention.q_norm.weight", attention + "q_norm.weight", (dim,))
-        yield _plain(ours + "attention.k_norm.weight", attention + "k_norm.weight", (dim,))
+        norms = tuple((f"{attention}{name}.weight", (dim,)) for name in ("q_norm", "k_norm"))
+        yield WeightRule(ours + "attention.qk_norm.weight", norms)
     yield _plain(
         ours + "post_attention_norm.weight", theirs + "post_attention_layernorm.weight", (hidden,)
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -18,6 +18,8 @@ from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.weight_names import WeightRule, weight_rules
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_decoder(
@@ -33,14 +35,13 @@ def load_decoder(
     config = checkpoint.config
     with torch.device("meta"):
         decoder = Decoder(config)
-    decoder = decoder.to_empty(device=device).to(dtype).eval()
+    decoder = decoder.to(dtype).to_empty(device=device).eval()  # dtype first: nothing exists yet
     parameters = dict(decoder.named_parameters())
-    reader = _TensorReader(checkpoint)
-    with torch.no_grad():
+    with _TensorReader(checkpoint) as reader, torch.no_grad():
         for rule in weight_rules(config):
             _fill(parameters.pop(rule.target), rule, reader)
+        decoder.indexers = _load_indexers(checkpoint, reader, torch.device(device), dtype)
     assert not parameters, f"no rule fills {sorted(parameters)}"
-    decoder.indexers = _load_indexers(checkpoint, reader, torch.device(device), dtype)
     return decoder
 
 
@@ -56,21 +57,44 @@ def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 class _TensorReader:
-    """Reads stored tensors by name; one open file at a time."""
+    """Reads stored tensors by name from where the checked headers say they lie.
+
+    Plain reads instead of a memory map: a mapped shard counts as resident memory beside the model,
+    and one that shrinks meanwhile would kill the process.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._places = {**checkpoint.tensors, **checkpoint.indexer}
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+
+    def __enter__(self) -> _TensorReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def read(self, name: str) -> Tensor:
-        file = self._places[name].file
+        """The tensor in its stored dtype, on the CPU."""
+        stored = self._places[name]
+        content = torch.empty(stored.num_bytes, dtype=torch.uint8)
         try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-        except Exception as error:  # the library raises its own types for a file that changed
-            raise CheckpointError(
-                f"{file}: cannot read {name!r} ({type(error).__name__})"
-            ) from None
-        return tensor
+            file = self._open(stored.file)
+            file.seek(stored.offset)
+            count = file.readinto(content.numpy())  # type: ignore[attr-defined]  # typeshed gap
+        except OSError as error:
+            raise CheckpointError(f"{stored.file}: {error.strerror or 'not readable'}") from None
+        if count != stored.num_bytes:
+            raise CheckpointError(f"{stored.file}: truncated while it was read")
+        return content.view(DTYPES[stored.dtype]).view(stored.shape)
+
+    def _open(self, path: Path) -> BinaryIO:
+        if self._file is None or path != self._path:
+            if self._file is not None:
+                self._file.close()
+            self._file, self._path = path.open("rb"), path
+        return self._file
 
 
 def _fill(parameter: Tensor, rule: WeightRule, reader: _TensorReader) -> None:
