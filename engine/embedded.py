@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+EMBEDDED_MODEL_NAME = "code-8m-sparse"
+
 
 def embedded_model_path() -> Path:
     """Folder of the embedded model; its README.md says what it is."""

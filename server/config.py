@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import AttentionMode, EngineConfig
+from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -79,7 +80,9 @@ class ServerConfig(BaseSettings):
             name = first["loc"][0] if first["loc"] else "settings"
             raise ConfigError(f"{name}: {first['msg']}") from None
         if not config.model_name:
-            config = config.model_copy(update={"model_name": config.model.resolve().name})
+            folder = config.model.resolve()
+            name = EMBEDDED_MODEL_NAME if folder == default_model.resolve() else folder.name
+            config = config.model_copy(update={"model_name": name})
         config.engine()  # its own checks
         if not config.keys() and not config.is_loopback and not config.allow_unauthenticated:
             raise ConfigError(
@@ -149,4 +152,6 @@ class ServerConfig(BaseSettings):
 
 def _with_default(flags: dict[str, Any], default_model: Path) -> dict[str, Any]:
     """The flags, with the default model unless the environment names one."""
-    return flags if "RTPURBO_MODEL" in os.environ else {**flags, "model": default_model}
+    if "RTPURBO_MODEL" in os.environ:
+        return flags
+    return {**flags, "model": default_model}

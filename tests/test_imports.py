@@ -1,4 +1,4 @@
-"""The arrows between packages (docs: README, "Layout"): who may import whom, checked from source."""
+"""The arrows between packages: who may import whom, checked from source."""
 
 from __future__ import annotations
 

@@ -1,0 +1,128 @@
+"""What `rtpurbo inspect` shows of a folder: head map, KV bytes, memory plan. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.model.checkpoint import Checkpoint, preflight
+from engine.model.head_layout import model_heads
+
+RETRIEVAL, LOCAL_ON_FULL, LOCAL = "#", "+", "."
+
+
+def model_report(folder: Path) -> dict[str, Any]:
+    """Facts about a folder, ready for JSON.
+
+    Raises:
+        CheckpointError: one line that names the file.
+    """
+    checkpoint = preflight(folder)
+    config, sparse = checkpoint.config, checkpoint.config.sparse
+    heads = model_heads(config)
+    return {
+        "model": folder.resolve().name,
+        "family": config.family,
+        "layers": config.num_layers,
+        "query_heads": config.num_layers * config.num_heads,
+        "kv_heads": config.num_layers * config.num_kv_heads,
+        "retrieval_heads": [list(layer.retrieval) for layer in heads],
+        "full_kv_heads": [list(layer.full_kv) for layer in heads],
+        "attention": "dense" if sparse is None else "sparse",
+        "window_tokens": None if sparse is None else sparse.window_tokens,
+        "sink_tokens": None if sparse is None else sparse.sink_tokens,
+        "index_dim": None if sparse is None else sparse.index_dim,
+        "dense_below": None if sparse is None else sparse.dense_below,
+        "max_position_embeddings": config.max_position_embeddings,
+        "weight_bytes": checkpoint.weight_bytes,
+        "kv_elements_per_token": _elements(checkpoint),
+        "kv_elements_per_token_dense": 2
+        * config.num_layers
+        * config.num_kv_heads
+        * config.head_dim,
+    }
+
+
+def render_head_map(report: dict[str, Any], heads_per_layer: int, group: int) -> str:
+    """Layers down, query heads across; a space between the groups of a KV head."""
+    lines = [
+        f"{RETRIEVAL} retrieval   {LOCAL_ON_FULL} local, KV kept whole   {LOCAL} local, windowed"
+    ]
+    for layer, retrieval in enumerate(report["retrieval_heads"]):
+        full = set(report["full_kv_heads"][layer])
+        row = ""
+        for head in range(heads_per_layer):
+            row += " " if head and head % group == 0 else ""
+            row += (
+                RETRIEVAL
+                if head in retrieval
+                else LOCAL_ON_FULL
+                if head // group in full
+                else LOCAL
+            )
+        lines.append(f"{layer:>4}  {row}")
+    return "\n".join(lines)
+
+
+def render_report(folder: Path) -> str:
+    """The report for people."""
+    report = model_report(folder)
+    config = preflight(folder).config
+    chosen = sum(len(layer) for layer in report["retrieval_heads"])
+    total = report["query_heads"]
+    sparse, dense = report["kv_elements_per_token"], report["kv_elements_per_token_dense"]
+    saving = dense / max(sparse, 1)
+    facts = {
+        "model": f"{report['model']} ({report['family']}, {report['attention']} attention)",
+        "retrieval heads": f"{chosen} of {total} ({chosen / total:.1%})",
+        "KV per token": f"{2 * sparse:,} B in bfloat16, dense {2 * dense:,} B ({saving:.1f}x)",
+        "weights": f"{report['weight_bytes'] / 2**20:,.1f} MiB",
+        "context": f"{report['max_position_embeddings']:,} tokens",
+    }
+    if report["attention"] == "sparse":
+        facts["window"] = f"{report['window_tokens']:,} tokens and {report['sink_tokens']} sinks"
+        facts["indexer"] = (
+            "none: retrieval heads decode densely"
+            if report["index_dim"] is None
+            else f"{report['index_dim']} dimensions, dense below {report['dense_below']:,} tokens"
+        )
+    lines = [f"{name:>16}  {value}" for name, value in facts.items()]
+    head_map = render_head_map(report, config.num_heads, config.group_size)
+    return "\n".join([*lines, "", head_map])
+
+
+def plot_head_map(folder: Path, file: Path) -> None:
+    """The head map as a picture; needs matplotlib.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib.figure
+
+    report = model_report(folder)
+    config = preflight(folder).config
+    grid = [[0.0] * config.num_heads for _ in range(config.num_layers)]
+    for layer, retrieval in enumerate(report["retrieval_heads"]):
+        for head in range(config.num_heads):
+            kept = head // config.group_size in report["full_kv_heads"][layer]
+            grid[layer][head] = 1.0 if head in retrieval else 0.4 if kept else 0.0
+    size = (max(4.0, config.num_heads / 4), max(3.0, config.num_layers / 4))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes.set(
+        xlabel="query head",
+        ylabel="layer",
+        title=f"{report['model']}: retrieval heads (dark), local heads on kept KV (light)",
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _elements(checkpoint: Checkpoint) -> int:
+    """Elements of the full pool per token: keys, values and index keys."""
+    config = checkpoint.config
+    index_dim = config.sparse.index_dim if config.sparse is not None else None
+    return sum(
+        2 * len(layer.full_kv) * config.head_dim + layer.index_rows * (index_dim or 0)
+        for layer in model_heads(config)
+    )
