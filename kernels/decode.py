@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels._checks import check_shapes
 from kernels.head_groups import heads_by_row
+from kernels.row_slices import row_slices
 
 MAX_GATHERED = 2**24  # cache elements gathered at once; 64 MiB in float32
 
@@ -42,7 +43,7 @@ def decode_sparse(
     kv_heads, block_tokens = k_cache.shape[1:3]
     counts_R = mask_RHB.sum(-1).amax(-1).tolist()
     out_RHD = torch.empty_like(q_RHD)
-    for part in _row_slices(counts_R, heads * block_tokens * dim):
+    for part in row_slices(counts_R, heads * block_tokens * dim, MAX_GATHERED):
         most = max(counts_R[part])
         # A stable sort of the mask lists each head's blocks first, in their order.
         kept_RHM, block_RHM = mask_RHB[part].sort(stable=True, dim=-1, descending=True)
@@ -59,6 +60,7 @@ def decode_sparse(
             block_tokens, device=q_RHD.device
         )
         seen = kept_RHM[..., None] & (positions < context_lens_R[part, None, None, None])
+        _clear_unseen(v, seen.view(len(k), most, block_tokens))
         out = _attend(q_RHD[part].reshape(-1, 1, dim), k, v, seen.view(len(k), -1), scale)
         out_RHD[part] = out.view(-1, heads, dim)
     return out_RHD
@@ -150,11 +152,13 @@ def _decode_blocks(
     near_RS = (newest_R1 - positions_RS < window) | (positions_RS < sinks)
     seen_RS = near_RS & (positions_RS <= newest_R1) & (positions_RS >= 0)
     out_RHD = torch.empty_like(q_RHD)
-    for part in _row_slices([block_RM.shape[1]] * len(q_RHD), block_tokens * dim):
+    blocks_R = [block_RM.shape[1]] * len(q_RHD)
+    for part in row_slices(blocks_R, block_tokens * dim, MAX_GATHERED):
         for kv_row, heads in heads_by_row(kv_row_H):
             k_RSD, v_RSD = (
                 cache[pages_RM[part], kv_row].flatten(1, 2) for cache in (k_cache, v_cache)
             )
+            _clear_unseen(v_RSD, seen_RS[part].view(len(v_RSD), -1, block_tokens))
             out_RHD[part, heads] = _attend(q_RHD[part, heads], k_RSD, v_RSD, seen_RS[part], scale)
     return out_RHD
 
@@ -162,27 +166,22 @@ def _decode_blocks(
 def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, seen_ZS: Tensor, scale: float) -> Tensor:
     """Masked softmax attention of G queries of each batch entry over its S keys: [Z, G, D].
 
-    What is not seen may hold anything, NaN included: its scores are replaced and its values zeroed.
+    Keys that are not seen may hold anything, NaN included; such values must be finite.
     """
     scores_ZGS = torch.bmm(q_ZGD, k_ZSD.transpose(1, 2)).float() * scale
-    unseen_ZS = ~seen_ZS
-    weights_ZGS = scores_ZGS.masked_fill_(unseen_ZS[:, None], float("-inf")).softmax(-1)
-    v_ZSD = v_ZSD.masked_fill_(unseen_ZS[..., None], 0.0)  # a gathered copy: writing is safe
+    weights_ZGS = scores_ZGS.masked_fill_(~seen_ZS[:, None], float("-inf")).softmax(-1)
     return torch.bmm(weights_ZGS.to(v_ZSD.dtype), v_ZSD)
 
 
-def _row_slices(blocks_R: list[int], elements_per_block: int) -> list[slice]:
-    """Cut the rows so that each slice gathers at most MAX_GATHERED elements (one row at least)."""
-    slices: list[slice] = []
-    start, widest = 0, 0
-    for row, blocks in enumerate(blocks_R):
-        grown = max(widest, blocks)
-        if row > start and (row + 1 - start) * grown * elements_per_block > MAX_GATHERED:
-            slices.append(slice(start, row))
-            start, grown = row, blocks
-        widest = grown
-    slices.append(slice(start, len(blocks_R)))
-    return slices
+def _clear_unseen(v_ZSD: Tensor, seen_ZMK: Tensor) -> None:
+    """Zero the gathered values that no query sees, which may be NaN: a weight of 0 is not enough.
+
+    Only blocks that are not seen whole are touched, which are few.
+    """
+    blocks = (~seen_ZMK.all(-1)).flatten().nonzero().squeeze(1)
+    v_blocks = v_ZSD.view(-1, seen_ZMK.shape[-1], v_ZSD.shape[-1])
+    unseen = ~seen_ZMK.flatten(0, 1)[blocks]
+    v_blocks[blocks] = v_blocks[blocks].masked_fill_(unseen[..., None], 0.0)
 
 
 def _check(
