@@ -89,9 +89,7 @@ def read_heads(path: Path, layers: int, heads: int) -> list[list[int]]:
     try:
         chosen = json.loads(path.read_text(encoding="utf-8"))["retrieval_heads"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{path}: no list retrieval_heads ({type(error).__name__})"
-        ) from None
+        raise ConversionError(f"{path}: no list retrieval_heads ({type(error).__name__})") from None
     if not isinstance(chosen, list) or len(chosen) != layers:
         raise ConversionError(f"{path}: retrieval_heads must list {layers} layers")
     for layer, row in enumerate(chosen):

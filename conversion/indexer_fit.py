@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 
 import torch
@@ -90,9 +91,7 @@ def index_groups(config: ModelConfig) -> list[IndexGroup]:
         sets: list[tuple[int, ...]] = [(head,) for head in heads.retrieval]
         if config.sparse.index_scope == "kv_head":
             size = config.group_size
-            sets = [
-                tuple(h for h in heads.retrieval if h // size == kv) for kv in heads.full_kv
-            ]
+            sets = [tuple(h for h in heads.retrieval if h // size == kv) for kv in heads.full_kv]
         for members in sets:
             moments = [Moments.empty(config.head_dim) for _ in range(len(members) + 1)]
             kv = members[0] // config.group_size
@@ -131,13 +130,14 @@ class IndexerFit:
         """
         for number, ids in enumerate(documents):
             rows_R = self._rows(len(ids), number)
-            self._watch(ids, lambda view, rows_R=rows_R: self._add_moments(view, rows_R))
+            self._watch(ids, partial(self._add_moments, rows_R=rows_R))
             advance()
         candidates = self._candidates(max(len(ids) for ids in documents))
         tallies = [_Tally(len(candidates), len(group.heads)) for group in self.groups]
         for number, ids in enumerate(trial):
             kinds = self._row_kinds(len(ids), needle_tokens, number)
-            self._watch(ids, lambda view, kinds=kinds: self._try(view, kinds, candidates, tallies))
+            watch = partial(self._try, kinds=kinds, candidates=candidates, tallies=tallies)
+            self._watch(ids, watch)
             advance()
         for place, (group, tally) in enumerate(zip(self.groups, tallies, strict=True)):
             wanted = [self._top_p[group.layer, head] for head in group.heads]
@@ -222,9 +222,7 @@ class IndexerFit:
     def _candidates(self, length: int) -> list[_Candidate]:
         """Per horizon in tokens: W_Q and W_K of every group at temperature 1."""
         config = self.config
-        frequencies, _ = rope_frequencies(
-            config.rope, config.head_dim, config.max_position_embeddings
-        )
+        frequencies, _ = rope_frequencies(config.rope, config.head_dim)
         candidates = []
         for share in HORIZONS:
             target_DD = mean_rotation(frequencies, share * length) * config.head_dim**-0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 
@@ -14,9 +16,14 @@ def check_shapes(sizes: dict[str, int], **tensors: tuple[Tensor, str]) -> None:
         ValueError: names the tensor, the dimension and both sizes.
     """
     for name, (tensor, dims) in tensors.items():
-        names = dims.split()
+        names = _names(dims)
         if tensor.dim() != len(names):
             raise ValueError(f"{name} must be [{dims}], got {tensor.dim()} dimensions")
         for dim, size in zip(names, tensor.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 raise ValueError(f"{name} must be [{dims}] with {dim}={sizes[dim]}, got {size}")
+
+
+@lru_cache(maxsize=256)
+def _names(dims: str) -> tuple[str, ...]:
+    return tuple(dims.split())

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_shapes
-from kernels.head_groups import heads_by_row
+from kernels.head_groups import equal_groups, heads_by_row
 from kernels.row_slices import row_slices
 
+SMALL = 2**18  # elements
 MAX_GATHERED = 2**24  # cache elements gathered at once; 64 MiB in float32
 
 
@@ -39,30 +40,28 @@ def decode_sparse(
     """
     _check(q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, context_lens_R)
     check_shapes({}, q=(q_RHD, "R H D"), mask=(mask_RHB, "R H B"))
-    _, heads, dim = q_RHD.shape
-    kv_heads, block_tokens = k_cache.shape[1:3]
-    counts_R = mask_RHB.sum(-1).amax(-1).tolist()
+    kv_heads, block_tokens, dim = k_cache.shape[1:]
     out_RHD = torch.empty_like(q_RHD)
-    for part in row_slices(counts_R, heads * block_tokens * dim, MAX_GATHERED):
-        most = max(counts_R[part])
-        # A stable sort of the mask lists each head's blocks first, in their order.
-        kept_RHM, block_RHM = mask_RHB[part].sort(stable=True, dim=-1, descending=True)
-        kept_RHM, block_RHM = kept_RHM[..., :most], block_RHM[..., :most]
-        tables = block_tables_RB[part, None].expand(-1, heads, -1)
-        pages_RHM = tables.gather(-1, block_RHM) * kv_heads + kv_row_H[:, None]
-        k, v = (
-            cache.flatten(0, 1)
-            .index_select(0, pages_RHM.flatten())
-            .view(-1, most * block_tokens, dim)
-            for cache in (k_cache, v_cache)
-        )
-        positions = block_RHM[..., None] * block_tokens + torch.arange(
-            block_tokens, device=q_RHD.device
-        )
-        seen = kept_RHM[..., None] & (positions < context_lens_R[part, None, None, None])
-        _clear_unseen(v, seen.view(len(k), most, block_tokens))
-        out = _attend(q_RHD[part].reshape(-1, 1, dim), k, v, seen.view(len(k), -1), scale)
-        out_RHD[part] = out.view(-1, heads, dim)
+    for kv_row, heads in heads_by_row(kv_row_H):
+        # A page is read once for all query heads that share it: the union of their blocks.
+        union_RB = mask_RHB[:, heads].any(1)
+        counts_R = union_RB.sum(-1).tolist()
+        for part in row_slices(counts_R, block_tokens * dim, MAX_GATHERED):
+            most = max(counts_R[part])
+            # A stable sort of the mask lists each row's blocks first, in their order.
+            kept_RM, block_RM = union_RB[part].sort(stable=True, dim=-1, descending=True)
+            kept_RM, block_RM = kept_RM[:, :most], block_RM[:, :most]
+            pages_RM = block_tables_RB[part].gather(1, block_RM) * kv_heads + kv_row
+            k_RSD, v_RSD = _gather(k_cache, pages_RM), _gather(v_cache, pages_RM)
+            positions = block_RM[..., None] * block_tokens + torch.arange(
+                block_tokens, device=q_RHD.device
+            )
+            inside_RMK = kept_RM[..., None] & (positions < context_lens_R[part, None, None])
+            _clear_unseen(v_RSD, inside_RMK)
+            wanted = block_RM[:, None].expand(-1, len(heads), -1)
+            chosen_RGM = mask_RHB[part][:, heads].gather(-1, wanted)
+            seen_RGS = (chosen_RGM[..., None] & inside_RMK[:, None]).flatten(2)
+            out_RHD[part, heads] = _attend(q_RHD[part, heads], k_RSD, v_RSD, seen_RGS, scale)
     return out_RHD
 
 
@@ -143,8 +142,9 @@ def _decode_blocks(
     sinks: int,
     scale: float,
 ) -> Tensor:
-    """The window rule over the given logical blocks (-1: none), one gather per KV head."""
-    block_tokens, dim = k_cache.shape[2:]
+    """The window rule over the given logical blocks (-1: none); a page is read once per KV head."""
+    kv_heads, block_tokens, dim = k_cache.shape[1:]
+    rows, blocks = block_RM.shape
     pages_RM = block_tables_RB.gather(1, block_RM.clamp(0, block_tables_RB.shape[1] - 1))
     offsets_K = torch.arange(block_tokens, device=q_RHD.device)
     positions_RS = (block_RM[..., None] * block_tokens + offsets_K).flatten(1)
@@ -152,32 +152,48 @@ def _decode_blocks(
     near_RS = (newest_R1 - positions_RS < window) | (positions_RS < sinks)
     seen_RS = near_RS & (positions_RS <= newest_R1) & (positions_RS >= 0)
     out_RHD = torch.empty_like(q_RHD)
-    blocks_R = [block_RM.shape[1]] * len(q_RHD)
-    for part in row_slices(blocks_R, block_tokens * dim, MAX_GATHERED):
-        for kv_row, heads in heads_by_row(kv_row_H):
-            k_RSD, v_RSD = (
-                cache[pages_RM[part], kv_row].flatten(1, 2) for cache in (k_cache, v_cache)
-            )
-            _clear_unseen(v_RSD, seen_RS[part].view(len(v_RSD), -1, block_tokens))
-            out_RHD[part, heads] = _attend(q_RHD[part, heads], k_RSD, v_RSD, seen_RS[part], scale)
+    for kv_rows, heads in equal_groups(kv_row_H):
+        count = len(kv_rows)
+        row_N = torch.tensor(kv_rows, device=q_RHD.device)
+        for part in row_slices([blocks] * rows, count * block_tokens * dim, MAX_GATHERED):
+            pages_ZM = (pages_RM[part, None] * kv_heads + row_N[:, None]).flatten(0, 1)
+            k_ZSD, v_ZSD = _gather(k_cache, pages_ZM), _gather(v_cache, pages_ZM)
+            seen_ZS = seen_RS[part].repeat_interleave(count, 0)
+            _clear_unseen(v_ZSD, seen_ZS.view(-1, blocks, block_tokens))
+            q_ZGD = q_RHD[part, heads].reshape(len(pages_ZM), -1, dim)
+            out = _attend(q_ZGD, k_ZSD, v_ZSD, seen_ZS[:, None], scale)
+            out_RHD[part, heads] = out.view(-1, len(heads), dim)
     return out_RHD
 
 
-def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, seen_ZS: Tensor, scale: float) -> Tensor:
+def _gather(cache: Tensor, pages_ZM: Tensor) -> Tensor:
+    """Tokens of (page, KV head) pairs, given as page * N + head: [Z, M * K, D], a copy."""
+    block_tokens, dim = cache.shape[2:]
+    flat = cache.view(-1, block_tokens * dim)
+    return flat.index_select(0, pages_ZM.flatten()).view(len(pages_ZM), -1, dim)
+
+
+def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, seen_ZGS: Tensor, scale: float) -> Tensor:
     """Masked softmax attention of G queries of each batch entry over its S keys: [Z, G, D].
+
+    `seen_ZGS` may have one row for all queries of an entry.
 
     Keys that are not seen may hold anything, NaN included; such values must be finite.
     """
     scores_ZGS = torch.bmm(q_ZGD, k_ZSD.transpose(1, 2)).float() * scale
-    weights_ZGS = scores_ZGS.masked_fill_(~seen_ZS[:, None], float("-inf")).softmax(-1)
+    weights_ZGS = scores_ZGS.masked_fill_(~seen_ZGS, float("-inf")).softmax(-1)
     return torch.bmm(weights_ZGS.to(v_ZSD.dtype), v_ZSD)
 
 
 def _clear_unseen(v_ZSD: Tensor, seen_ZMK: Tensor) -> None:
     """Zero the gathered values that no query sees, which may be NaN: a weight of 0 is not enough.
 
-    Only blocks that are not seen whole are touched, which are few.
+    Of many values only the blocks that are not seen whole are touched; for few, finding those
+    blocks would take longer than to touch all.
     """
+    if v_ZSD.numel() <= SMALL:
+        v_ZSD.masked_fill_(~seen_ZMK.flatten(1).unsqueeze(-1), 0.0)
+        return
     blocks = (~seen_ZMK.all(-1)).flatten().nonzero().squeeze(1)
     v_blocks = v_ZSD.view(-1, seen_ZMK.shape[-1], v_ZSD.shape[-1])
     unseen = ~seen_ZMK.flatten(0, 1)[blocks]

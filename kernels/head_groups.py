@@ -12,3 +12,15 @@ def heads_by_row(kv_row_H: Tensor) -> Iterator[tuple[int, list[int]]]:
     rows = kv_row_H.tolist()
     for row in dict.fromkeys(rows):
         yield row, [head for head, other in enumerate(rows) if other == row]
+
+
+def equal_groups(kv_row_H: Tensor) -> Iterator[tuple[list[int], list[int]]]:
+    """KV rows that as many query heads read each, and those heads, row by row.
+
+    With grouped-query attention there is one such set, or a few where head roles split a group.
+    """
+    by_size: dict[int, list[tuple[int, list[int]]]] = {}
+    for row, heads in heads_by_row(kv_row_H):
+        by_size.setdefault(len(heads), []).append((row, heads))
+    for groups in by_size.values():
+        yield [row for row, _ in groups], [head for _, heads in groups for head in heads]

@@ -112,9 +112,91 @@ def serve(
 def convert(
     model: Annotated[Path, typer.Argument(help="Folder of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to make; must not exist.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file or folder; default: Python sources of this environment."),
+    ] = None,
+    heads_share: Annotated[
+        float, typer.Option(help="Share of the query heads that keep the full context.")
+    ] = 0.15,
+    heads_mass: Annotated[
+        float | None, typer.Option(help="Instead: share of the summed needle scores.")
+    ] = None,
+    max_kv_heads: Annotated[
+        int | None, typer.Option(help="Keep heads of so many KV heads only: a smaller KV cache.")
+    ] = None,
+    window_tokens: Annotated[int, typer.Option(help="Window of the local heads.")] = 8192,
+    sink_tokens: Annotated[int, typer.Option(help="First tokens that all heads see.")] = 4,
+    index_dim: Annotated[int, typer.Option(help="Dimensions of the index.")] = 16,
+    index_scope: Annotated[
+        Literal["query_head", "kv_head"], typer.Option(help="Index keys per query or KV head.")
+    ] = "query_head",
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")] = 64,
+    top_p: Annotated[float, typer.Option(help="Attention mass that selection keeps.")] = 0.9,
+    dense_below: Annotated[
+        int, typer.Option(help="Context length below which decoding attends everything.")
+    ] = 0,
+    documents: Annotated[int, typer.Option(help="Documents for the needle scores.")] = 4,
+    document_tokens: Annotated[int, typer.Option(help="Length of a document.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of documents, needles and samples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Make a sparse model of a dense one."""
-    raise NotImplementedError
+    """Make a sparse model of a dense one: calibrate, fit the indexer in closed form, export.
+
+    State is kept in OUT.work: stop at any time and run the same command again. Edit
+    OUT.work/heads.json after calibration to choose heads by hand. There are no training steps yet.
+    """
+    from rich.console import Console
+
+    from conversion.pipeline import ConvertOptions
+    from conversion.pipeline import convert as run_conversion
+    from engine.errors import EngineError
+
+    try:
+        options = ConvertOptions(
+            data=data,
+            heads_share=heads_share,
+            heads_mass=heads_mass,
+            max_kv_heads=max_kv_heads,
+            window_tokens=window_tokens,
+            sink_tokens=sink_tokens,
+            index_dim=index_dim,
+            index_scope=index_scope,
+            block_tokens=block_tokens,
+            top_p=top_p,
+            dense_below=dense_below,
+            documents=documents,
+            document_tokens=document_tokens,
+            seed=seed,
+            device=device,
+        )
+        run_conversion(model, out, options, Console(stderr=True))
+    except EngineError as error:
+        _fail(error)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument = None,
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the head map (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Show a model folder's head map and what a token of context costs."""
+    from engine.embedded import embedded_model_path
+    from engine.errors import EngineError
+    from server.model_report import model_report, plot_head_map, render_report
+
+    folder = model or embedded_model_path()
+    try:
+        print(json.dumps(model_report(folder)) if as_json else render_report(folder))
+        if plot is not None:
+            plot_head_map(folder, plot)
+    except EngineError as error:
+        _fail(error)
+    except ImportError:
+        _fail("--plot needs matplotlib: pip install 'rtpurbo[plot]'")
 
 
 @bench_app.command("serving")

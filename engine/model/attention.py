@@ -29,6 +29,18 @@ class HeadGroup:
 
     heads_H: Tensor
     kv_row_H: Tensor
+    is_whole: bool  # all heads of the layer, in order: nothing to pick out
+
+    def pick(self, x_THD: Tensor) -> Tensor:
+        """The group's heads."""
+        return x_THD if self.is_whole else x_THD[:, self.heads_H]
+
+    def place(self, value_THD: Tensor, out_THD: Tensor) -> None:
+        """Put the group's heads back."""
+        if self.is_whole:
+            out_THD.copy_(value_THD)
+        else:
+            out_THD[:, self.heads_H] = value_THD
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +61,19 @@ class LayerRoles:
         def ints(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
+        total = sum(map(len, (heads.retrieval, heads.local_on_full, heads.local_on_windowed)))
+
+        def group(members: Sequence[int], kv_rows: Sequence[int]) -> HeadGroup:
+            return HeadGroup(ints(members), ints(kv_rows), len(members) == total)
+
         per_head = heads.index_rows == len(heads.retrieval)
         index_heads = [h // group_size for h in heads.retrieval] if per_head else heads.full_kv
         return cls(
             full_kv_N=ints(heads.full_kv),
             windowed_kv_N=ints(heads.windowed_kv),
-            retrieval=HeadGroup(ints(heads.retrieval), ints(heads.retrieval_kv_row)),
-            local_on_full=HeadGroup(ints(heads.local_on_full), ints(heads.local_on_full_kv_row)),
-            local_on_windowed=HeadGroup(
-                ints(heads.local_on_windowed), ints(heads.local_on_windowed_kv_row)
-            ),
+            retrieval=group(heads.retrieval, heads.retrieval_kv_row),
+            local_on_full=group(heads.local_on_full, heads.local_on_full_kv_row),
+            local_on_windowed=group(heads.local_on_windowed, heads.local_on_windowed_kv_row),
             index_head_X=ints(index_heads if heads.has_indexer else ()),
             index_row_H=ints(heads.index_row),
             top_p_H=torch.tensor(heads.top_p, dtype=torch.float32, device=device),
@@ -123,18 +138,12 @@ class PagedAttention:
         cache, metadata = self.layers.caches[layer], self.metadata
         if heads.full_kv:
             full = roles.full_kv_N
-            store_kv(
-                k_TND[:, full], v_TND[:, full], cache.full_k, cache.full_v, metadata.full_slots_T
-            )
+            k, v = (k_TND[:, full], v_TND[:, full]) if heads.windowed_kv else (k_TND, v_TND)
+            store_kv(k, v, cache.full_k, cache.full_v, metadata.full_slots_T)
         if heads.windowed_kv:
             windowed = roles.windowed_kv_N
-            store_kv(
-                k_TND[:, windowed],
-                v_TND[:, windowed],
-                cache.window_k,
-                cache.window_v,
-                metadata.window_slots_T,
-            )
+            k, v = (k_TND[:, windowed], v_TND[:, windowed]) if heads.full_kv else (k_TND, v_TND)
+            store_kv(k, v, cache.window_k, cache.window_v, metadata.window_slots_T)
         indexer = self.layers.indexers[layer]
         if heads.has_indexer and indexer is not None:
             keys_TXI = project_index(k_pre_TND, indexer.k_proj_HID, roles.index_head_X)
@@ -148,14 +157,14 @@ class PagedAttention:
         window = (cache.window_k, cache.window_v, metadata.prefill_window_SB, *ends)
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
-            q = q_THD[:, group.heads_H]
-            out_THD[:, group.heads_H] = prefill_dense(q, group.kv_row_H, *full, static.scale)
+            q = group.pick(q_THD)
+            group.place(prefill_dense(q, group.kv_row_H, *full, static.scale), out_THD)
         for group in _present(roles.local_on_full):
-            q = q_THD[:, group.heads_H]
-            out_THD[:, group.heads_H] = prefill_windowed(q, group.kv_row_H, *full, *rule)
+            q = group.pick(q_THD)
+            group.place(prefill_windowed(q, group.kv_row_H, *full, *rule), out_THD)
         for group in _present(roles.local_on_windowed):
-            q = q_THD[:, group.heads_H]
-            out_THD[:, group.heads_H] = prefill_windowed(q, group.kv_row_H, *window, *rule)
+            q = group.pick(q_THD)
+            group.place(prefill_windowed(q, group.kv_row_H, *window, *rule), out_THD)
 
     def _decode(self, layer: int, q_pre_RHD: Tensor, q_RHD: Tensor, out_RHD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
@@ -165,19 +174,20 @@ class PagedAttention:
         window = (cache.window_k, cache.window_v, metadata.decode_window_RB, lens)
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
-            q = q_RHD[:, group.heads_H]
-            mask_RHB = self._select(layer, q_pre_RHD[:, group.heads_H], cache)
-            out_RHD[:, group.heads_H] = (
+            q = group.pick(q_RHD)
+            mask_RHB = self._select(layer, group.pick(q_pre_RHD), cache)
+            group.place(
                 decode_dense(q, group.kv_row_H, *full, static.scale)
                 if mask_RHB is None
-                else decode_sparse(q, group.kv_row_H, *full, mask_RHB, static.scale)
+                else decode_sparse(q, group.kv_row_H, *full, mask_RHB, static.scale),
+                out_RHD,
             )
         for group in _present(roles.local_on_full):
-            q = q_RHD[:, group.heads_H]
-            out_RHD[:, group.heads_H] = decode_windowed(q, group.kv_row_H, *full, *rule)
+            q = group.pick(q_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *full, *rule), out_RHD)
         for group in _present(roles.local_on_windowed):
-            q = q_RHD[:, group.heads_H]
-            out_RHD[:, group.heads_H] = decode_windowed(q, group.kv_row_H, *window, *rule)
+            q = group.pick(q_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *window, *rule), out_RHD)
 
     def _select(self, layer: int, q_pre_RHD: Tensor, cache: LayerCache) -> Tensor | None:
         """Blocks that each row's retrieval heads attend, bool [R, H, B]; None: all of them.

@@ -66,7 +66,9 @@ class QKNorm(nn.Module):
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
     """x over its root mean square; rounded to x's dtype before any weight, as transformers does."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # reads x once, unlike rms_norm
+    return (wide * torch.rsqrt(norm * norm / x.shape[-1] + eps)).to(x.dtype)
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,69 @@
+"""Files of a conversion in progress: whole or not there, and readable where they can be."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from conversion.errors import ConversionError
+from engine.model.decoder import Indexer
+
+
+def read_json(path: Path) -> Any:
+    """The value in a state file; raises ConversionError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConversionError(f"{path}: not readable; remove it to do this step again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A state file that people can read; raises ConversionError."""
+    _write(path, lambda file: file.write_text(_readable(value), encoding="utf-8"))
+
+
+def _readable(value: Any) -> str:
+    """JSON with a line for each key, so that a head list can be edited by hand."""
+    if not isinstance(value, dict):
+        return json.dumps(value, indent=1) + "\n"
+    lines = [f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def write_tensors(path: Path, indexers: Sequence[Indexer | None]) -> None:
+    """The indexers by layer; raises ConversionError."""
+    tensors = {}
+    for layer, indexer in enumerate(indexers):
+        if indexer is not None:
+            tensors[f"{layer}.q"] = indexer.q_proj_HID.contiguous()
+            tensors[f"{layer}.k"] = indexer.k_proj_HID.contiguous()
+    _write(path, lambda file: save_file(tensors, file))
+
+
+def read_tensors(path: Path, layers: int) -> list[Indexer | None]:
+    """What `write_tensors` wrote; raises ConversionError."""
+    try:
+        tensors = load_file(path)
+    except Exception:  # the library raises its own types
+        raise ConversionError(f"{path}: not readable; remove {path.parent}") from None
+    return [
+        Indexer(q_proj_HID=tensors[f"{layer}.q"], k_proj_HID=tensors[f"{layer}.k"])
+        if f"{layer}.q" in tensors
+        else None
+        for layer in range(layers)
+    ]
+
+
+def _write(path: Path, work: Callable[[Path], Any]) -> None:
+    """Write beside and rename, so that a file is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        work(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be written ({error.strerror})") from None
