@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
@@ -76,6 +76,17 @@ class BlockPool:
     def lookup(self, digest: bytes) -> int | None:
         """The page with this content; it is neither shared nor protected by being looked up."""
         return self._page_of.get(digest)
+
+    def leading(self, digests: Sequence[bytes]) -> int:
+        """How many of the first digests have a page, up to the first one that has none."""
+        for count, digest in enumerate(digests):
+            if digest not in self._page_of:
+                return count
+        return len(digests)
+
+    def in_use(self, digests: Iterable[bytes]) -> int:
+        """How many of the contents lie on pages that have an owner."""
+        return sum(self._page_of.get(digest) in self._owners for digest in digests)
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """Assert that the books balance; `owned` lists every page once per owner."""

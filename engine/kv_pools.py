@@ -60,11 +60,20 @@ class KvPools:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
-    def needed(self, tokens: int, chunk: int) -> tuple[int, int]:
-        """Most pages (full, window) that a sequence grown to `tokens` in chunks holds at once."""
+    def needed(self, tokens: int, chunk: int = 1) -> tuple[int, int]:
+        """Most pages (full, window) that a sequence grown to `tokens` in chunks holds at once.
+
+        With single tokens it is the least that lets a sequence get on: chunks are cut to fit.
+        """
         blocks = self.blocks(tokens)
         live = self.blocks(self.window_tokens + chunk) + 2  # a partial block at each end, and sinks
         return blocks * self.has_full, min(blocks, live) * self.has_window
+
+    def missing(self, request: Request, tokens: int) -> tuple[int, int]:
+        """Those of the `needed` pages that the request does not hold yet."""
+        full, window = self.needed(tokens)
+        held = len(request.window_blocks) - request.window_start + (request.window_start > 0)
+        return max(full - len(request.full_blocks), 0), max(window - held, 0)
 
     def reachable(self, request: Request) -> int:
         """How many tokens of the request the pages that can be had now would hold."""
@@ -91,14 +100,25 @@ class KvPools:
         A prefix of h tokens is usable if all its full pages are there, and the window pages of the
         sinks and of every position that the query at h sees.
         """
-        if not self.prefix_caching or request.params.prompt_logprobs is not None:
-            return 0
-        self.digest(request)
-        limit = min(len(request.digests), (request.total - 1) // self.block_tokens)
-        digests = request.digests[:limit]
+        digests = self.sharable(request)
         if self.has_full:
-            digests = digests[: _found(self.full, digests)]
+            digests = digests[: self.full.leading(digests)]
         return self._window_match(digests) * self.block_tokens
+
+    def sharable(self, request: Request) -> list[bytes]:
+        """Digests of the blocks that the request could take over from others if they were there."""
+        if not self.prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        self._digest(request)
+        return request.digests[: (request.total - 1) // self.block_tokens]
+
+    def in_use(self, request: Request, tokens: int) -> int:
+        """Full pages of a prefix that `match` found which others hold: sharing them is free."""
+        return self.full.in_use(request.digests[: tokens // self.block_tokens])
+
+    def is_cached(self, digest: bytes) -> bool:
+        """Whether the block with this digest need not be computed again."""
+        return (self.full if self.has_full else self.window).lookup(digest) is not None
 
     def take(self, request: Request, tokens: int) -> None:
         """Share the pages of a prefix that `match` found with a request that holds none."""
@@ -136,14 +156,6 @@ class KvPools:
         request.window_start = 0
         request.registered = 0
 
-    def digest(self, request: Request) -> None:
-        """Bring the digests of a request up to date: of its prompt, or of all its tokens."""
-        tokens = request.prompt
-        if self.cache_generated and request.total // self.block_tokens > len(request.digests):
-            tokens = request.tokens(0, request.total)
-        if len(tokens) // self.block_tokens > len(request.digests):
-            extend_digests(request.digests, tokens, self.block_tokens)
-
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Assert that the pages of the given requests are exactly the used ones."""
         requests = list(requests)
@@ -161,23 +173,31 @@ class KvPools:
         return max(position - self.window_tokens + 1, 0) // self.block_tokens
 
     def _window_match(self, digests: list[bytes]) -> int:
-        """The most leading blocks whose visible window pages, and sinks, are cached."""
-        if not self.has_window:
-            return len(digests)
-        if not digests or (self.sink_tokens and self.window.lookup(digests[0]) is None):
+        """The most leading blocks whose visible window pages, and sinks, are there."""
+        blocks = len(digests)
+        if not self.has_window or not blocks:
+            return blocks
+        if self.sink_tokens and self.window.lookup(digests[0]) is None:
             return 0
-        best, run = 0, 0  # run: consecutive blocks ending here whose window page is cached
-        for blocks, digest in enumerate(digests, start=1):
-            run = run + 1 if self.window.lookup(digest) is not None else 0
-            if run >= blocks - self._first_visible(blocks * self.block_tokens):
-                best = blocks
-        return best
+        block = blocks - 1
+        while block >= self._first_visible(blocks * self.block_tokens):
+            if self.window.lookup(digests[block]) is None:
+                blocks = block
+            block -= 1
+        return blocks
+
+    def _digest(self, request: Request) -> None:
+        """Bring the digests of a request up to date: of its prompt, or of all its tokens."""
+        stop = request.total if self.cache_generated else request.prompt_len
+        if stop // self.block_tokens > len(request.digests):
+            tokens = request.tokens(len(request.digests) * self.block_tokens, stop)
+            extend_digests(request.digests, tokens, self.block_tokens)
 
     def _register(self, request: Request) -> None:
         sharable = request.computed if self.cache_generated else request.prompt_len
         blocks = min(request.computed, sharable) // self.block_tokens
         if request.registered < blocks:
-            self.digest(request)
+            self._digest(request)
         for block in range(request.registered, blocks):
             if self.has_full:
                 self.full.register(request.full_blocks[block], request.digests[block])
@@ -199,14 +219,6 @@ class KvPools:
 def _grow(pool: BlockPool, pages: list[int], blocks: int) -> None:
     while len(pages) < blocks:
         pages.append(pool.allocate())
-
-
-def _found(pool: BlockPool, digests: list[bytes]) -> int:
-    """How many leading digests have a page."""
-    for count, digest in enumerate(digests):
-        if pool.lookup(digest) is None:
-            return count
-    return len(digests)
 
 
 def _share(pool: BlockPool, digests: list[bytes]) -> Iterator[int]:

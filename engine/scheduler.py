@@ -4,15 +4,17 @@ Policy, in the order it is applied at every step:
 
 1. Every running request that decodes gets its one token.
 2. Waiting requests are admitted first come, first served, while there is a slot and room for all
-   prompts that are under way. A request whose next block is just being computed by another one
-   waits for it and then shares its pages.
+   prompts that are under way; pages in use that it can share cost nothing. A request whose next
+   blocks are just being computed by another one waits for them and then shares the pages.
 3. What is left of the budget goes to prompts, and to generated tokens that are replayed. The oldest
    gets at least half, the others share the rest, shortest first; so a prompt of a million tokens
    neither starves short ones nor is starved by them.
 
 When pages run out, cached ones are evicted, then the newest running request is preempted: its pages
 are freed, it waits at the head of the queue and is computed again, its output included. The oldest
-running request is never preempted, so it always gets on.
+running request is never preempted, so it always gets on. A request that was preempted waits until
+every running one has room for a block more, and for twice as much after each further time: so it is
+preempted few times, and not computed again in vain.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 from engine.batch import Batch, Span
 from engine.errors import RequestError
 from engine.kv_pools import KvPools
+from engine.prefix_leaders import PrefixLeaders
 from engine.request import Request
 
 
@@ -45,7 +48,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest admission first
         self._requests: dict[int, Request] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._leaders: dict[int, Request] = {}  # waiting request id -> whose prefill it waits for
+        self._leaders = PrefixLeaders(pools)
         self._spans: dict[int, Span] = {}  # of the step that is being put together
         self._budget = 0
 
@@ -69,7 +72,7 @@ class Scheduler:
             RequestError: it could not be computed even if it were alone.
         """
         longest = request.prompt_len + request.params.max_tokens
-        full, window = self.pools.needed(longest, chunk=1)
+        full, window = self.pools.needed(longest)
         if full > self.pools.full.total or window > self.pools.window.total:
             raise RequestError(
                 f"{longest} tokens need {full} full and {window} window pages; the cache has "
@@ -85,7 +88,7 @@ class Scheduler:
             return
         if request.slot is None:
             self._waiting.remove(request)
-            self._leaders.pop(request_id, None)
+            self._leaders.forget(request_id)
         else:
             self._stop_running(request)
 
@@ -95,6 +98,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step. Empty only if nothing is queued."""
+        self._leaders.start_step(self._spans)
         self._spans = {}
         self._budget = self._max_batch_tokens
         for request in list(self._running):
@@ -177,57 +181,52 @@ class Scheduler:
         passed: list[Request] = []
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
-            if self._follows(request):
+            if self._leaders.waits(request, self._running):
                 passed.append(request)
-                continue
-            hit = self.pools.match(request)
-            if (leader := self._computing_next_block(request, hit)) is not None:
-                self._leaders[request.request_id] = leader
-                passed.append(request)
-                continue
-            if self._running and not self._has_room(request):
+            elif not self._start(request):
                 self._waiting.appendleft(request)
                 break
-            self._start(request, hit)
         self._waiting.extendleft(reversed(passed))
 
-    def _start(self, request: Request, hit: int) -> None:
-        self._leaders.pop(request.request_id, None)
+    def _start(self, request: Request) -> bool:
+        """Give the request a slot and the pages that it can share; False if there is no room."""
+        if not self._has_room(request, self._leaders.held_blocks(request, self._running)):
+            return False  # the usual case of a full cache, found without a look at every block
+        hit = self.pools.match(request)
+        if not self._has_room(request, self.pools.in_use(request, hit)):
+            return False
         request.slot = self._free_slots.pop()
         self.pools.take(request, hit)
-        self.prefix_hit_tokens += hit
+        if not request.preemptions:  # else it may have found its own pages
+            self.prefix_hit_tokens += hit
+        self._leaders.admit(request)
         self._running.append(request)
+        return True
 
-    def _follows(self, request: Request) -> bool:
-        """Whether the request still waits for another one's prefill."""
-        leader = self._leaders.get(request.request_id)
-        if leader is not None and leader.slot is not None and leader.is_prefill:
+    def _has_room(self, request: Request, held: int) -> bool:
+        """Whether all prompts under way and this one fit, and further tokens of each.
+
+        The request shares `held` full pages in use. In the window pool there is to be room for all
+        windows, and for the chunks of one step, which share its budget.
+        """
+        if not self._running:
             return True
-        self._leaders.pop(request.request_id, None)
-        return False
-
-    def _computing_next_block(self, request: Request, hit: int) -> Request | None:
-        """The running request that is about to make the first block `request` misses findable."""
-        block = hit // self.pools.block_tokens
-        if len(request.digests) <= block or request.params.prompt_logprobs is not None:
-            return None
-        digest = request.digests[block]
-        for other in self._running:
-            pending = other.is_prefill and other.registered <= block < len(other.digests)
-            if pending and other.digests[block] == digest:
-                return other
-        return None
-
-    def _has_room(self, request: Request) -> bool:
-        """Whether all prompts under way and this one fit, and a further token of each."""
-        full = window = 0
+        pools, budget = self.pools, self._max_batch_tokens
+        further = 1
+        if request.preemptions:
+            further = pools.block_tokens << (request.preemptions - 1)
+        full, window, chunks = -held, 0, 0
         for other in (*self._running, request):
-            need_full, need_window = self.pools.needed(other.total + 1, self._max_batch_tokens)
-            full += max(need_full - len(other.full_blocks), 0)
-            held = len(other.window_blocks) - other.window_start + (other.window_start > 0)
-            window += max(need_window - held, 0)
-        enough_full = not self.pools.has_full or full <= self.pools.full.available
-        return enough_full and (not self.pools.has_window or window <= self.pools.window.available)
+            grown = min(other.total + further, other.prompt_len + other.params.max_tokens)
+            missing_full, missing_window = pools.missing(other, grown)
+            full += missing_full
+            window += missing_window
+            if other.remaining > 1:
+                whole = pools.needed(grown, min(other.remaining, budget))
+                chunks += whole[1] - pools.needed(grown)[1]
+        window += min(chunks, pools.blocks(budget))
+        enough_full = not pools.has_full or full <= pools.full.available
+        return enough_full and (not pools.has_window or window <= pools.window.available)
 
     def _preempt_for(self, request: Request) -> bool:
         """Free the newest running request if it is newer than `request`; False if there is none."""
