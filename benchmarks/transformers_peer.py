@@ -22,7 +22,8 @@ def main() -> None:
         torch.set_num_threads(job["threads"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    model.to(device).eval()
     prompt = torch.tensor([job["prompt"]], device=device)
     _generate(model, prompt[:, :256], 2)  # warm-up: allocators and kernel choice
 

@@ -36,11 +36,11 @@ def complete(server: ServerProcess, prompt: Any, **fields: Any) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def documents() -> list[FactDocument]:
-    """16K tokens of real Python source each, with sixteen facts in it."""
+    """16K tokens of real Python source each, with four facts in it."""
     tokenizer = Tokenizer.from_file(str(embedded_model_path() / "tokenizer.json"))
     source = TextSource.find(None)
     return fact_documents(
-        source, tokenizer, kind="constant", count=2, facts=16, tokens=16_000, seed=3
+        source, tokenizer, kind="constant", count=2, facts=4, tokens=16_000, seed=3
     )
 
 
@@ -49,7 +49,7 @@ def test_planted_facts_are_answered_over_16k_tokens(
 ) -> None:
     right = asked = 0
     for document in documents:
-        for question in document.questions[:8]:
+        for question in document.questions:
             answer = complete(server, document.text + question.text, max_tokens=5)
             right += answer["choices"][0]["text"] == question.answer
             asked += 1
@@ -59,16 +59,16 @@ def test_planted_facts_are_answered_over_16k_tokens(
             assert 0 < fraction < 0.5, "retrieval heads select a small part of the context"
             tokens = answer["metrics"]["attended_tokens_mean"]
             assert tokens == pytest.approx(fraction * usage["prompt_tokens"], rel=0.01)
-    assert asked == 16
-    assert right >= 13, f"{right} of {asked}"
+    assert asked == 8
+    assert right >= 6, f"{right} of {asked}"
 
 
 def test_questions_to_one_document_share_its_prefix(
     server: ServerProcess, documents: list[FactDocument]
 ) -> None:
     document = documents[0]
-    complete(server, document.text + document.questions[8].text, max_tokens=1)
-    again = complete(server, document.text + document.questions[9].text, max_tokens=1)
+    complete(server, document.text + document.questions[0].text, max_tokens=1)
+    again = complete(server, document.text + document.questions[1].text, max_tokens=1)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 15_000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,11 @@ from tests.server.live_server import LiveServer, live_server
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """Short deadlines, so that no test waits for them long."""
-    settings = {"body_seconds": 0.5, "header_seconds": 0.5, "keep_alive_seconds": 0.1}
+    settings: dict[str, Any] = {
+        "body_seconds": 0.5,
+        "header_seconds": 0.5,
+        "keep_alive_seconds": 0.1,
+    }
     with live_server(tmp_path_factory.mktemp("model"), **settings) as server:
         yield server
 

@@ -164,7 +164,8 @@ def test_b11_a_prompt_that_fills_the_context(server: LiveServer) -> None:
 
 
 def test_b09_max_tokens_defaults_to_sixteen(server: LiveServer) -> None:
-    for body in ({}, {"max_tokens": None}):
+    bodies: list[dict[str, Any]] = [{}, {"max_tokens": None}]
+    for body in bodies:
         answer = server.post(prompt="a", ignore_eos=True, **body).json()
         assert answer["usage"]["completion_tokens"] == 16
 

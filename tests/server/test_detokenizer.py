@@ -83,6 +83,7 @@ def test_special_tokens_are_skipped_or_shown() -> None:
     backend.add_special_tokens(["<|end|>"])
     tokenizer = Tokenizer(backend, {})
     end = backend.token_to_id("<|end|>")
+    assert end is not None
     assert make_detokenizer(tokenizer).push(end) == ""
     assert make_detokenizer(tokenizer, skip_special_tokens=False).push(end) == "<|end|>"
 

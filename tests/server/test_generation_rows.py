@@ -73,7 +73,8 @@ def test_b17_zero_logprobs_reports_the_token_only(server: LiveServer) -> None:
 
 def test_b19_minus_infinity_becomes_a_number(server: LiveServer) -> None:
     server.engine.minus_infinity = True
-    for body in ({"logprobs": 2}, {"logprobs": 2, "echo": True}):
+    bodies: list[dict[str, Any]] = [{"logprobs": 2}, {"logprobs": 2, "echo": True}]
+    for body in bodies:
         answer = server.post(prompt="ab", max_tokens=2, **body)
         assert "Infinity" not in answer.text
         logprobs = answer.json()["choices"][0]["logprobs"]
@@ -124,7 +125,7 @@ def test_b23_the_engine_stops_too(server: LiveServer) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_b25_a_stop_cut_by_max_tokens_is_sent(server: LiveServer, streamed: bool) -> None:
     script(server, "p", "abcSTO", "P")
-    body = {"prompt": "p", "stop": ["STOP"], "max_tokens": 6}
+    body: dict[str, Any] = {"prompt": "p", "stop": ["STOP"], "max_tokens": 6}
     if streamed:
         assert texts(stream(server, **body))[0] == "abcSTO"
     else:
@@ -330,13 +331,14 @@ def test_timings_are_reported(server: LiveServer) -> None:
 
 
 def test_streams_and_answers_agree(server: LiveServer) -> None:
-    for body in (
+    bodies: list[dict[str, Any]] = [
         {"prompt": "ab", "logprobs": 2},
         {"prompt": "ab", "logprobs": 1, "echo": True},
         {"prompt": ["a", "b"], "n": 2, "seed": 3, "stop": ["e", ". "]},
         {"prompt": [70, 71], "echo": True, "max_tokens": 0},
-    ):
-        settings = {"max_tokens": 24, "temperature": 0.5, "seed": 9, **body}
+    ]
+    for body in bodies:
+        settings: dict[str, Any] = {"max_tokens": 24, "temperature": 0.5, "seed": 9, **body}
         whole = server.post(**settings).json()
         events = stream(server, **settings, stream_options={"include_usage": True})
         assert events[-2]["usage"] == whole["usage"]

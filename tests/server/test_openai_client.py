@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -78,10 +79,10 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    messages: Any = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     answer = client.chat.completions.create(
         model="toy",
-        messages=messages,  # type: ignore[arg-type]  # plain dicts are what users write
+        messages=messages,
         max_completion_tokens=6,
         temperature=0,
         logprobs=True,
@@ -101,7 +102,7 @@ def test_chat(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model="toy",
-            messages=messages,  # type: ignore[arg-type]
+            messages=messages,
             max_completion_tokens=6,
             temperature=0,
             stream=True,

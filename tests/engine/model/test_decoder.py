@@ -75,5 +75,6 @@ def test_gradients_flow_to_every_parameter(tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path)
     decoder = load_decoder(tmp_path, "cpu", torch.float32)
     tokens_T = torch.arange(20)
-    decoder.logits(decoder(tokens_T, tokens_T, DenseAttention())).square().mean().backward()
+    loss = decoder.logits(decoder(tokens_T, tokens_T, DenseAttention())).square().mean()
+    torch.autograd.backward([loss])
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder.parameters())

@@ -64,7 +64,8 @@ def make_checkpoint(
         values.pop("head_dim")
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than the usual initialisation, so that attention is far from uniform, and
