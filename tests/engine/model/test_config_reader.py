@@ -140,10 +140,11 @@ def test_missing_keys_take_the_default_that_transformers_takes(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["default", "linear", "llama3", "yarn"])
 def test_both_layouts_of_rotary_settings_say_the_same(name: str, tmp_path: Path) -> None:
-    extra: dict[str, Any] = {
-        "llama3": LLAMA3,
+    extras: dict[str, dict[str, Any]] = {
+        "llama3": {**LLAMA3},
         "yarn": {"original_max_position_embeddings": 128},
-    }.get(name, {})
+    }
+    extra = extras.get(name, {})
     scaling = {"factor": 4.0, **extra} if name != "default" else {}
     new = read(tmp_path, rope_parameters={"rope_type": name, "rope_theta": 5e5, **scaling})
     assert (new.rope.kind, new.rope.theta) == (name, 5e5)
