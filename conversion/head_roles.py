@@ -97,4 +97,6 @@ def read_heads(path: Path, layers: int, heads: int) -> list[list[int]]:
             type(head) is not int or not 0 <= head < heads for head in row
         ):
             raise ConversionError(f"{path}: layer {layer} must list query heads below {heads}")
+    if not any(chosen):
+        raise ConversionError(f"{path}: retrieval_heads names no head")
     return [sorted(set(row)) for row in chosen]

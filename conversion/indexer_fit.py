@@ -118,6 +118,7 @@ class IndexerFit:
             )
         }
         self._decoder = decoder
+        self._device = next(decoder.parameters()).device
         self._seed = seed
         self._chosen: dict[tuple[int, int], tuple[float, float]] = {}
 
@@ -199,23 +200,24 @@ class IndexerFit:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         first = tokens // 4
         chosen = torch.randperm(tokens - first, generator=generator)[:SAMPLED_ROWS]
-        return chosen.sort().values + first
+        return (chosen.sort().values + first).to(self._device)
 
     def _row_kinds(self, tokens: int, needle: int, number: int) -> tuple[Tensor, Tensor]:
         """Positions in the text, and those of the needle at its end."""
-        return self._rows(tokens - needle, number), torch.arange(tokens - needle, tokens)
+        needle_R = torch.arange(tokens - needle, tokens, device=self._device)
+        return self._rows(tokens - needle, number), needle_R
 
     def _groups_of(self, view: LayerView) -> list[IndexGroup]:
         return [group for group in self.groups if group.layer == view.layer]
 
     def _add_moments(self, view: LayerView, rows_R: Tensor) -> None:
         near = min(NEAR_TOKENS, self.sparse.window_tokens)
-        keys_T = torch.arange(len(view.q_THD))
+        keys_T = torch.arange(len(view.q_THD), device=self._device)
         far_RT = (keys_T < (rows_R - near)[:, None]) & (keys_T >= self.sparse.block_tokens)
         for group in self._groups_of(view):
             group.key_moments.add(view.k_pre_TND[:, group.kv_head])
             for head, moments in zip(group.heads, group.query_moments, strict=True):
-                log_RT = attention_rows(view, head, rows_R, self.config.group_size).cpu()
+                log_RT = attention_rows(view, head, rows_R, self.config.group_size)
                 weight_R = (log_RT.exp() * far_RT).sum(-1) + 1e-6  # never all zero
                 moments.add(view.q_pre_THD[rows_R, head], weight_R)
 

@@ -5,15 +5,14 @@ State lies beside the output in OUT.work:
     run.json              what is being made of what; another model or other options are refused
     heads.json            needle scores and the chosen heads; a person may edit `retrieval_heads`
     indexer.safetensors   W_Q and W_K of every retrieval head
-    quality.json          how well they select on text that they were not fitted on
+    quality.json          the heads they are for, and how well they select on text unseen by the fit
 
-A step whose file is there is not done again, so a conversion that was stopped goes on. Training
-steps will stand between fit and export.
+A step whose file is there is not done again, so a conversion that was stopped goes on; only the fit
+is done again if the chosen heads have changed. Training steps will stand between fit and export.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from conversion.errors import ConversionError
 from conversion.export import export_model, refuse_existing
 from conversion.head_roles import HeadRule, choose_heads, mean_scores, read_heads
 from conversion.indexer_fit import HeadQuality, IndexerFit
-from conversion.state import read_json, read_tensors, write_json, write_tensors
+from conversion.state import model_digest, read_json, read_tensors, write_json, write_tensors
 from conversion.text_source import TextSource, load_tokenizer
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import IndexScope, SparseAttentionConfig
@@ -59,15 +58,18 @@ class ConvertOptions:
     documents: int = 4  # for the needle scores
     document_tokens: int = 8192  # at most the model's limit
     seed: int = 0
-    device: str = "cpu"
+    device: str = "cpu"  # cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
         self.rule()
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConversionError(f"device {self.device} is not there")
         if not 0 < self.top_p <= 1:
             raise ConversionError(f"top_p must be in (0, 1], got {self.top_p}")
-        for name in ("window_tokens", "index_dim", "block_tokens", "documents", "document_tokens"):
-            if getattr(self, name) < 1:
-                raise ConversionError(f"{name} must be at least 1, got {getattr(self, name)}")
+        positive = ("window_tokens", "index_dim", "block_tokens", "documents", "document_tokens")
+        for name, least in (*((name, 1) for name in positive), ("dense_below", 0)):
+            if getattr(self, name) < least:
+                raise ConversionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.block_tokens & (self.block_tokens - 1):
             raise ConversionError(f"block_tokens must be a power of two, got {self.block_tokens}")
         if not 0 <= self.sink_tokens <= self.block_tokens:
@@ -108,6 +110,11 @@ class ConvertRun:
         self.work = out.with_name(out.name + ".work")
         self._console = console
         self._config = replace(checkpoint.config, sparse=None)
+        if options.index_dim > self._config.head_dim:
+            raise ConversionError(
+                f"index_dim {options.index_dim} is more than the model's head_dim "
+                f"{self._config.head_dim}"
+            )
         self._tokens = min(options.document_tokens, self._config.max_position_embeddings)
         self._tokenizer = load_tokenizer(checkpoint.folder)
         self._source = TextSource.find(options.data)
@@ -163,10 +170,13 @@ class ConvertRun:
 
     def fit(self) -> None:
         """Compute the indexer in closed form and measure it on other text."""
-        if (self.work / "quality.json").exists():
-            self._console.print(f"fit: done before, {self.work / 'indexer.safetensors'}")
-            return
-        config = replace(self._config, sparse=self._sparse())
+        config, path = replace(self._config, sparse=self._sparse()), self.work / "quality.json"
+        if path.exists():
+            if read_json(path).get("retrieval_heads") == self._heads():
+                self._console.print(f"fit: done before, {path}")
+                return
+            self._console.print("fit: the chosen heads have changed, fitting again")
+            path.unlink()  # first, so that it never stands beside another fit's tensors
         total = FIT_DOCUMENTS + TRIAL_DOCUMENTS + QUALITY_DOCUMENTS
         texts = self._documents(total, stream=1)
         plain, rest = texts[:FIT_DOCUMENTS], texts[FIT_DOCUMENTS:]
@@ -176,7 +186,8 @@ class ConvertRun:
             fit.fit(plain, planted[:TRIAL_DOCUMENTS], NEEDLE_TOKENS, advance)
             quality = fit.quality(planted[TRIAL_DOCUMENTS:], NEEDLE_TOKENS, advance)
         write_tensors(self.work / "indexer.safetensors", fit.indexers())
-        write_json(self.work / "quality.json", [_line(head) for head in quality])
+        lines = [_line(head) for head in quality]
+        write_json(path, {"retrieval_heads": self._heads(), "heads": lines})
         self._console.print(_quality_table(quality))
 
     def export(self) -> None:
@@ -185,16 +196,15 @@ class ConvertRun:
         calibration = {key: heads[key] for key in heads if key != "scores_by_document"}
         calibration["indexer"] = {
             "made": "closed form, no gradient steps",
-            "heads": read_json(self.work / "quality.json"),
+            "heads": read_json(self.work / "quality.json")["heads"],
         }
         indexers = read_tensors(self.work / "indexer.safetensors", self._config.num_layers)
         export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration)
         self._console.print(f"made {self.out}")
 
     def _sparse(self) -> SparseAttentionConfig:
-        options, config = self.options, self._config
-        chosen = read_heads(self.work / "heads.json", config.num_layers, config.num_heads)
-        heads = tuple(tuple(sorted(layer)) for layer in chosen)
+        options = self.options
+        heads = tuple(tuple(layer) for layer in self._heads())
         return SparseAttentionConfig(
             retrieval_heads=heads,
             window_tokens=options.window_tokens,
@@ -205,6 +215,11 @@ class ConvertRun:
             top_p=tuple(tuple(options.top_p for _ in layer) for layer in heads),
             dense_below=options.dense_below,
         )
+
+    def _heads(self) -> list[list[int]]:
+        """The chosen heads as they stand on disk now."""
+        config = self._config
+        return read_heads(self.work / "heads.json", config.num_layers, config.num_heads)
 
     def _decoder(self) -> Decoder:
         """The model in float32 on a CPU, bfloat16 on CUDA; loaded when a step first needs it."""
@@ -223,15 +238,13 @@ class ConvertRun:
         return needle_document(ids, self._tokenizer, NEEDLE_TOKENS, self.options.seed + number)
 
     def _describe(self) -> dict[str, Any]:
-        """The model by its config and the options, comparable as JSON."""
-        config = (self.checkpoint.folder / "config.json").read_bytes()
+        """The model by its content and the options, comparable as JSON."""
         options = asdict(self.options)
         options["data"] = None if self.options.data is None else str(self.options.data)
         del options["device"]  # may change between two tries
         return {
-            "model": str(self.checkpoint.folder.resolve()),
-            "config_sha256": hashlib.sha256(config).hexdigest(),
-            "weight_bytes": self.checkpoint.weight_bytes,
+            "model": self.checkpoint.folder.resolve().name,
+            "model_sha256": model_digest(self.checkpoint),
             "options": options,
         }
 

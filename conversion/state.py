@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,26 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from conversion.errors import ConversionError
+from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Indexer
+
+SAMPLES, SAMPLE_BYTES = (
+    16,
+    2**20,
+)  # of every weight file; reading all of a large model takes minutes
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config.json, and over the size and evenly spaced samples of each weight file."""
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for path in sorted({stored.file for stored in checkpoint.tensors.values()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(sample * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -53,15 +53,15 @@ class TextSource:
     def documents(
         self, tokenizer: Tokenizer, count: int, tokens: int, seed: int
     ) -> list[list[int]]:
-        """`count` documents of exactly `tokens` token ids, no file used twice.
+        """`count` documents of exactly `tokens` token ids, no text used twice.
 
         Raises:
             ConversionError: there is less text than that.
         """
         pieces = self._pieces(tokenizer, seed)
         documents = []
+        ids: list[int] = []
         for number in range(count):
-            ids: list[int] = []
             while len(ids) < tokens:
                 piece = next(pieces, None)
                 if piece is None:
@@ -71,6 +71,7 @@ class TextSource:
                     )
                 ids.extend(piece)
             documents.append(ids[:tokens])
+            ids = ids[tokens:]  # a long file goes on in the next document
         return documents
 
     def _pieces(self, tokenizer: Tokenizer, seed: int) -> Iterator[Sequence[int]]:

@@ -1,0 +1,137 @@
+"""What a conversion costs: planted facts answered and loss on text, through the serving path.
+
+Everything that the model would have generated runs under the decode rule, teacher-forced: a greedy
+answer is right exactly if every digit is the best guess after the digits before it. The question
+runs under the decode rule too, which is stricter than a prompt that ends with it.
+
+Shapes: R decode rows, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from conversion.code_facts import FactDocument
+from conversion.sequence import CachedSequence
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder, Indexer
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model with head roles to measure; `config` may have other ones than the decoder's own."""
+
+    decoder: Decoder
+    config: ModelConfig
+    indexers: Sequence[Indexer | None]
+
+    def sequence(self, capacity: int) -> CachedSequence:
+        return CachedSequence(self.decoder, self.config, self.indexers, capacity)
+
+    def generate(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:
+        """Append generated tokens: hidden states [R, E].
+
+        Without an indexer the two rules agree, and prefill computes many rows faster.
+        """
+        selects = any(indexer is not None for indexer in self.indexers)
+        return sequence.decode(ids) if selects else sequence.prefill(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class FactResult:
+    """Answers of one variant. `attended_fraction` is None where nothing was selected."""
+
+    asked: int
+    right: int
+    attended_fraction: float | None
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+
+@torch.no_grad()
+def answer_facts(
+    variant: Variant,
+    tokenizer: Tokenizer,
+    documents: Sequence[FactDocument],
+    advance: Callable[[], None] = lambda: None,
+) -> FactResult:
+    """Ask every question of every document. A document is computed once for all its questions.
+
+    Args:
+        advance: called after each document.
+    """
+    asked = right = 0
+    fractions: list[float] = []
+    for document in documents:
+        text = _ids(tokenizer, document.text)
+        pairs = [
+            (_ids(tokenizer, question.text), _ids(tokenizer, question.answer))
+            for question in document.questions
+        ]
+        sequence = variant.sequence(len(text) + max(len(q) + len(a) for q, a in pairs))
+        sequence.prefill(text)
+        for question, answer in pairs:
+            sequence.cut(len(text))
+            hidden_RE = variant.generate(sequence, [*question, *answer[:-1]])[-len(answer) :]
+            guesses = variant.decoder.logits(hidden_RE).argmax(-1).tolist()
+            asked += 1
+            right += guesses == answer
+        fractions += _fractions(sequence)
+        advance()
+    return FactResult(asked, right, sum(fractions) / len(fractions) if fractions else None)
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """Mean loss in nats per token over `tokens` tokens."""
+
+    loss: float
+    tokens: int
+    attended_fraction: float | None
+
+
+@torch.no_grad()
+def decode_loss(
+    variant: Variant, documents: Sequence[Sequence[int]], decoded: int, chunk_rows: int = 128
+) -> LossResult:
+    """Loss on the last `decoded` tokens of each document as if the model had generated them.
+
+    Args:
+        chunk_rows: decode rows of one step.
+    """
+    total, count = 0.0, 0
+    fractions: list[float] = []
+    for ids in documents:
+        start = len(ids) - decoded - 1
+        assert start > 0, "a document needs a prompt"
+        sequence = variant.sequence(len(ids))
+        sequence.prefill(ids[:start])
+        for first in range(start, len(ids) - 1, chunk_rows):
+            stop = min(first + chunk_rows, len(ids) - 1)
+            logits_RV = variant.decoder.logits(variant.generate(sequence, ids[first:stop]))
+            targets = torch.tensor(ids[first + 1 : stop + 1], device=logits_RV.device)
+            total += float(cross_entropy(logits_RV, targets, reduction="sum"))
+            count += stop - first
+        fractions += _fractions(sequence)
+    return LossResult(total / count, count, sum(fractions) / len(fractions) if fractions else None)
+
+
+def _fractions(sequence: CachedSequence) -> list[float]:
+    """Attended share of the context per decode row and retrieval head that selected."""
+    return [
+        attended / context
+        for attended, context in zip(sequence.attended, sequence.contexts, strict=True)
+    ]
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
