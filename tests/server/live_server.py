@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class LiveServer:
     def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Wait for something that the server does by itself."""
         waiter = threading.Event()
-        for _ in range(int(seconds / 0.01)):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
             if condition():
                 return
             waiter.wait(0.01)
