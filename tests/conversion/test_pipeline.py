@@ -1,0 +1,144 @@
+"""`rtpurbo convert` from folder to folder, on random small models of every family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from conversion.errors import ConversionError
+from conversion.pipeline import ConvertOptions, ConvertRun, convert
+from engine.errors import CheckpointError
+from engine.model.checkpoint import preflight
+from engine.model.weights import load_decoder
+from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> ConvertOptions:
+    data = tmp_path / "text"
+    data.mkdir()
+    for number in range(30):
+        (data / f"{number}.py").write_text(f"value_{number} = [{number}, 'text']\n" * 40)
+    return ConvertOptions(
+        data=data,
+        heads_share=0.25,
+        window_tokens=64,
+        index_dim=4,
+        block_tokens=16,
+        documents=2,
+        document_tokens=400,
+        dense_below=100,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_converts_and_still_loads_in_transformers(
+    family: str, tmp_path: Path, options: ConvertOptions
+) -> None:
+    make_checkpoint(family, tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "sparse", options, QUIET)
+    checkpoint = preflight(tmp_path / "sparse")
+    sparse = checkpoint.config.sparse
+    assert sparse is not None
+    assert sum(map(len, sparse.retrieval_heads)) == round(0.25 * 18)
+    assert (sparse.window_tokens, sparse.index_dim, sparse.dense_below) == (64, 4, 100)
+    decoder = load_decoder(checkpoint, "cpu", torch.float32)
+    for layer, heads in enumerate(sparse.retrieval_heads):
+        indexer = decoder.indexers[layer]
+        assert (indexer is not None) == bool(heads)
+        if indexer is not None:
+            assert indexer.q_proj_HID.shape == (len(heads), 4, 16)
+            assert indexer.q_proj_HID.isfinite().all()
+    factory: Any = AutoModelForCausalLM
+    first, second = (factory.from_pretrained(tmp_path / name) for name in ("dense", "sparse"))
+    tokens = torch.arange(3, 50)[None]
+    with torch.inference_mode():
+        assert torch.equal(first(tokens).logits, second(tokens).logits)
+
+
+@pytest.mark.parametrize("stop_after", ["calibrate", "fit"])
+def test_a_conversion_that_was_stopped_ends_as_one_that_was_not(
+    stop_after: str, tmp_path: Path, options: ConvertOptions
+) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "whole", options, QUIET)
+    run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "parts", options, QUIET)
+    run.open()
+    run.calibrate()
+    if stop_after == "fit":
+        run.fit()
+    convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
+    for name in ("config.json", "indexer.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOptions) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "out", options, QUIET)
+    run.open()
+    run.calibrate()
+    path = run.work / "heads.json"
+    heads = json.loads(path.read_text())
+    heads["retrieval_heads"] = [[], [2], [0, 5]]
+    path.write_text(json.dumps(heads))
+    convert(tmp_path / "dense", tmp_path / "out", options, QUIET)
+    sparse = preflight(tmp_path / "out").config.sparse
+    assert sparse is not None
+    assert sparse.retrieval_heads == ((), (2,), (0, 5))
+
+
+def refusal(model: Path, out: Path, options: ConvertOptions) -> str:
+    with pytest.raises((ConversionError, CheckpointError)) as caught:
+        convert(model, out, options, QUIET)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_cannot_be_converted_is_said_in_one_line(
+    tmp_path: Path, options: ConvertOptions
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    make_checkpoint("qwen3", dense)
+    assert "no such" in refusal(tmp_path / "nowhere", out, options)
+    assert "no such file or folder" in refusal(dense, out, replace(options, data=tmp_path / "x"))
+    long = replace(options, documents=500)
+    assert "too little text" in refusal(dense, tmp_path / "long", long)
+    short = replace(options, document_tokens=50)
+    assert "too short" in refusal(dense, tmp_path / "short", short)
+    convert(dense, out, options, QUIET)
+    assert "exists already" in refusal(dense, out, options)
+    other = tmp_path / "other"
+    run = ConvertRun(preflight(dense), other, options, QUIET)
+    run.open()
+    assert "another model" in refusal(dense, other, replace(options, index_dim=8))
+    config = json.loads((dense / "config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (dense / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refusal(dense, tmp_path / "new", options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads_share": 0.0},
+        {"top_p": 1.5},
+        {"block_tokens": 48},
+        {"sink_tokens": 65},
+        {"window_tokens": 0},
+    ],
+    ids=str,
+)
+def test_impossible_options_are_named(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ConversionError, match=name.replace("heads_share", "heads share")):
+        ConvertOptions(**change)
