@@ -14,7 +14,7 @@ class BlockPool:
         free    holds nothing of use
         used    one or more owners (its reference count)
         cached  no owner, but its content has a digest: evicted, least recently used first, only
-                when no page is free
+                when no page is free; pages released as `spare` go before all others
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -22,13 +22,14 @@ class BlockPool:
         self._free = list(range(num_pages, 0, -1))
         self._owners: Counter[int] = Counter()
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._spare: OrderedDict[int, None] = OrderedDict()  # cached, but evicted first
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
         """Pages that `allocate` can hand out, cached ones included."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.cached
 
     @property
     def used(self) -> int:
@@ -36,33 +37,38 @@ class BlockPool:
 
     @property
     def cached(self) -> int:
-        return len(self._cached)
+        return len(self._cached) + len(self._spare)
 
     def allocate(self) -> int:
         """A page with one owner and unknown content. The caller has looked at `available`."""
         if self._free:
             page = self._free.pop()
         else:
-            page, _ = self._cached.popitem(last=False)
+            page, _ = (self._spare or self._cached).popitem(last=False)
             del self._page_of[self._digest_of.pop(page)]
         self._owners[page] = 1
         return page
 
     def share(self, page: int) -> None:
         """Add an owner to a used or cached page."""
-        assert page in self._owners or page in self._cached, f"page {page} is free"
+        assert page in self._owners or page in self._digest_of, f"page {page} is free"
         self._cached.pop(page, None)
+        self._spare.pop(page, None)
         self._owners[page] += 1
 
-    def release(self, page: int) -> None:
-        """Take one owner away; without owners a page is cached if it has a digest, else free."""
+    def release(self, page: int, *, spare: bool = False) -> None:
+        """Take one owner away; without owners a page is cached if it has a digest, else free.
+
+        Args:
+            spare: its content is unlikely to be asked for: evict it before other cached pages.
+        """
         assert self._owners[page] > 0, f"page {page} has no owner"
         self._owners[page] -= 1
         if self._owners[page]:
             return
         del self._owners[page]
         if page in self._digest_of:
-            self._cached[page] = None
+            (self._spare if spare else self._cached)[page] = None
         else:
             self._free.append(page)
 
@@ -91,9 +97,10 @@ class BlockPool:
     def check_integrity(self, owned: Iterable[int]) -> None:
         """Assert that the books balance; `owned` lists every page once per owner."""
         assert Counter(owned) == self._owners, "reference counts are not the owners"
-        states = [*self._free, *self._owners, *self._cached]
+        states = [*self._free, *self._owners, *self._cached, *self._spare]
         assert len(states) == len(set(states)) == self.total, "free + used + cached is not total"
         assert all(0 < page <= self.total for page in states), "a page id is out of range"
         assert {page: digest for digest, page in self._page_of.items()} == self._digest_of
-        assert set(self._cached) <= set(self._digest_of), "a cached page has no digest"
+        cached = {*self._cached, *self._spare}
+        assert cached <= set(self._digest_of), "a cached page has no digest"
         assert not set(self._free) & set(self._digest_of), "a free page has a digest"

@@ -206,12 +206,18 @@ class KvPools:
         request.registered = max(request.registered, blocks)
 
     def _slide(self, request: Request) -> None:
-        """Release the blocks before the first visible one, except the one of the sinks."""
+        """Release the blocks before the first visible one, except the one of the sinks.
+
+        A prompt that ends as this one does needs only the window of its end: what slid out before
+        is spare, else every long prompt would push the windows of all others out of the cache.
+        """
         start = self._first_visible(request.computed)
+        longest_hit = (request.prompt_len - 1) // self.block_tokens * self.block_tokens
+        tail = self._first_visible(longest_hit)
         first = 1 if self.sink_tokens else 0
         for block in range(max(request.window_start, first), start):
             if request.window_blocks[block]:
-                self.window.release(request.window_blocks[block])
+                self.window.release(request.window_blocks[block], spare=block < tail)
                 request.window_blocks[block] = 0
         request.window_start = max(request.window_start, start)
 

@@ -72,6 +72,29 @@ def test_free_pages_go_before_cached_ones() -> None:
     assert pool.lookup(A) == page_of[A]
 
 
+def test_spare_pages_go_before_other_cached_ones_oldest_first() -> None:
+    pool, page_of = cached_pool(3, [A])
+    for digest in (B, C):
+        page = pool.allocate()
+        pool.register(page, digest)
+        pool.release(page, spare=True)
+    assert pool.cached == pool.available == 3
+    pool.check_integrity([])
+    taken = [pool.allocate() for _ in range(2)]
+    assert [pool.lookup(digest) for digest in (A, B, C)] == [page_of[A], None, None]
+    pool.check_integrity(taken)
+
+
+def test_a_spare_page_is_found_and_brought_back() -> None:
+    pool = BlockPool(1)
+    page = pool.allocate()
+    pool.register(page, A)
+    pool.release(page, spare=True)
+    pool.share(page)
+    assert (pool.cached, pool.used) == (0, 1)
+    pool.check_integrity([page])
+
+
 def test_evicts_the_page_that_was_released_longest_ago() -> None:
     pool, page_of = cached_pool(3, [A, B, C])
     pool.share(page_of[A])

@@ -199,3 +199,28 @@ def test_release_evicts_tails_before_what_leads_to_them() -> None:
     for _ in range(3):
         pools.full.allocate()
     assert pools.match(make_request([*PROMPT, 1])) == 28
+
+
+def test_long_prompts_leave_the_cached_windows_of_others_alone() -> None:
+    """The window pages that a long prompt slid past used to evict the ends of all other prompts,
+    so that of several cached prompts only the last one was ever found again."""
+    pools = make_pools(full=100, window=18)  # an end takes 4 pages, a chunk under way 5
+    prompts = [[number] * 40 for number in range(4)]
+    for prompt in prompts:
+        request = make_request(prompt)
+        pools.match(request)
+        compute(pools, request, len(prompt), chunk=8)
+        pools.release(request)
+    assert [pools.match(make_request(prompt)) for prompt in prompts] == [36] * 4
+
+
+def test_the_window_of_a_prompts_end_outlives_a_long_answer() -> None:
+    pools = make_pools(full=100, window=12)
+    request = make_request(PROMPT)
+    pools.match(request)
+    compute(pools, request, len(PROMPT), chunk=8)
+    for token in range(40):
+        request.output.append(token)
+        compute(pools, request, request.total)
+    pools.release(request)
+    assert pools.match(make_request(PROMPT)) == 36
