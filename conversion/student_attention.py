@@ -159,7 +159,7 @@ class StudentAttention:
 
     def _window(self, q_ZHLD: Tensor, k_ZHLD: Tensor, v_ZHLD: Tensor) -> Tensor:
         """Window and sinks: folded blocks of queries over their own block and the one before."""
-        length, sequences = q_ZHLD.shape[2], self.sequences
+        length = q_ZHLD.shape[2]
         if length <= self.layers.sparse.window_tokens:
             return scaled_dot_product_attention(q_ZHLD, k_ZHLD, v_ZHLD, is_causal=True)
         q_bZHFD = self._folds(q_ZHLD)
@@ -171,9 +171,7 @@ class StudentAttention:
                 mask = self.layers.window_mask(first)[None, None]
                 parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask))
         out_bZHFD = torch.cat(parts).view_as(q_bZHFD)
-        return out_bZHFD.movedim(0, 2).reshape(sequences, q_ZHLD.shape[1], -1, q_ZHLD.shape[3])[
-            :, :, :length
-        ]
+        return out_bZHFD.movedim(0, 2).flatten(2, 3)[:, :, :length]
 
     def _folds(self, x_ZHLD: Tensor) -> Tensor:
         """[b, Z, H, F, D], the last fold padded with zeros."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,21 +58,32 @@ class TextSource:
         Raises:
             ConversionError: there is less text than that.
         """
-        pieces = self._pieces(tokenizer, seed)
-        documents = []
-        ids: list[int] = []
+        stream = self.stream(tokenizer, tokens, seed)
+        documents: list[list[int]] = []
         for number in range(count):
-            while len(ids) < tokens:
-                piece = next(pieces, None)
-                if piece is None:
-                    raise ConversionError(
-                        f"{self.description}: too little text, it ends in document {number + 1} "
-                        f"of {count} after {len(ids)} of {tokens} tokens"
-                    )
-                ids.extend(piece)
-            documents.append(ids[:tokens])
-            ids = ids[tokens:]  # a long file goes on in the next document
+            try:
+                documents.append(next(stream))
+            except StopIteration as end:
+                raise ConversionError(
+                    f"{self.description}: too little text, it ends in document {number + 1} "
+                    f"of {count} after {end.value} of {tokens} tokens"
+                ) from None
         return documents
+
+    def stream(
+        self, tokenizer: Tokenizer, tokens: int, seed: int
+    ) -> Generator[list[int], None, int]:
+        """Documents of exactly `tokens` token ids for as long as there is text, none used twice.
+
+        Returns how many tokens were left for a document that could not be filled.
+        """
+        ids: list[int] = []
+        for piece in self._pieces(tokenizer, seed):
+            ids.extend(piece)
+            while len(ids) >= tokens:
+                yield ids[:tokens]
+                ids = ids[tokens:]  # a long file goes on in the next document
+        return len(ids)
 
     def _pieces(self, tokenizer: Tokenizer, seed: int) -> Iterator[Sequence[int]]:
         """Token ids of one file after the other, in an order drawn from `seed`."""

@@ -6,7 +6,7 @@ dtype, then filled in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from engine.errors import CheckpointError
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
+from engine.model.safetensors_header import StoredTensor
 from engine.model.weight_names import WeightRule, weight_rules
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,7 +38,8 @@ def load_decoder(
         decoder = Decoder(config)
     decoder = decoder.to(dtype).to_empty(device=device).eval()  # dtype first: nothing exists yet
     parameters = dict(decoder.named_parameters())
-    with _TensorReader(checkpoint) as reader, torch.no_grad():
+    places = {**checkpoint.tensors, **checkpoint.indexer}
+    with TensorReader(places) as reader, torch.no_grad():
         for rule in weight_rules(config):
             _fill(parameters.pop(rule.target), rule, reader)
         decoder.indexers = _load_indexers(checkpoint, reader, torch.device(device), dtype)
@@ -49,26 +51,35 @@ def stored_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """The decoder's weights under their stored names: the inverse of loading."""
     parameters = dict(decoder.named_parameters())
     for rule in weight_rules(decoder.config):
-        parameter = parameters[rule.target].detach()
-        whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
-        sizes = [shape[0] for _, shape in rule.sources]
-        for (name, _), part in zip(rule.sources, torch.split(whole, sizes), strict=True):
-            yield name, part.contiguous()
+        yield from stored_parts(rule, parameters[rule.target].detach())
 
 
-class _TensorReader:
+def stored_parts(rule: WeightRule, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One parameter as it is stored: names and contiguous parts."""
+    whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
+    sizes = [shape[0] for _, shape in rule.sources]
+    for (name, _), part in zip(rule.sources, torch.split(whole, sizes), strict=True):
+        yield name, part.contiguous()
+
+
+def joined_parts(rule: WeightRule, reader: TensorReader) -> Tensor:
+    """The reverse of `stored_parts`, in the stored dtype, on the CPU; experts still flat."""
+    return torch.cat([reader.read(name) for name, _ in rule.sources])
+
+
+class TensorReader:
     """Reads stored tensors by name from where the checked headers say they lie.
 
     Plain reads instead of a memory map: a mapped shard counts as resident memory beside the model,
     and one that shrinks meanwhile would kill the process.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._places = {**checkpoint.tensors, **checkpoint.indexer}
+    def __init__(self, places: Mapping[str, StoredTensor]) -> None:
+        self._places = places
         self._file: BinaryIO | None = None
         self._path: Path | None = None
 
-    def __enter__(self) -> _TensorReader:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -97,7 +108,7 @@ class _TensorReader:
         return self._file
 
 
-def _fill(parameter: Tensor, rule: WeightRule, reader: _TensorReader) -> None:
+def _fill(parameter: Tensor, rule: WeightRule, reader: TensorReader) -> None:
     """Copy the stored parts of one parameter into place."""
     whole = parameter.flatten(0, 1) if rule.layout == "experts" else parameter
     start = 0
@@ -107,7 +118,7 @@ def _fill(parameter: Tensor, rule: WeightRule, reader: _TensorReader) -> None:
 
 
 def _load_indexers(
-    checkpoint: Checkpoint, reader: _TensorReader, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, reader: TensorReader, device: torch.device, dtype: torch.dtype
 ) -> list[Indexer | None]:
     indexers: list[Indexer | None] = []
     for layer in range(checkpoint.config.num_layers):
