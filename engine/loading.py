@@ -10,11 +10,13 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.host_memory import free_host_bytes, resident_bytes
 from engine.kv_pools import KvPools
-from engine.memory_plan import MemoryPlan, default_cache_bytes, free_host_bytes, plan_memory
+from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory
 from engine.messages import EngineInfo
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
 from engine.model.head_layout import model_heads
 from engine.model.kv_cache import KVCache
 from engine.model.weights import load_decoder
@@ -25,6 +27,7 @@ from engine.worker import ModelRunner
 logger = logging.getLogger(__name__)
 
 DENSE_BLOCK_TOKENS = 64  # page size of a model without a sparse section
+FIRST_STEP_BYTES = 2**25  # what torch's CPU libraries take for themselves in the first steps
 
 
 def load_engine_parts(config: EngineConfig) -> EngineParts:
@@ -43,10 +46,10 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     if stored.config.sparse is not None:
         block_tokens = stored.config.sparse.block_tokens
     checkpoint = _as_served(stored, config)
-    _check_fit(checkpoint, device)
+    _check_fit(checkpoint, device, dtype)
     decoder = load_decoder(checkpoint, device, dtype)
     model = checkpoint.config
-    plan = _plan(config, checkpoint, device, dtype, block_tokens)
+    plan = _plan(config, decoder, device, dtype, block_tokens)
     cache = KVCache(
         model,
         full_pages=plan.full_pages,
@@ -94,13 +97,12 @@ def _as_served(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
     return dataclasses.replace(checkpoint, config=dense, indexer={})
 
 
-def _check_fit(checkpoint: Checkpoint, device: torch.device) -> None:
+def _check_fit(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse before loading what cannot be loaded."""
     free = _free_bytes(device)
-    if checkpoint.weight_bytes > free:
-        raise ConfigError(
-            f"the weights have {checkpoint.weight_bytes:,} bytes, {device} has {free:,} free"
-        )
+    needed = checkpoint.weight_count * dtype.itemsize
+    if needed > free:
+        raise ConfigError(f"the weights take {needed:,} bytes, {device} has {free:,} free")
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -112,12 +114,12 @@ def _free_bytes(device: torch.device) -> int:
 
 def _plan(
     config: EngineConfig,
-    checkpoint: Checkpoint,
+    decoder: Decoder,
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
 ) -> MemoryPlan:
-    model = checkpoint.config
+    model, weights = decoder.config, decoder.num_bytes
     cache_bytes = config.kv_cache_bytes
     if cache_bytes is None:
         cache_bytes = default_cache_bytes(
@@ -130,13 +132,19 @@ def _plan(
     return plan_memory(
         model,
         item_bytes=dtype.itemsize,
-        weight_bytes=checkpoint.weight_bytes,
+        weight_bytes=weights,
         cache_bytes=cache_bytes,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         block_tokens=block_tokens,
+        process_bytes=_process_bytes(weights) if device.type == "cpu" else 0,
     )
+
+
+def _process_bytes(weights: int) -> int:
+    """What interpreter and libraries take, after loading `weights` bytes of weights."""
+    return max(resident_bytes() - weights, 0) + FIRST_STEP_BYTES
 
 
 def _scheduler(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Scheduler:

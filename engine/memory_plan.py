@@ -6,7 +6,6 @@ All sizes are bytes of what is really allocated, null pages included. Torch-free
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
@@ -21,6 +20,7 @@ CUDA_SHARE = 0.9  # of the memory that is free once the weights are there
 class MemoryPlan:
     """Sizes of both pools and what they mean in tokens."""
 
+    process_bytes: int  # taken already by interpreter and libraries; 0 where that is not known
     weight_bytes: int
     workspace_bytes: int  # largest activations of one step, an estimate
     block_tokens: int
@@ -39,7 +39,8 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes + self.workspace_bytes
+        fixed = self.process_bytes + self.weight_bytes
+        return fixed + self.cache_bytes + self.workspace_bytes
 
     @property
     def tokens(self) -> int | None:
@@ -64,6 +65,7 @@ class MemoryPlan:
             )
         )
         lines = {
+            "process": _size(self.process_bytes) if self.process_bytes else "not counted",
             "weights": _size(self.weight_bytes),
             "full pool": full,
             "window pool": window,
@@ -86,6 +88,7 @@ def plan_memory(
     max_num_seqs: int,
     max_batch_tokens: int,
     block_tokens: int,
+    process_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide `cache_bytes` between the pools.
 
@@ -95,6 +98,7 @@ def plan_memory(
     Args:
         item_bytes: of one element of keys, values and index keys.
         max_model_len: None takes the model's limit, or what fits if that is less.
+        process_bytes: taken already, weights not counted; 0 if that is not known.
 
     Raises:
         ConfigError: one request of the maximum length does not fit; the message names the bytes.
@@ -134,8 +138,11 @@ def plan_memory(
     if full_page:
         full_pages = (cache_bytes - nulls - window_pages * window_page) // full_page
     return MemoryPlan(
+        process_bytes=process_bytes,
         weight_bytes=weight_bytes,
-        workspace_bytes=_workspace_bytes(config, item_bytes, max_batch_tokens, max_num_seqs),
+        workspace_bytes=_workspace_bytes(
+            config, item_bytes, max_batch_tokens, max_num_seqs, wanted_len
+        ),
         block_tokens=block_tokens,
         full_pages=full_pages,
         window_pages=window_pages,
@@ -173,33 +180,21 @@ def default_cache_bytes(
     return min(int(free_bytes * CPU_SHARE), max(CPU_CACHE_LIMIT, one_request))
 
 
-def free_host_bytes() -> int:
-    """Memory that this process may still take: the host's, or its cgroup's if that is less."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        maximum, current = limit.read_text().strip(), int(used.read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, int(maximum) - current) if maximum.isdigit() else available
-
-
 def _dense_bytes(config: ModelConfig, item_bytes: int) -> int:
     """KV bytes per token of all heads of all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
 def _workspace_bytes(
-    config: ModelConfig, item_bytes: int, max_batch_tokens: int, max_num_seqs: int
+    config: ModelConfig, item_bytes: int, batch_tokens: int, num_seqs: int, model_len: int
 ) -> int:
-    """Activations of the widest step: hidden states, projections, MLP, and logits in float32."""
+    """Activations of the widest step: hidden states, projections, MLP, one KV head of the longest
+    context as prefill gathers it, and logits in float32."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 3 * (config.intermediate_size if config.moe is None else config.moe.intermediate_size)
     per_token = (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
-    return max_batch_tokens * per_token + max_num_seqs * config.vocab_size * 4 * 2
+    gathered = 2 * model_len * config.head_dim * item_bytes
+    return batch_tokens * per_token + gathered + num_seqs * config.vocab_size * 4 * 2
 
 
 def _size(count: int) -> str:

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.memory_plan import CUDA_SHARE, MemoryPlan, plan_memory
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.head_layout import model_heads
 
+BFLOAT16_BYTES = 2
 RETRIEVAL, LOCAL_ON_FULL, LOCAL = "#", "+", "."
 
 
-def model_report(folder: Path) -> dict[str, Any]:
-    """Facts about a folder, ready for JSON.
+def device_plan(checkpoint: Checkpoint, device_bytes: int) -> MemoryPlan:
+    """How `serve` would divide a GPU of so many bytes, with its default settings, in bfloat16.
+
+    Raises:
+        ConfigError: the weights, or one request, do not fit.
+    """
+    weights = checkpoint.weight_count * BFLOAT16_BYTES
+    if weights >= device_bytes:
+        raise ConfigError(f"the weights take {weights:,} bytes, the device has {device_bytes:,}")
+    defaults = EngineConfig(model=str(checkpoint.folder))
+    return plan_memory(
+        checkpoint.config,
+        item_bytes=BFLOAT16_BYTES,
+        weight_bytes=weights,
+        cache_bytes=int(CUDA_SHARE * (device_bytes - weights)),
+        max_model_len=None,
+        max_num_seqs=defaults.max_num_seqs,
+        max_batch_tokens=defaults.max_batch_tokens,
+        block_tokens=checkpoint.config.sparse.block_tokens if checkpoint.config.sparse else 64,
+    )
+
+
+def model_report(folder: Path, device_bytes: int) -> dict[str, Any]:
+    """Facts about a folder, ready for JSON, and the memory plan for a GPU of so many bytes.
 
     Raises:
         CheckpointError: one line that names the file.
+        ConfigError: the device is too small.
     """
     checkpoint = preflight(folder)
     config, sparse = checkpoint.config, checkpoint.config.sparse
     heads = model_heads(config)
+    plan = device_plan(checkpoint, device_bytes)
     return {
         "model": folder.resolve().name,
         "family": config.family,
@@ -40,6 +69,12 @@ def model_report(folder: Path) -> dict[str, Any]:
         * config.num_layers
         * config.num_kv_heads
         * config.head_dim,
+        "memory_plan": {
+            "device_bytes": device_bytes,
+            **asdict(plan),
+            "tokens": plan.tokens,
+            "tokens_dense": plan.tokens_dense,
+        },
     }
 
 
@@ -64,9 +99,9 @@ def render_head_map(report: dict[str, Any], heads_per_layer: int, group: int) ->
     return "\n".join(lines)
 
 
-def render_report(folder: Path) -> str:
-    """The report for people."""
-    report = model_report(folder)
+def render_report(folder: Path, device_bytes: int) -> str:
+    """The report for people; raises as `model_report`."""
+    report = model_report(folder, device_bytes)
     config = preflight(folder).config
     chosen = sum(len(layer) for layer in report["retrieval_heads"])
     total = report["query_heads"]
@@ -88,7 +123,9 @@ def render_report(folder: Path) -> str:
         )
     lines = [f"{name:>16}  {value}" for name, value in facts.items()]
     head_map = render_head_map(report, config.num_heads, config.group_size)
-    return "\n".join([*lines, "", head_map])
+    plan = device_plan(preflight(folder), device_bytes).render()
+    title = f"memory plan for a GPU of {device_bytes / 2**30:,.3g} GiB in bfloat16"
+    return "\n".join([*lines, "", head_map, "", title, plan])
 
 
 def plot_head_map(folder: Path, file: Path) -> None:
@@ -99,13 +136,13 @@ def plot_head_map(folder: Path, file: Path) -> None:
     """
     import matplotlib.figure
 
-    report = model_report(folder)
-    config = preflight(folder).config
+    checkpoint = preflight(folder)
+    config, layers = checkpoint.config, model_heads(checkpoint.config)
     grid = [[0.0] * config.num_heads for _ in range(config.num_layers)]
-    for layer, retrieval in enumerate(report["retrieval_heads"]):
+    for layer, roles in enumerate(layers):
         for head in range(config.num_heads):
-            kept = head // config.group_size in report["full_kv_heads"][layer]
-            grid[layer][head] = 1.0 if head in retrieval else 0.4 if kept else 0.0
+            kept = head // config.group_size in roles.full_kv
+            grid[layer][head] = 1.0 if head in roles.retrieval else 0.4 if kept else 0.0
     size = (max(4.0, config.num_heads / 4), max(3.0, config.num_layers / 4))
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -113,7 +150,7 @@ def plot_head_map(folder: Path, file: Path) -> None:
     axes.set(
         xlabel="query head",
         ylabel="layer",
-        title=f"{report['model']}: retrieval heads (dark), local heads on kept KV (light)",
+        title=f"{folder.resolve().name}: retrieval heads (dark), local heads on kept KV (light)",
     )
     figure.savefig(file, dpi=120)
 

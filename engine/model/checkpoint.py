@@ -5,6 +5,7 @@ Torch-free, so that the front end checks a folder in milliseconds and names the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,15 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Bytes on disk of everything that is loaded."""
-        stored = (*self.tensors.values(), *self.indexer.values())
-        return sum(tensor.num_bytes for tensor in stored)
+        return sum(tensor.num_bytes for tensor in self._loaded())
+
+    @property
+    def weight_count(self) -> int:
+        """Numbers in everything that is loaded."""
+        return sum(math.prod(tensor.shape) for tensor in self._loaded())
+
+    def _loaded(self) -> tuple[StoredTensor, ...]:
+        return (*self.tensors.values(), *self.indexer.values())
 
 
 def preflight(folder: Path) -> Checkpoint:

@@ -67,6 +67,15 @@ class Decoder(nn.Module):
         self.indexers: list[Indexer | None] = [None] * config.num_layers
         self._rope: RotaryEmbedding | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all weights, indexers included."""
+        indexers = (indexer for indexer in self.indexers if indexer is not None)
+        tensors: list[Tensor] = [*self.parameters()]
+        for indexer in indexers:
+            tensors += [indexer.q_proj_HID, indexer.k_proj_HID]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Hidden states [T, E] after the final norm.
 

@@ -123,4 +123,5 @@ def test_render_names_pools_and_both_costs() -> None:
     assert f"{KV_HEAD + 16:,} B, dense {2 * KV_HEAD:,} B" in text
     for word in ("weights", "full pool", "window pool", "workspace", "256 tokens"):
         assert word in text
-    assert plan.total_bytes == plan.weight_bytes + plan.cache_bytes + plan.workspace_bytes
+    parts = (plan.process_bytes, plan.weight_bytes, plan.cache_bytes, plan.workspace_bytes)
+    assert plan.total_bytes == sum(parts)

@@ -1,0 +1,113 @@
+"""The command line: its flags, what `inspect` says, and one line for whatever a user can get wrong.
+
+A new flag must be added to FLAGS below: the list is there to be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine.embedded import embedded_model_path
+from server.cli import app
+
+FLAGS = {
+    "serve": """allow-unauthenticated api-key-file attention cache-generated device dtype host
+        kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name port prefix-caching
+        threads""",
+    "inspect": "gpu-gib json plot",
+    "bench serving": "output-tokens peer prompt-tokens streams threads",
+}
+
+
+def flags_of(path: str) -> set[str]:
+    """Long option names of a subcommand, without the `--no-` forms and `--help`."""
+    command = typer.main.get_command(app)
+    for name in path.split():
+        command = command.commands[name]  # type: ignore[attr-defined]  # every step is a group
+    names = {name for parameter in command.params for name in parameter.opts}
+    return {name.removeprefix("--") for name in names if name.startswith("--")} - {"help"}
+
+
+@pytest.mark.parametrize("path", FLAGS)
+def test_the_flags_are_those_listed_here(path: str) -> None:
+    assert flags_of(path) == set(FLAGS[path].split())
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", ["", "serve", "convert", "inspect", "bench serving"])
+def test_help_teaches_every_flag(path: str) -> None:
+    code, text, _ = run(*path.split(), "--help")
+    assert code == 0
+    assert "Usage" in text
+
+
+def test_inspect_shows_head_map_costs_and_plan() -> None:
+    code, text, _ = run("inspect")
+    assert code == 0
+    for words in ("retrieval heads", "KV per token", "memory plan", "tokens that fit", "#"):
+        assert words in text
+
+
+def test_inspect_as_json_agrees_with_itself() -> None:
+    code, text, _ = run("inspect", "--json", "--gpu-gib", "24")
+    report = json.loads(text)
+    assert code == 0
+    plan = report["memory_plan"]
+    assert plan["device_bytes"] == 24 * 2**30
+    assert plan["bytes_per_token"] == 2 * report["kv_elements_per_token"]
+    assert plan["full_pages"] * plan["full_page_bytes"] <= 0.9 * 24 * 2**30
+    assert plan["tokens"] == plan["full_pages"] * plan["block_tokens"]
+
+
+def test_inspect_draws_the_head_map(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, _ = run("inspect", "--plot", tmp_path / "heads.png")
+    assert code == 0
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("inspect",), ("serve",), ("serve", "--attention", "dense")],
+    ids=["inspect", "serve", "serve-dense"],
+)
+def test_a_truncated_shard_is_one_line_that_names_the_file(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_model_path(), folder)
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:100_000])
+    command, *flags = arguments
+    code, _, error = run(command, folder, *flags)
+    assert code == 1
+    assert shard.name in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_model_path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2**30
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, error = run("serve", folder, "--max-model-len", str(2**30), "--port", "0")
+    assert code == 1
+    assert "max_model_len 1073741824 needs" in error
+
+
+@pytest.mark.parametrize("value", ["0", "a", "1,,2", "-1"])
+def test_streams_of_the_benchmark_are_positive_numbers(value: str) -> None:
+    code, _, error = run("bench", "serving", "--streams", value)
+    assert code == 2
+    assert "not a list of positive numbers" in error
