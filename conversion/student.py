@@ -63,7 +63,7 @@ class Student:
         self.config = replace(checkpoint.config, sparse=None)
         self.device = ranks.device
         self.dtype = torch.float32 if ranks.device.type == "cpu" else torch.bfloat16
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         with torch.device("meta"):
             self._exact = LogitsModel(Decoder(self.config))
         if ranks.world > 1:
@@ -107,7 +107,7 @@ class Student:
     def _load(self) -> None:
         """Fill the weights parameter by parameter; no process holds more than its part and one."""
         parameters = self.parameters()
-        with TensorReader(self._checkpoint.tensors) as reader:
+        with TensorReader(self.checkpoint.tensors) as reader:
             for rule in weight_rules(self.config):
                 parameter = parameters.pop(rule.target)
                 fill(parameter, joined_parts(rule, reader).view(parameter.shape))
