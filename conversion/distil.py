@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -91,7 +92,8 @@ def distil(
             )
         talk = console if ranks.is_first else Console(quiet=True)
         talk.print(f"distil: {estimate_memory(checkpoint, sparse, options, ranks.world)}")
-        student = Student(checkpoint, ranks, recompute=options.recompute)
+        dtype = torch.float32 if ranks.device.type == "cpu" else torch.bfloat16
+        student = Student(checkpoint, ranks, dtype, recompute=options.recompute)
         cache = TeacherCache(work / "teacher", _of_teacher(described), ranks)
         if not cache.is_complete:
             _fill(cache, student, _samples(source, tokenizer, options), options, talk)

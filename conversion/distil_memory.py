@@ -15,7 +15,7 @@ from engine.model.checkpoint import Checkpoint
 from engine.model.config import ModelConfig, SparseAttentionConfig
 
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,15 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = (self.total, self.training, self.compute, self.activations)
-        total, training, compute, activations = (f"{part / GIB:.1f} GiB" for part in parts)
+        total, training, compute, activations = map(_shown, parts)
         return (
             f"about {total} per device: {training} for weights, gradients and moments, "
             f"{compute} to compute with, {activations} for activations"
         )
+
+
+def _shown(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
 def estimate_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class StopRule:
         smallest = best(curve)
         last = curve[-1]
         where = f"{smallest.kl:.6f} at step {smallest.step}"
-        if last.kl > smallest.kl * (1 + self.growth):
+        if not last.kl <= smallest.kl * (1 + self.growth):  # or it is not a number
             return f"the gap grows: {last.kl:.6f} at step {last.step}, smallest {where}"
         gain_step = max(last_gain(curve).step, self.settled_after)
         waited = sum(gap.step > gain_step for gap in curve)
@@ -46,7 +47,7 @@ class StopRule:
 
 def best(curve: Sequence[Gap]) -> Gap:
     """The first of the smallest gaps; one that is not a number is never the smallest."""
-    return min(curve, key=lambda gap: gap.kl if gap.kl == gap.kl else float("inf"))
+    return min(curve, key=lambda gap: math.inf if math.isnan(gap.kl) else gap.kl)
 
 
 def last_gain(curve: Sequence[Gap]) -> Gap:

@@ -52,9 +52,12 @@ class Student:
     own parameters are those weights; else the model is a copy of lower precision.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ranks: Ranks, *, recompute: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, ranks: Ranks, dtype: torch.dtype, *, recompute: bool
+    ) -> None:
         """
         Args:
+            dtype: what the model computes in.
             recompute: compute layers again in the backward pass instead of keeping what they need.
 
         Raises:
@@ -62,7 +65,7 @@ class Student:
         """
         self.config = replace(checkpoint.config, sparse=None)
         self.device = ranks.device
-        self.dtype = torch.float32 if ranks.device.type == "cpu" else torch.bfloat16
+        self.dtype = dtype
         self.checkpoint = checkpoint
         with torch.device("meta"):
             self._exact = LogitsModel(Decoder(self.config))
