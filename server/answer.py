@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
+from engine.errors import EngineError
 from engine.messages import RequestUpdate
 from server.choice import Choice, Delta
 from server.errors import ApiError
@@ -39,10 +40,11 @@ class Answer:
         while open_choices:
             wait = min(pause, self._deadline - time.monotonic())
             if wait <= 0:
+                self.close("deadline")
                 raise ApiError(
                     408, "the deadline of this request has passed", code="deadline_exceeded"
                 )
-            arrived = [(c, update) for c in open_choices if (update := c.generation.take())]
+            arrived = [(c, update) for c in open_choices if (update := self._take(c))]
             if not arrived:
                 if not await self._woken(wait):
                     yield None
@@ -51,6 +53,7 @@ class Answer:
                 delta = choice.push(update)
                 self._observe(choice, update)
                 if choice.finish_reason == "error":
+                    self.close("error")
                     raise ApiError(500, "the request failed in the engine", code="request_failed")
                 yield choice, delta
             open_choices = [choice for choice in open_choices if choice.finish_reason is None]
@@ -97,7 +100,10 @@ class Answer:
         }
 
     def close(self, reason: str | None = None) -> None:
-        """Abort what still runs and account every choice once; `reason` if it was cut off."""
+        """Abort what still runs and account every choice once; `reason` if it was cut off.
+
+        The first call counts: whoever knows the reason calls before the connection ends.
+        """
         if self._closed:
             return
         self._closed = True
@@ -112,6 +118,14 @@ class Answer:
                 timing=choice.timing,
                 attended=choice.attended,
             )
+
+    def _take(self, choice: Choice) -> RequestUpdate | None:
+        """The choice's next update; raises EngineError if the engine was lost."""
+        try:
+            return choice.generation.take()
+        except EngineError:
+            self.close("engine_lost")
+            raise
 
     async def _woken(self, wait: float) -> bool:
         """Whether an update came within `wait` seconds."""

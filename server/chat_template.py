@@ -7,6 +7,7 @@ objects, and `range` is bounded there, so a hostile template neither runs code n
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -32,11 +33,8 @@ class ChatTemplate:
             raise invalid(
                 "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
         try:
-            self._template = environment.from_string(source)
+            self._template = _compiled(source)
         except jinja2.TemplateError:
             raise invalid(
                 "this model's chat template is not usable", code="no_chat_template"
@@ -59,6 +57,14 @@ class ChatTemplate:
             raise
         except Exception:  # a template may raise anything; it is the messages' fault here
             raise invalid("the chat template does not take these messages", "messages") from None
+
+
+@lru_cache(maxsize=1)  # a server has one template, and compiling takes longer than rendering
+def _compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(source)
 
 
 def parse_messages(value: Any) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from server.admission import submit_all
 from server.answer import Answer
 from server.choice import Choice, Delta
-from server.echo import EchoedPrompt
+from server.echo import EchoedPrompt, PromptText
 from server.errors import invalid
 from server.event_stream import EventStream, answered
 from server.logprobs import LogprobEntry, completion_logprobs
@@ -24,7 +24,6 @@ from server.service import Service
 from server.streaming import stream_events
 from server.validation import (
     DEFAULT_MAX_TOKENS,
-    Prompt,
     SamplingChoice,
     clamp_max_tokens,
     encode_prompt,
@@ -88,7 +87,14 @@ class CompletionCall:
             (ids, _for_prompt(common, clamp_max_tokens(len(ids), max_tokens, info)))
             for ids in encoded
         ]
-        answer = _admit(service, body, prompts, jobs, common, n)
+        echoes = [
+            await service.in_thread(
+                PromptText, ids, prompt if isinstance(prompt, str) else None, service.tokenizer
+            )
+            for prompt, ids in zip(prompts, encoded, strict=True)
+            if body.echo
+        ]
+        answer = _admit(service, body, jobs, echoes, common, n)
         return cls(service, body, answer, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
 
     async def respond(self, request: Request) -> Response:
@@ -178,16 +184,14 @@ def _for_prompt(common: SamplingChoice, max_tokens: int) -> SamplingChoice:
 def _admit(
     service: Service,
     body: CompletionRequest,
-    prompts: list[Prompt],
     jobs: list[tuple[list[int], SamplingChoice]],
+    echoes: list[PromptText],
     common: SamplingChoice,
     n: int,
 ) -> Answer:
     generations = submit_all(service, [(ids, job.params) for ids, job in jobs], n)
     choices = []
     for index, generation in enumerate(generations):
-        prompt = prompts[index // n]
-        text = prompt if isinstance(prompt, str) else None
-        echo = EchoedPrompt(generation.prompt, text, service.tokenizer) if body.echo else None
+        echo = EchoedPrompt(echoes[index // n]) if echoes else None
         choices.append(Choice(index, generation, service.tokenizer, common.stops, echo))
     return Answer(service, choices, service.deadline(body.timeout_seconds))

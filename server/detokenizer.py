@@ -52,8 +52,10 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For every other tokenizer: decode the last few tokens again, and emit what is new.
 
-    Text that ends in U+FFFD may be half a character, so it waits; a character has at most four
-    bytes, so after four more tokens it is a real replacement character.
+    Tokens of byte fallback (`<0xE4>`) are bytes of a character and go through an incremental UTF-8
+    decoder; the window holds the others only, because a run of bytes that is cut anywhere decodes
+    to nothing but replacement characters. Other text that ends in U+FFFD may be half a character,
+    so it waits; a character has at most four bytes, so after four more tokens it is real.
     """
 
     def __init__(
@@ -61,19 +63,40 @@ class WindowDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids = list(context[-_CONTEXT_TOKENS:])
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        for token_id in context[-_CONTEXT_TOKENS:]:
+            self._ids = [*self._ids, token_id] if self._byte(token_id) is None else self._anchor()
         self._emitted = len(self._decode())
         self._held = 0
 
     def push(self, token_id: int) -> str:
+        byte = self._byte(token_id)
+        if byte is not None:
+            text = self._settle()
+            self._ids = self._anchor()
+            self._emitted = len(self._decode())
+            return text + self._bytes.decode(bytes([byte]))
+        before = self._bytes.decode(b"", final=True)
         self._ids.append(token_id)
         text = self._decode()
         if text.endswith("\ufffd") and self._held < 4:
             self._held += 1
-            return ""
-        return self._emit(text)
+            return before
+        return before + self._emit(text)
 
     def flush(self) -> str:
+        return self._settle() + self._bytes.decode(b"", final=True)
+
+    def _byte(self, token_id: int) -> int | None:
+        return self._tokenizer.fallback_bytes.get(token_id)
+
+    def _anchor(self) -> list[int]:
+        """Stands for a run of bytes: a decoder that trims a first space must see text before it."""
+        return [next(i for i, byte in self._tokenizer.fallback_bytes.items() if byte == ord("A"))]
+
+    def _settle(self) -> str:
+        """What is held back of the window."""
         return self._emit(self._decode())
 
     def _emit(self, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from engine.messages import TokenLogprobs
 from engine.tokenizer import Tokenizer
@@ -10,8 +11,11 @@ from server.detokenizer import make_detokenizer
 from server.logprobs import LogprobEntry
 
 
-class EchoedPrompt:
-    """Collects the prompt's log-probabilities while it is computed."""
+class PromptText:
+    """A prompt's text and the character where each token begins, shared by all its choices.
+
+    Linear in the prompt: for a long one the work of a thread, not of the event loop.
+    """
 
     def __init__(self, tokens: Sequence[int], text: str | None, tokenizer: Tokenizer) -> None:
         """`text` is the prompt as the client wrote it; None if it came as token ids."""
@@ -19,14 +23,21 @@ class EchoedPrompt:
         pieces = [detokenizer.push(token_id) for token_id in tokens]
         pieces.append(detokenizer.flush())
         self.text = "".join(pieces) if text is None else text
-        self._tokens = tokens
-        self._offsets = [0]
-        for piece in pieces:
-            self._offsets.append(self._offsets[-1] + len(piece))
+        self.tokens = tokens
+        self.offsets = list(accumulate(map(len, pieces), initial=0))
+
+
+class EchoedPrompt:
+    """Collects the prompt's log-probabilities while it is computed for one choice."""
+
+    def __init__(self, prompt: PromptText) -> None:
+        self.text = prompt.text
         self.entries: list[LogprobEntry] = []
+        self._prompt = prompt
 
     def push(self, found: Sequence[TokenLogprobs | None]) -> None:
         """Log-probabilities of the next prompt tokens, in order."""
         for logprobs in found:
             place = len(self.entries)
-            self.entries.append(LogprobEntry(self._tokens[place], self._offsets[place], logprobs))
+            token, offset = self._prompt.tokens[place], self._prompt.offsets[place]
+            self.entries.append(LogprobEntry(token, offset, logprobs))

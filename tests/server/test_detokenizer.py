@@ -78,6 +78,37 @@ def test_byte_fallback_waits_for_the_whole_character() -> None:
     assert pieces == ["", "", "", "\U0001f600"]
 
 
+def fallback_ids(text: str) -> list[int]:
+    return [6 + byte for byte in text.encode()]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(0, 5).map(lambda token_id: [token_id]),
+            st.text("aé漢\U0001f600", min_size=1, max_size=5).map(fallback_ids),
+        ),
+        max_size=8,
+    ),
+    st.integers(0, 8),
+)
+def test_runs_of_fallback_bytes_of_any_length(groups: list[list[int]], prompt: int) -> None:
+    """A run longer than the window used to be cut inside a character and came out as U+FFFD."""
+    ids = [token_id for group in groups for token_id in group]
+    begin = sum(map(len, groups[:prompt]))
+    detokenizer = make_detokenizer(PIECES, context=ids[:begin])
+    text = "".join(detokenizer.push(token_id) for token_id in ids[begin:]) + detokenizer.flush()
+    assert PIECES.decode(ids[:begin]) + text == PIECES.decode(ids)
+
+
+def test_bytes_that_are_no_character_are_replaced_and_lose_nothing_after_them() -> None:
+    detokenizer = make_detokenizer(PIECES)
+    ids = [0, *fallback_ids("\U0001f600"), 6 + 0xE4, 1, 2]
+    pieces = [detokenizer.push(token_id) for token_id in ids] + [detokenizer.flush()]
+    assert "".join(pieces) == "hello\U0001f600\ufffd world"
+
+
 def test_special_tokens_are_skipped_or_shown() -> None:
     backend = byte_tokenizer(320)
     backend.add_special_tokens(["<|end|>"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -95,6 +96,26 @@ def test_reasons_of_the_end(server: LiveServer) -> None:
     script[tuple(server.tokenizer.encode("p"))] = server.tokenizer.encode("abc")
     server.post(prompt="p", stop="b", max_tokens=9)
     server.until(lambda: finished("stop") == before + 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+def test_a_deadline_and_a_lost_engine_are_not_counted_as_aborts(
+    server: LiveServer, streamed: bool
+) -> None:
+    def finished(reason: str) -> float:
+        return value(server, "rtpurbo_requests_finished_total", reason=reason)
+
+    before = {reason: finished(reason) for reason in ("deadline", "engine_lost", "abort")}
+    server.call(server.engine.running.clear)
+    server.post(prompt="a", timeout_seconds=0.1, stream=streamed)
+    server.until(lambda: finished("deadline") == before["deadline"] + 1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.post, prompt="a", stream=streamed)
+        server.until(lambda: bool(server.engine.live))
+        server.call(server.engine.fail_all)
+        waiting.result()
+    server.until(lambda: finished("engine_lost") == before["engine_lost"] + 1)
+    assert finished("abort") == before["abort"]
 
 
 def test_gauges_follow_the_engine(server: LiveServer) -> None:
