@@ -50,7 +50,7 @@ class Distillation:
         self._ranks = ranks
         self._shapes = cache.shapes()
         self._held_out, self._trained_on = _split(self._shapes, options, ranks)
-        self._parameters = student.parameters()
+        self._parameters = student.parameters
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )

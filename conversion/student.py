@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from conversion.parallel import Ranks, fill, gathered, shard
@@ -46,7 +47,7 @@ class LogitsModel(nn.Module):
 
 
 class Student:
-    """A model and the float32 weights behind it.
+    """A model and the float32 weights behind it, `parameters`, by their names in `Decoder`.
 
     In one process that computes in float32, or in several (FSDP2 rounds as it gathers), the model's
     own parameters are those weights; else the model is a copy of lower precision.
@@ -72,6 +73,8 @@ class Student:
         if ranks.world > 1:
             shard(self._exact, list(self._exact.decoder.layers), self.dtype, ranks)
         self._exact.to_empty(device=ranks.device)
+        # Taken once: while a sharded model computes, gathered tensors stand in their places.
+        self.parameters = dict(self._exact.decoder.named_parameters())
         self._load()
         self.model = self._exact
         if ranks.world == 1 and self.dtype != torch.float32:
@@ -80,15 +83,12 @@ class Student:
             for layer in self.model.decoder.layers:
                 layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The float32 weights, which the optimizer changes, by their name in `Decoder`."""
-        return dict(self._exact.decoder.named_parameters())
-
     def collect_gradients(self) -> None:
         """After a backward pass: add the model's gradients to those of the float32 weights."""
         if self.model is self._exact:
             return
-        for exact, rounded in zip(self._exact.parameters(), self.model.parameters(), strict=True):
+        pairs = zip(self.parameters.values(), self.model.parameters(), strict=True)
+        for exact, rounded in pairs:
             assert rounded.grad is not None
             gradient = rounded.grad.float()
             exact.grad = gradient if exact.grad is None else exact.grad.add_(gradient)
@@ -96,20 +96,21 @@ class Student:
 
     @torch.no_grad()
     def round_weights(self) -> None:
-        """After an optimizer step: bring the model up to date."""
-        if self.model is not self._exact:
-            torch._foreach_copy_(list(self.model.parameters()), list(self._exact.parameters()))
+        """After the float32 weights have changed: bring the model up to date."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # or what was gathered before would be computed with again
+        elif self.model is not self._exact:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.parameters.values()))
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Weights by checkpoint name; all processes must run through it together."""
-        parameters = self.parameters()
         for rule in weight_rules(self.config):
-            yield from stored_parts(rule, gathered(parameters[rule.target]))
+            yield from stored_parts(rule, gathered(self.parameters[rule.target]))
 
     @torch.no_grad()
     def _load(self) -> None:
         """Fill the weights parameter by parameter; no process holds more than its part and one."""
-        parameters = self.parameters()
+        parameters = dict(self.parameters)
         with TensorReader(self.checkpoint.tensors) as reader:
             for rule in weight_rules(self.config):
                 parameter = parameters.pop(rule.target)

@@ -1,0 +1,297 @@
+"""Stage 2 as a whole: what it measures, that it learns, stops, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conversion.distil_options import DistilOptions
+from conversion.distillation import Distillation
+from conversion.errors import ConversionError
+from conversion.parallel import Ranks
+from conversion.sequence import CachedSequence
+from conversion.stop_rule import Gap
+from conversion.student import Student
+from conversion.teacher_logits import TeacherCache
+from conversion.training_state import TrainingState
+from engine.model.weights import load_decoder
+from tests.conversion.tiny_distillation import OPTIONS, TinyDistillation
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDistillation:
+    return TinyDistillation.make(tmp_path_factory.mktemp("distil"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: TinyDistillation) -> dict[str, Any]:
+    """A run that nobody interrupted, in `whole`."""
+    report, _ = tiny.run("whole")
+    return report
+
+
+def weights(tiny: TinyDistillation, work: str) -> bytes:
+    return (tiny.folder / work / "student.safetensors").read_bytes()
+
+
+def test_the_gap_before_training_is_what_serving_shows(
+    tiny: TinyDistillation, whole: dict[str, Any]
+) -> None:
+    """Teacher: dense prefill. Student: the paged cache, its prefill rule and its decode rule."""
+    decoder = load_decoder(tiny.checkpoint, "cpu", torch.float32)
+    dense = replace(decoder.config, sparse=None)
+    kl, agreeing, rows = 0.0, 0, 0
+    for number in range(OPTIONS.validation_sequences):
+        file = load_file(tiny.folder / "whole" / "teacher" / f"{number:06d}.safetensors")
+        ids, response = file["ids"].tolist(), OPTIONS.response_tokens
+        teacher = CachedSequence(decoder, dense, [None] * 3, len(ids)).prefill(ids[:-1])[-response:]
+        served = CachedSequence(decoder, decoder.config, decoder.indexers, len(ids))
+        prompt = served.prefill(ids[:-response])[-1:]
+        student = torch.cat([prompt, served.decode(ids[-response:-1])])
+        with torch.no_grad():
+            theirs, ours = decoder.logits(teacher), decoder.logits(student)
+        top = theirs.topk(10)
+        p, q = top.values.softmax(-1), ours.gather(-1, top.indices).softmax(-1)
+        kl += float((p * (p / q).log()).sum())
+        agreeing += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        rows += response
+
+    assert whole["before"]["kl"] == pytest.approx(kl / rows, rel=1e-4)
+    assert whole["before"]["agreement"] == pytest.approx(agreeing / rows)
+    assert kl / rows > 0.1
+
+
+def test_the_gap_shrinks_and_the_best_weights_are_kept(
+    tiny: TinyDistillation, whole: dict[str, Any]
+) -> None:
+    assert whole["stopped"] == "all 6 steps are done"
+    assert whole["best"]["kl"] < 0.8 * whole["before"]["kl"]
+    assert [gap["step"] for gap in whole["validations"]] == [0, 2, 4, 6]
+    assert len(whole["losses"]) == 6
+    assert sorted(p.name for p in (tiny.folder / "whole").iterdir()) == [
+        "distil.json",
+        "student.safetensors",
+        "teacher",
+    ]
+    trained = load_file(tiny.folder / "whole" / "student.safetensors")
+    before = load_file(tiny.folder / "model" / "model.safetensors")
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(trained[name], before[name]) for name in trained)
+
+
+def test_a_training_that_is_done_is_not_done_again(
+    tiny: TinyDistillation, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Distillation, "step", None)
+    report, printed = tiny.run("whole")
+    assert report == json.loads(json.dumps(whole))
+    assert printed == ""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies inside this step, or in the validation after it."""
+    run = Distillation.step
+
+    def dying(self: Distillation, number: int) -> float:
+        if number == step:
+            raise KilledError
+        return run(self, number)
+
+    monkeypatch.setattr(Distillation, "step", dying)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_a_resumed_training_ends_bit_for_bit_as_the_whole_one(
+    tiny: TinyDistillation, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    work = f"killed{step}"
+    with monkeypatch.context() as patch:
+        killed_at(step, patch)
+        with pytest.raises(KilledError):
+            tiny.run(work)
+    first: list[int] = []
+    run = Distillation.step
+
+    def noting(self: Distillation, number: int) -> float:
+        first.append(number)
+        return run(self, number)
+
+    monkeypatch.setattr(Distillation, "step", noting)
+
+    report, _ = tiny.run(work)
+
+    assert first[0] == step // 2 * 2
+    assert report == whole
+    assert weights(tiny, work) == weights(tiny, "whole")
+
+
+def test_killed_between_the_best_weights_and_the_report(
+    tiny: TinyDistillation, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(path: Path, value: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.distil.write_json", dying)
+        with pytest.raises(KilledError):
+            tiny.run("unreported")
+
+    report, _ = tiny.run("unreported")
+
+    assert report == whole
+    assert weights(tiny, "unreported") == weights(tiny, "whole")
+
+
+def test_other_options_begin_again(tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(KilledError):
+            tiny.run("changed")
+
+    report, _ = tiny.run("changed", learning_rate=2e-3)
+    fresh, _ = tiny.run("fresh", learning_rate=2e-3)
+
+    assert report == fresh
+    assert weights(tiny, "changed") == weights(tiny, "fresh")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_tokens": 1}, {"micro_tokens": 10_000}, {"recompute": False}]
+)
+def test_how_it_is_computed_does_not_matter(
+    tiny: TinyDistillation, whole: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    name = "-".join(map(str, changes.values()))
+    report, _ = tiny.run(name, **changes)
+    assert report["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    assert report["best"]["kl"] == pytest.approx(whole["best"]["kl"], rel=1e-3)
+
+
+def test_it_stops_when_the_gap_grows_and_keeps_the_weights_from_before(
+    tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = iter([0.5, 0.4, 0.9])
+    kept: list[bytes] = []
+
+    def made_up(self: Distillation, step: int) -> Gap:
+        return Gap(step, next(gaps), 0.5)
+
+    save = TrainingState.save
+
+    def noting(self: TrainingState, *args: Any) -> None:
+        save(self, *args)
+        kept.append(self.best_file(args[-1]).read_bytes())
+
+    monkeypatch.setattr(Distillation, "validate", made_up)
+    monkeypatch.setattr(TrainingState, "save", noting)
+
+    report, printed = tiny.run("growing")
+
+    assert report["stopped"] == "the gap grows: 0.900000 at step 4, smallest 0.400000 at step 2"
+    assert report["stopped"] in printed
+    assert report["steps"] == 4
+    assert report["best"]["step"] == 2
+    assert kept[0] != kept[1]
+    assert kept[1] == kept[2] == weights(tiny, "growing")
+
+
+def test_the_memory_is_told_first(tiny: TinyDistillation) -> None:
+    _, printed = tiny.run("told", steps=1)
+    assert re.match(r"distil: about \d+ MiB per device: ", printed)
+
+
+def test_too_little_text(tiny: TinyDistillation) -> None:
+    with pytest.raises(ConversionError, match=r"too little text: \d+ sequences .* 1004 are needed"):
+        tiny.run("little", sequences=2000, validation_sequences=1000)
+
+
+def test_rows_of_the_user(tiny: TinyDistillation) -> None:
+    data = tiny.folder / "data.jsonl"
+    rows = [{"prompt": "p" * (40 + i % 3), "response": "r" * (5 + i % 2)} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, printed = tiny.run("rows", data=data, steps=1)
+    assert report["steps"] == 1
+    assert "the text gave 12 of 29 sequences" in printed
+    files = (tiny.folder / "rows" / "teacher").glob("*.safetensors")
+    lengths = {(len(f["ids"]), len(f["top_ids"])) for f in map(load_file, files)}
+    assert lengths == {(40 + i % 3 + 5 + i % 2, 5 + i % 2) for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", -1),
+        ("facts_share", 1.5),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -0.1),
+        ("response_tokens", 16384),
+    ],
+)
+def test_options_that_cannot_be(field: str, value: float) -> None:
+    with pytest.raises(ConversionError, match=field) as caught:
+        DistilOptions(**{field: value})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_are_taken_on_float32_weights(tiny: TinyDistillation) -> None:
+    """A model in bfloat16 still adds up changes that it cannot hold, and starts from the truth."""
+    student = Student(tiny.checkpoint, Ranks(), torch.bfloat16, recompute=False)
+    exact = student.parameters["layers.0.attention.o_proj.weight"]
+    rounded = student.model.decoder.get_parameter("layers.0.attention.o_proj.weight")
+    before, rounded_before = exact.detach().clone(), rounded.detach().clone()
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    for _ in range(3):  # gradients of several batches add up, in float32
+        for parameter in student.model.parameters():
+            parameter.grad = torch.full_like(parameter, 1 / 3)
+        student.collect_gradients()
+    assert rounded.grad is None
+    torch.testing.assert_close(exact.grad, torch.ones_like(exact), rtol=1e-2, atol=0)
+
+    with torch.no_grad():
+        exact.sub_(exact.abs() * 1e-4)
+        student.round_weights()
+        assert (rounded == rounded_before).float().mean() > 0.9
+        exact.sub_(exact.abs() * 0.05)
+        student.round_weights()
+        assert (rounded == rounded_before).float().mean() < 0.1
+    assert torch.equal(rounded, exact.to(torch.bfloat16))
+    assert not torch.equal(exact, before)
+
+
+def test_a_state_of_other_processes_is_refused(
+    tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(2, monkeypatch)
+    with pytest.raises(KilledError):
+        tiny.run("alone")
+    path = tiny.folder / "alone" / "training" / "progress.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "processes": 2}))
+    with pytest.raises(ConversionError, match="begun with 2 processes, not 1"):
+        tiny.run("alone")
+    next(path.parent.glob("state-*")).write_bytes(b"half")
+    path.write_text(json.dumps(found))
+    with pytest.raises(ConversionError, match="not readable; remove"):
+        tiny.run("alone")
+
+
+def test_the_teacher_is_asked_once(tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(0, monkeypatch)
+    with pytest.raises(KilledError):
+        tiny.run("asked")
+    monkeypatch.setattr(TeacherCache, "fill", None)
+    with pytest.raises(KilledError):
+        tiny.run("asked")
