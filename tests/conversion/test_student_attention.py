@@ -153,3 +153,45 @@ def test_gradients_are_those_of_the_whole_matrix(tmp_path: Path) -> None:
             continue
         assert weight.grad is not None, name
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_bfloat16_loses_no_more_than_serving_loses(tmp_path: Path) -> None:
+    """Where nothing is selected, as rounding may change what the indexer takes."""
+    folder = write_checkpoint(tmp_path, TinyModel(dense_below=10_000))
+    exact, decoder = (load_decoder(folder, "cpu", dt) for dt in (torch.float32, torch.bfloat16))
+    ids = sequences(1, 83, 61)[0]
+    truth_LE = student_hidden(exact, [ids], 67)[0]
+    served = CachedSequence(decoder, decoder.config, decoder.indexers, 83)
+    served_LE = torch.cat([served.prefill(ids[:67]), served.decode(ids[67:])])
+
+    found_LE = student_hidden(decoder, [ids], 67)[0]
+
+    assert found_LE.dtype == torch.bfloat16
+    assert rms(found_LE - truth_LE) < 1.5 * rms(served_LE - truth_LE)
+    torch.autograd.backward(found_LE.square().mean())
+    gradients = [weight.grad for name, weight in decoder.named_parameters() if "layers" in name]
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.detach().float().square().mean().sqrt())
+
+
+def test_bfloat16_selects_as_serving_does(tmp_path: Path) -> None:
+    """Most rows agree as far as bfloat16 holds; those whose selection a rounding changed do not."""
+    folder = write_checkpoint(tmp_path, TinyModel())
+    exact, decoder = (load_decoder(folder, "cpu", dt) for dt in (torch.float32, torch.bfloat16))
+    ids = sequences(1, 83, 61)[0]
+    truth_LE = student_hidden(exact, [ids], 67)[0]
+    served = CachedSequence(decoder, decoder.config, decoder.indexers, 83)
+    served.prefill(ids[:67])
+    served_RE = served.decode(ids[67:])
+    selected_LE = student_hidden(decoder, [ids], 67)[0]
+    decoder.indexers = [None] * 3
+    unselected_LE = student_hidden(decoder, [ids], 67)[0]
+
+    def usual(x_LE: Tensor) -> float:
+        return float((x_LE[-16:].detach() - served_RE).float().square().mean(-1).sqrt().median())
+
+    assert usual(selected_LE) < usual(truth_LE)  # what serving itself loses by rounding
+    assert usual(unselected_LE) > 3 * usual(truth_LE)
