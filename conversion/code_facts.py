@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 
 from conversion.text_source import TextSource
 
-FactKind = Literal["constant", "dictionary", "chain"]
+FactKind = Literal["constant", "dictionary", "list", "chain"]
 FACT_KINDS: tuple[FactKind, ...] = get_args(FactKind)
 ANSWER_DIGITS = 5
+LIST_VALUES = 3
 FIRST_WORDS = """AMBER BARREL CANDLE DELTA EMBER FALCON GARNET HARBOR IRON JUNIPER KETTLE LANTERN
 MARBLE NICKEL ORCHID PEBBLE QUARRY RIVER SADDLE TIMBER URCHIN VELVET WILLOW YONDER ZEPHYR""".split()
 SECOND_WORDS = """BUDGET COUNT DEPTH EDGE FACTOR GAIN HEIGHT INDEX KEY LEVEL MARGIN NUMBER OFFSET
@@ -52,7 +53,8 @@ def fact_document(
         seed: of names, values and places.
     """
     rng = random.Random(seed)
-    planted, questions = _facts(rng, kind, facts)
+    drawn = plain_facts(kind, facts, rng.randrange(2**31))
+    planted, questions = [lines for lines, _ in drawn], tuple(question for _, question in drawn)
     tail = max(len(_encode(tokenizer, q.text + q.answer)) for q in questions)
     room = tokens - tail
     spent = len(_encode(tokenizer, "".join(line for group in planted for line in group)))
@@ -89,25 +91,30 @@ def fact_documents(
     ]
 
 
-def _facts(
-    rng: random.Random, kind: FactKind, count: int
-) -> tuple[list[list[str]], tuple[Question, ...]]:
-    """The lines of each fact, in the order in which they must stand, and the questions."""
+def plain_facts(kind: FactKind, count: int, seed: int) -> list[tuple[list[str], Question]]:
+    """The lines of each fact, in the order in which they must stand, and its question."""
+    rng = random.Random(seed)
     pairs = [f"{a}_{b}" for a in FIRST_WORDS for b in FIRST_WORDS if a != b]
     names = [f"{pair}_{rng.choice(SECOND_WORDS)}" for pair in rng.sample(pairs, 2 * count)]
-    values = [str(value) for value in rng.sample(range(10 ** (ANSWER_DIGITS - 1), 100_000), count)]
-    planted, questions = [], []
-    for name, alias, value in zip(names[:count], names[count:], values, strict=True):
-        if kind == "constant":
-            planted.append([f"{name} = {value}\n"])
-            questions.append(Question(f"assert {name} == ", value))
-        elif kind == "dictionary":
-            planted.append([f'REGISTRY["{name.lower()}"] = {value}\n'])
-            questions.append(Question(f'assert REGISTRY["{name.lower()}"] == ', value))
-        else:
-            planted.append([f"{name} = {value}\n", f"{alias} = {name}\n"])
-            questions.append(Question(f"assert {alias} == ", value))
-    return planted, tuple(questions)
+    values = rng.sample(range(10 ** (ANSWER_DIGITS - 1), 10**ANSWER_DIGITS), LIST_VALUES * count)
+    return [
+        _fact(kind, names[number], names[count + number], list(map(str, values[number::count])))
+        for number in range(count)
+    ]
+
+
+def _fact(kind: FactKind, name: str, alias: str, values: list[str]) -> tuple[list[str], Question]:
+    value = values[0]
+    if kind == "constant":
+        return [f"{name} = {value}\n"], Question(f"assert {name} == ", value)
+    if kind == "dictionary":
+        place = f'REGISTRY["{name.lower()}"]'
+        return [f"{place} = {value}\n"], Question(f"assert {place} == ", value)
+    if kind == "list":
+        lines = [f"{name}.append({value})\n" for value in values]
+        return lines, Question(f"assert {name} == [", ", ".join(values) + "]")
+    lines = [f"{name} = {value}\n", f"{alias} = {name}\n"]
+    return lines, Question(f"assert {alias} == ", value)
 
 
 def _plant(lines: list[str], planted: list[list[str]], places: list[list[float]]) -> str:

@@ -39,8 +39,13 @@ def test_every_question_is_answered_by_one_planted_line(
         assert len(document.questions) == 8
         lines = document.text.splitlines()
         for question in document.questions:
-            key = re.fullmatch(r"assert (.*) == ", question.text)
+            key = re.fullmatch(r"assert (.*) == \[?", question.text)
             assert key is not None
+            if kind == "list":
+                values = question.answer.removesuffix("]").split(", ")
+                planted = [line for line in lines if line.startswith(f"{key[1]}.append(")]
+                assert planted == [f"{key[1]}.append({value})" for value in values]
+                continue
             value = question.answer
             assert re.fullmatch(r"\d{5}", value)
             if kind == "chain":

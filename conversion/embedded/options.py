@@ -1,0 +1,122 @@
+"""What the embedded model is: its shape, its text, and its curriculum by length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.errors import ConversionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of training at one length. Lengths are in tokens."""
+
+    length: int
+    steps: int
+    episodes: float  # share of the sequences that are retrieval episodes
+    first_rate: float  # learning rate at its start, as a share of the peak
+    last_rate: float  # at its end; linear between
+
+
+# Measured on one H100: 2K tokens see the most text for the time, and 32K teach the far retrieval.
+CURRICULUM = (
+    Phase(length=2048, steps=3600, episodes=0.35, first_rate=1.0, last_rate=0.6),
+    Phase(length=16384, steps=1200, episodes=0.6, first_rate=0.6, last_rate=0.3),
+    Phase(length=32768, steps=700, episodes=0.6, first_rate=0.3, last_rate=0.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainingOptions:
+    """Everything the result depends on, beside the text itself."""
+
+    text: tuple[Path, ...] = ()  # folders with Python sources; none: this environment's
+    phases: tuple[Phase, ...] = CURRICULUM
+    batch_tokens: int = 131_072  # of one optimizer step, at every length
+    vocab_size: int = 4096
+    layers: int = 8
+    hidden: int = 320
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    intermediate: int = 896
+    rope_theta: float = 1e6
+    matrix_rate: float = 4e-3  # peak learning rate of Muon (the projections)
+    other_rate: float = 3e-3  # of AdamW (embedding and norms)
+    warmup_steps: int = 100
+    weight_decay: float = 0.05  # of matrices
+    clip: float = 1.0  # gradient norm
+    answer_weight: float = 5.0  # of the tokens of an answer in the loss
+    seed: int = 0
+    device: str = "cuda"
+    compile: bool = True
+    save_every: int = 500  # steps
+    workers: int = 8  # processes that put batches together
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ConversionError("the curriculum has no phase")
+        for phase in self.phases:
+            if phase.length < 64 or self.batch_tokens % phase.length:
+                raise ConversionError(
+                    f"length {phase.length} must be at least 64 and divide "
+                    f"batch_tokens {self.batch_tokens}"
+                )
+            if phase.steps < 1 or not 0 <= phase.episodes <= 1:
+                raise ConversionError("a phase needs steps, and a share of episodes from 0 to 1")
+        if self.vocab_size > 2**16:
+            raise ConversionError(f"vocab_size must be at most 65536, got {self.vocab_size}")
+
+    @property
+    def max_length(self) -> int:
+        """The context that the model is trained for, in tokens."""
+        return max(phase.length for phase in self.phases)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def place(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step inside it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise IndexError(step)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, as a share of the peak."""
+        phase, inside = self.place(step)
+        share = inside / phase.steps
+        rate = phase.first_rate + (phase.last_rate - phase.first_rate) * share
+        return rate * min(1.0, (step + 1) / self.warmup_steps)
+
+    def model_config(self) -> dict[str, Any]:
+        """config.json of the model, a plain Qwen3."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_length,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "use_sliding_window": False,
+            "torch_dtype": "bfloat16",
+        }

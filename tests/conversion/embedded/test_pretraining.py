@@ -1,0 +1,206 @@
+"""Training of the embedded model, small: corpus, episodes, resumed runs, the exported folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from conversion.code_facts import FACT_KINDS, plain_facts
+from conversion.embedded.__main__ import pretrain
+from conversion.embedded.batches import TrainingBatches
+from conversion.embedded.corpus import END, Corpus
+from conversion.embedded.episodes import KINDS, EpisodeWriter, Fact
+from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.errors import ConversionError
+from engine.model.checkpoint import preflight
+from engine.model.weights import load_decoder
+
+QUIET = Console(quiet=True)
+VOCABULARY = 800
+PACKAGES = ("asyncio", "json", "unittest", "http", "logging")
+
+
+def text_folders() -> tuple[Path, ...]:
+    """A few packages of the standard library: real text, read in a second."""
+    return tuple(Path(sysconfig.get_paths()["stdlib"]) / name for name in PACKAGES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_held_out() -> Iterator[None]:
+    """So that little text has something to hold out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conversion.embedded.corpus.HELD_OUT_SHARE", 0.2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, many_held_out: None) -> Corpus:
+    return Corpus.prepare(text_folders(), VOCABULARY, tmp_path_factory.mktemp("corpus") / "out")
+
+
+@pytest.fixture
+def options() -> PretrainingOptions:
+    phases = (
+        Phase(length=256, steps=3, episodes=0.5, first_rate=1.0, last_rate=0.5),
+        Phase(length=512, steps=3, episodes=0.5, first_rate=0.5, last_rate=0.0),
+    )
+    return PretrainingOptions(
+        text=text_folders(),
+        phases=phases,
+        batch_tokens=1024,
+        vocab_size=VOCABULARY,
+        layers=2,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        intermediate=48,
+        warmup_steps=2,
+        device="cpu",
+        compile=False,
+        save_every=2,
+        workers=0,
+    )
+
+
+def test_files_are_split_once_and_end_with_the_end_token(corpus: Corpus) -> None:
+    counts = corpus.description
+    assert 0 < counts["held_out"]["files"] < counts["train"]["files"]
+    for name, ids in (("train", corpus.train), ("held_out", corpus.held_out)):
+        assert int((ids == END).sum()) == counts[name]["files"]
+        assert len(ids) == counts[name]["tokens"]
+        assert ids[-1] == END
+
+
+def test_the_tokenizer_spells_numbers_digit_by_digit_and_loses_nothing(corpus: Corpus) -> None:
+    text = "value_1234 = 56789  # é漢\n\tpass"
+    encoding = corpus.tokenizer.encode(text)
+    assert corpus.tokenizer.decode(encoding.ids) == text
+    assert all(not (len(t.strip("Ġ")) > 1 and t.strip("Ġ").isdigit()) for t in encoding.tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [256, 257, 1000])
+def test_episodes_are_as_long_as_the_code_and_read_as_natural_text(
+    corpus: Corpus, kind: str, length: int
+) -> None:
+    """Planting works on ids; tokenising the finished text again gives the same ids."""
+    writer, tokenizer = EpisodeWriter(corpus.tokenizer, 5.0), corpus.tokenizer
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        code = corpus.train[700 : 700 + length].astype(np.int64)
+        episode = writer.write(code, rng, kind)
+        assert len(episode.ids) == len(episode.weights) == length
+        assert episode.answers
+        for start, stop in episode.answers:
+            assert (episode.weights[start:stop] == 5.0).all()
+        if kind != "copy":
+            ids = episode.ids.tolist()
+            again = tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False)).ids
+            # The first word may be half of one that the code was cut in.
+            assert again[8:] == ids[len(ids) - len(again) + 8 :]
+
+
+@pytest.mark.parametrize("kind", FACT_KINDS)
+def test_every_question_of_an_episode_is_answered_by_what_was_planted(
+    corpus: Corpus, kind: Any
+) -> None:
+    writer, rng = EpisodeWriter(corpus.tokenizer, 5.0), np.random.default_rng(0)
+    drawn = plain_facts(kind, 4, 7)
+    facts = [Fact([line.rstrip("\n") for line in lines], q.text, q.answer) for lines, q in drawn]
+    episode = writer.plant(corpus.train[:2000].astype(np.int64), facts, rng)
+    text = corpus.tokenizer.decode(episode.ids.tolist())
+    for lines, question in drawn:
+        places = [text.index("\n" + line.rstrip("\n")) for line in lines]
+        assert places == sorted(places)
+        assert places[-1] < text.rindex(question.text + question.answer)
+    answers = {corpus.tokenizer.decode(episode.ids[a:b].tolist()) for a, b in episode.answers}
+    assert answers == {question.answer for _, question in drawn}
+
+
+def test_a_batch_is_a_function_of_its_step(corpus: Corpus, options: PretrainingOptions) -> None:
+    first, second = (TrainingBatches(corpus.train, corpus.tokenizer, options) for _ in range(2))
+    for step in range(options.total_steps):
+        phase, _ = options.place(step)
+        ids, weights = first[step]
+        assert ids.shape == (1024 // phase.length, phase.length + 1)
+        assert weights.shape == (1024 // phase.length, phase.length)
+        assert torch.equal(ids, second[step][0])
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def test_the_rate_warms_up_and_falls_to_the_end(options: PretrainingOptions) -> None:
+    assert [round(options.rate(step), 3) for step in range(6)] == [
+        0.5,
+        0.833,
+        0.667,
+        0.5,
+        0.333,
+        0.167,
+    ]
+
+
+def test_a_stopped_training_ends_as_one_that_was_not(
+    options: PretrainingOptions, tmp_path: Path
+) -> None:
+    assert pretrain(tmp_path / "whole", options, QUIET, documents=1)
+    calls = 0
+    while not pretrain(tmp_path / "parts", options, QUIET, seconds=0.0, documents=1):
+        calls += 1
+    assert calls == options.total_steps - 1  # one step a call
+    for whole in (tmp_path / "whole" / "model").iterdir():
+        assert whole.read_bytes() == (tmp_path / "parts" / "model" / whole.name).read_bytes()
+
+
+def test_the_exported_folder_serves_and_loads_in_transformers(
+    options: PretrainingOptions, tmp_path: Path
+) -> None:
+    pretrain(tmp_path / "out", options, QUIET, documents=1)
+    folder = tmp_path / "out" / "model"
+    decoder = load_decoder(preflight(folder), "cpu", torch.float32)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(5, 90)
+    from conversion.document_attention import watch_document
+
+    with torch.inference_mode():
+        ours = decoder.logits(watch_document(decoder, decoder.config, ids.tolist(), lambda _: None))
+        assert torch.allclose(ours, model(ids[None]).logits[0], atol=1e-4)
+
+
+def test_another_options_state_is_refused(options: PretrainingOptions, tmp_path: Path) -> None:
+    pretrain(tmp_path / "out", options, QUIET, seconds=0.0, documents=1)
+    with pytest.raises(ConversionError, match="other options"):
+        pretrain(tmp_path / "out", dataclasses.replace(options, clip=2.0), QUIET, documents=1)
+
+
+def test_too_little_text_is_one_line(options: PretrainingOptions, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    few = dataclasses.replace(options, text=(tmp_path / "few",))
+    with pytest.raises(ConversionError, match="too little text"):
+        pretrain(tmp_path / "out", few, QUIET)
+    wide = dataclasses.replace(options, vocab_size=60_000)
+    with pytest.raises(ConversionError, match="too little text for a vocabulary of 60000"):
+        pretrain(tmp_path / "wide", wide, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phases": ()}, "no phase"),
+        ({"batch_tokens": 1000}, "divide"),
+        ({"vocab_size": 70_000}, "65536"),
+    ],
+)
+def test_impossible_options(options: PretrainingOptions, change: Any, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        dataclasses.replace(options, **change)
