@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from conversion.text_source import TextSource
 FACT_COUNTS = (2, 4, 8, 16)  # planted per sequence, as far as there is room
 QUESTION = "assert HARBOR_FALCON_LEVEL == 40213\n"  # a usual one, to see how long they are
 SAFETY = 1.5  # the longest line over the usual one
+AHEAD = 8  # sequences made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,20 @@ def text_samples(
     rng = random.Random(seed)
     line = int(len(_encode(tokenizer, QUESTION)) * SAFETY)
     counts = [count for count in FACT_COUNTS if count * line <= tokens // 8]
-    for number, ids in enumerate(source.stream(tokenizer, tokens, seed)):
-        with_facts = rng.random() < facts_share
-        if with_facts and counts:
-            own = seed * 1_000_003 + number
-            ids = _with_facts(ids, tokenizer, rng.choice(counts), line, own)
-        yield Sample(ids, response)
+
+    def make(number: int, ids: list[int], facts: int) -> Sample:
+        own = seed * 1_000_003 + number
+        return Sample(_with_facts(ids, tokenizer, facts, line, own) if facts else ids, response)
+
+    with ThreadPoolExecutor(AHEAD) as pool:  # the tokenizer works outside of Python's lock
+        made: deque[Future[Sample]] = deque()
+        for number, ids in enumerate(source.stream(tokenizer, tokens, seed)):
+            with_facts = rng.random() < facts_share and bool(counts)
+            made.append(pool.submit(make, number, ids, rng.choice(counts) if with_facts else 0))
+            if len(made) > AHEAD:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def _with_facts(

@@ -81,7 +81,9 @@ class Student:
             self.model = deepcopy(self._exact).to(self.dtype)
         if recompute:
             for layer in self.model.decoder.layers:
-                layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
+                layer.forward = partial(
+                    recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
 
     def collect_gradients(self) -> None:
         """After a backward pass: add the model's gradients to those of the float32 weights."""

@@ -33,11 +33,11 @@ SINK_ALIGNMENT = 8  # keys; fused attention kernels want mask rows of whole 16-b
 
 @dataclass(frozen=True, slots=True)
 class HeadSets:
-    """Head roles of one layer as indices on the device."""
+    """Head roles of one layer, and how its index keys belong to them."""
 
-    far_H: Tensor  # retrieval heads
-    near_H: Tensor  # local heads
-    order_H: Tensor  # puts far heads followed by near heads back into the model's order
+    far: tuple[int, ...]  # retrieval heads
+    near: tuple[int, ...]  # local heads
+    far_H: Tensor  # `far` on the device
     index_head_X: Tensor  # the KV head that each row of index keys is made from
     index_row_H: Tensor  # row of index keys of each retrieval head
     top_p_H: Tensor  # float32, per retrieval head
@@ -45,7 +45,6 @@ class HeadSets:
     @classmethod
     def make(cls, config: ModelConfig, layer: int, device: torch.device) -> HeadSets:
         heads = layer_heads(config, layer)
-        near = sorted(heads.local_on_full + heads.local_on_windowed)
         per_head = heads.index_rows == len(heads.retrieval)
         own_kv = tuple(head // config.group_size for head in heads.retrieval)
 
@@ -53,9 +52,9 @@ class HeadSets:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         return cls(
+            far=heads.retrieval,
+            near=tuple(sorted(heads.local_on_full + heads.local_on_windowed)),
             far_H=ints(heads.retrieval),
-            near_H=ints(near),
-            order_H=ints([*heads.retrieval, *near]).argsort(),
             index_head_X=ints((own_kv if per_head else heads.full_kv) if heads.has_indexer else ()),
             index_row_H=ints(heads.index_row),
             top_p_H=torch.tensor(heads.top_p, dtype=torch.float32, device=device),
@@ -127,19 +126,32 @@ class StudentAttention:
         k_TND: Tensor,
         v_TND: Tensor,
     ) -> Tensor:
-        heads, group = self.layers.heads[layer], self.layers.config.group_size
+        heads = self.layers.heads[layer]
         q_ZHLD, k_ZNLD, v_ZNLD = (self._by_sequence(x) for x in (q_THD, k_TND, v_TND))
-        parts = []
-        if len(heads.far_H):
-            kv_H = heads.far_H // group
-            far = (q_ZHLD[:, heads.far_H], k_ZNLD[:, kv_H], v_ZNLD[:, kv_H])
-            seen_ZHRL = self._selected(layer, q_pre_THD, k_pre_TND)
-            parts.append(self._retrieve(*far, seen_ZHRL))
-        if len(heads.near_H):
-            kv_H = heads.near_H // group
-            parts.append(self._window(q_ZHLD[:, heads.near_H], k_ZNLD[:, kv_H], v_ZNLD[:, kv_H]))
-        out_ZHLD = torch.cat(parts, dim=1)[:, heads.order_H] if len(parts) > 1 else parts[0]
-        return out_ZHLD.transpose(1, 2).flatten(0, 1)
+        outs_ZLD: dict[int, Tensor] = {}
+        if heads.far:
+            picked = self._pick(heads.far, q_ZHLD, k_ZNLD, v_ZNLD)
+            out_ZHLD = self._retrieve(*picked, self._selected(layer, q_pre_THD, k_pre_TND))
+            outs_ZLD.update(zip(heads.far, out_ZHLD.unbind(1), strict=True))
+        if heads.near:
+            out_ZHLD = self._window(*self._pick(heads.near, q_ZHLD, k_ZNLD, v_ZNLD))
+            outs_ZLD.update(zip(heads.near, out_ZHLD.unbind(1), strict=True))
+        return torch.stack([outs_ZLD[head] for head in range(len(outs_ZLD))], dim=2).flatten(0, 1)
+
+    def _pick(
+        self, heads: tuple[int, ...], q_ZHLD: Tensor, k_ZNLD: Tensor, v_ZNLD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of some heads with their KV heads' keys and values, all [Z, heads, L, D].
+
+        Stacked rather than indexed: the gradient of an index with repeats is a slow scatter.
+        """
+        group = self.layers.config.group_size
+        q, k, v = (x.unbind(1) for x in (q_ZHLD, k_ZNLD, v_ZNLD))
+        return (
+            torch.stack([q[head] for head in heads], dim=1),
+            torch.stack([k[head // group] for head in heads], dim=1),
+            torch.stack([v[head // group] for head in heads], dim=1),
+        )
 
     def _by_sequence(self, x_TAD: Tensor) -> Tensor:
         """[T, heads, D] as [Z, heads, L, D]."""
