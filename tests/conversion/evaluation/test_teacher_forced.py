@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 
 from conversion.code_facts import FactDocument, Question
-from conversion.evaluation import FactResult, Variant, answer_facts, decode_loss
+from conversion.evaluation.teacher_forced import FactResult, Variant, answer_facts, decode_loss
 from engine.model.weights import load_decoder
 from engine.request import SamplingParams
 from tests.engine.oracle import Answer, Oracle
