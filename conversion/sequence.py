@@ -9,6 +9,7 @@ Shapes: T tokens of a step, E hidden size, H retrieval heads of a layer, B block
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -59,17 +60,26 @@ class CachedSequence:
         self._layers = AttentionLayers(config, cache, indexers, self._device)
         self._table_B = torch.arange(1, pages + 1, device=self._device)
 
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        """Append prompt tokens; hidden states [T, E] of the last chunk."""
+    def prefill(self, ids: Sequence[int], *, dense: bool = False) -> Tensor:
+        """Append prompt tokens; hidden states [T, E] of the last chunk.
+
+        Args:
+            dense: local heads see the whole prompt too, so that its keys and values are those of
+                the dense model and what decoding loses can be told from what the prompt lost.
+        """
         assert ids
+        layers = self._layers
+        if dense:
+            layers = copy(layers)
+            layers.window = len(self._table_B) * self._block  # the capacity
         hidden_TE = torch.empty(0)
         for start in range(0, len(ids), self._chunk):
-            hidden_TE = self._step(ids[start : start + self._chunk], decode=False)
+            hidden_TE = self._step(ids[start : start + self._chunk], layers, decode=False)
         return hidden_TE
 
     def decode(self, ids: Sequence[int]) -> Tensor:
         """Append generated tokens, each a decode row; hidden states [T, E]."""
-        return self._step(ids, decode=True)
+        return self._step(ids, self._layers, decode=True)
 
     def cut(self, length: int) -> None:
         """Forget everything past the first `length` tokens."""
@@ -77,8 +87,8 @@ class CachedSequence:
         self.length = length
 
     @torch.no_grad()
-    def _step(self, ids: Sequence[int], *, decode: bool) -> Tensor:
-        attention = PagedAttention(self._layers, self._metadata(ids, decode))
+    def _step(self, ids: Sequence[int], layers: AttentionLayers, *, decode: bool) -> Tensor:
+        attention = PagedAttention(layers, self._metadata(ids, decode))
         metadata = attention.metadata
         hidden_TE: Tensor = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
         self.length += len(ids)

@@ -7,7 +7,7 @@ divided by the design effect (Kish), measured over the documents, before an inte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z95 = 1.959963984540054
@@ -77,10 +77,10 @@ def design_effect(scores: ScoresByDocument) -> float:
     return max(1.0, clustered / independent)
 
 
-def average(parts: Sequence[Interval], clamp: Callable[[float], float] = lambda x: x) -> Interval:
+def average(parts: Sequence[Interval]) -> Interval:
     """Plain mean of independent estimates; half widths add as squares, each side by itself."""
     count = len(parts)
     value = sum(part.value for part in parts) / count
     below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / count
     above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / count
-    return Interval(value, clamp(value - below), clamp(value + above))
+    return Interval(value, value - below, value + above)

@@ -1,19 +1,13 @@
-"""A number hidden in noise at a chosen depth, as in Landmark Attention (arXiv 2305.16300).
-
-The version in code is one assignment between the lines of real source text.
-"""
+"""A number hidden in noise at a chosen depth, as in Landmark Attention (arXiv 2305.16300)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from tokenizers import Tokenizer
-
-from conversion.code_facts import FactDocument, plain_facts
 from conversion.errors import ConversionError
 from conversion.evaluation.ruler.niah import NOISE
-from conversion.evaluation.samples import PromptSample, continued_ids
+from conversion.evaluation.samples import PromptSample
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -52,29 +46,3 @@ def passkey_sample(
     if lines <= 0:
         raise ConversionError("passkey: the length is too short for one sample of it")
     return PromptSample(prompt(lines), (key,), GENERATED_TOKENS)
-
-
-def code_passkey_document(
-    source_ids: Sequence[int], tokenizer: Tokenizer, length: int, depth: float, number: int
-) -> FactDocument:
-    """One constant in source text at a depth of its lines.
-
-    Args:
-        source_ids: at least `length` token ids of source text.
-        length: document, question and answer together, at most.
-
-    Raises:
-        ConversionError: the length is too short.
-    """
-    ((planted,), question) = plain_facts("constant", 1, number)[0]
-    room = length - len(continued_ids(tokenizer, question.text + question.answer))
-    kept = room - len(continued_ids(tokenizer, planted))
-    while kept > 0:
-        lines = tokenizer.decode(list(source_ids[:kept])).splitlines(keepends=True)[:-1]
-        place = round(depth * len(lines))
-        text = "".join([*lines[:place], planted, *lines[place:]])
-        excess = len(continued_ids(tokenizer, text)) - room
-        if excess <= 0 and lines:
-            return FactDocument(text, (question,))
-        kept -= max(excess, 1)
-    raise ConversionError("code_passkey: the length is too short for one sample of it")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from conversion.code_facts import FactDocument
+from conversion.evaluation.samples import continued_ids, prompt_ids
 from conversion.sequence import CachedSequence
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
@@ -71,22 +72,48 @@ def answer_facts(
     asked = right = 0
     fractions: list[float] = []
     for document in documents:
-        text = _ids(tokenizer, document.text)
-        pairs = [
-            (_ids(tokenizer, question.text), _ids(tokenizer, question.answer))
-            for question in document.questions
-        ]
-        sequence = variant.sequence(len(text) + max(len(q) + len(a) for q, a in pairs))
-        sequence.prefill(text)
-        for question, answer in pairs:
-            sequence.cut(len(text))
-            hidden_RE = variant.generate(sequence, [*question, *answer[:-1]])[-len(answer) :]
-            guesses = variant.decoder.logits(hidden_RE).argmax(-1).tolist()
-            asked += 1
-            right += guesses == answer
-        fractions += _fractions(sequence)
+        encoded = EncodedFacts.encode(tokenizer, document)
+        sequence = variant.sequence(encoded.tokens)
+        answers = right_answers(variant, sequence, encoded)
+        asked += len(answers)
+        right += sum(answers)
+        fractions += attended_fractions(sequence)
         advance()
     return FactResult(asked, right, sum(fractions) / len(fractions) if fractions else None)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFacts:
+    """Token ids of a document, and of each question with its answer."""
+
+    text: list[int]
+    questions: list[tuple[list[int], list[int]]]
+
+    @classmethod
+    def encode(cls, tokenizer: Tokenizer, document: FactDocument) -> EncodedFacts:
+        questions = [
+            (continued_ids(tokenizer, q.text), continued_ids(tokenizer, q.answer))
+            for q in document.questions
+        ]
+        return cls(prompt_ids(tokenizer, document.text), questions)
+
+    @property
+    def tokens(self) -> int:
+        """Of the document and its longest question and answer."""
+        return len(self.text) + max(len(q) + len(a) for q, a in self.questions)
+
+
+@torch.no_grad()
+def right_answers(variant: Variant, sequence: CachedSequence, document: EncodedFacts) -> list[bool]:
+    """Which questions are answered exactly; whatever was in `sequence` is forgotten."""
+    sequence.cut(0)
+    sequence.prefill(document.text)
+    right = []
+    for question, answer in document.questions:
+        sequence.cut(len(document.text))
+        hidden_RE = variant.generate(sequence, [*question, *answer[:-1]])[-len(answer) :]
+        right.append(variant.decoder.logits(hidden_RE).argmax(-1).tolist() == answer)
+    return right
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +147,13 @@ def decode_loss(
             targets = torch.tensor(ids[first + 1 : stop + 1], device=logits_RV.device)
             total += float(cross_entropy(logits_RV, targets, reduction="sum"))
             count += stop - first
-        fractions += _fractions(sequence)
+        fractions += attended_fractions(sequence)
     return LossResult(total / count, count, sum(fractions) / len(fractions) if fractions else None)
 
 
-def _fractions(sequence: CachedSequence) -> list[float]:
+def attended_fractions(sequence: CachedSequence) -> list[float]:
     """Attended share of the context per decode row and retrieval head that selected."""
     return [
         attended / context
         for attended, context in zip(sequence.attended, sequence.contexts, strict=True)
     ]
-
-
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class TrackingTask:
 
     def _assemble(self, size: int, names: list[str], value: str) -> Draft:
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(names)]
         lines = [NOISE] * size
         places = sorted(self._rng.sample(range(size), len(chain)))
         for shift, (place, statement) in enumerate(zip(places, chain, strict=True)):
