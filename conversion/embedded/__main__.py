@@ -1,6 +1,6 @@
 """Make the dense model that the embedded sparse one is converted from.
 
-    python -m conversion.embedded OUT [--text FOLDER ...] [--seconds 500]
+    python -m conversion.embedded OUT [--text FOLDER ...] [--steps A,B,C | --seconds A,B,C]
 
 Leaves OUT/corpus (text and tokenizer), OUT/state.pt (training in progress), OUT/model (the result)
 and OUT/training.json (every figure). Run it again to go on.
@@ -14,11 +14,12 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conversion.embedded.corpus import Corpus
 from conversion.embedded.export import export_network
@@ -30,18 +31,20 @@ from conversion.errors import ConversionError
 from conversion.state import write_json
 from engine.model.config_reader import read_config
 
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
 
 def pretrain(
     out: Path,
     options: PretrainingOptions,
     console: Console,
-    seconds: float | None = None,
+    stop_after: float | None = None,
     documents: int = 32,
 ) -> bool:
     """Prepare, train, judge, export. True if training came to its end.
 
     Args:
-        seconds: stop training after so long, and judge what there is without exporting it.
+        stop_after: seconds of training after which to save and stop.
         documents: per kind, length and number of facts, to judge by.
 
     Raises:
@@ -55,15 +58,18 @@ def pretrain(
     settings = options.model_config()
     write_json(out / "config.json", settings)
     trainer = Trainer(corpus, read_config(out), options, out, console)
-    network = trainer.run(seconds)
+    network = trainer.run(stop_after)
+    if not trainer.done:
+        console.print(f"stopped after step {trainer.place.step}; run the same command to go on")
+        return False
     report = _judge(network, corpus, options, documents)
-    report |= {"steps": trainer.step, "losses": trainer.losses, "seconds": _since(begun)}
+    report |= {"steps": trainer.steps, "losses": trainer.losses}
     write_json(out / "training.json", report)
     console.print_json(json.dumps({key: report[key] for key in ("held_out_loss", "facts")}))
-    if trainer.done and not (out / "model").exists():
+    if not (out / "model").exists():
         export_network(network, settings, out / "corpus" / "tokenizer.json", out / "model")
         console.print(f"made {out / 'model'}")
-    return trainer.done
+    return True
 
 
 def _judge(
@@ -82,17 +88,16 @@ def _judge(
     }
 
 
-def _since(begun: float) -> float:
-    return round(time.monotonic() - begun, 1)
-
-
-def _with_steps(phases: tuple[Phase, ...], text: str) -> tuple[Phase, ...]:
+def _with(phases: tuple[Phase, ...], name: str, text: str) -> tuple[Phase, ...]:
+    """The phases with other steps or seconds."""
     try:
-        counts = [int(part) for part in text.split(",")]
-        pairs = zip(phases, counts, strict=True)
-        return tuple(dataclasses.replace(phase, steps=count) for phase, count in pairs)
+        values = [float(part) for part in text.split(",")]
+        pairs = list(zip(phases, values, strict=True))
     except ValueError:
-        raise ConversionError(f"steps must be {len(phases)} numbers, got {text!r}") from None
+        raise ConversionError(f"{name} must be {len(phases)} numbers, got {text!r}") from None
+    if name == "steps":
+        return tuple(dataclasses.replace(phase, steps=int(value)) for phase, value in pairs)
+    return tuple(dataclasses.replace(phase, steps=None, seconds=value) for phase, value in pairs)
 
 
 def main(
@@ -101,20 +106,31 @@ def main(
         list[Path] | None,
         typer.Option(help="Folder of Python sources; default: this environment's."),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Stop training after so long.")] = None,
-    documents: Annotated[int, typer.Option(help="Documents per cell of the judgement.")] = 32,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     steps: Annotated[
         str | None, typer.Option(help="Steps of every phase, comma separated.")
     ] = None,
+    seconds: Annotated[
+        str | None, typer.Option(help="Instead: seconds of every phase, comma separated.")
+    ] = None,
+    stop_after: Annotated[
+        float | None, typer.Option(help="Save and stop after so many seconds of training.")
+    ] = None,
+    attention: Annotated[
+        Literal["flash", "cudnn"], typer.Option(help="Attention kernel on CUDA.")
+    ] = "flash",
+    documents: Annotated[int, typer.Option(help="Documents per cell of the judgement.")] = 32,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, batches and judgement.")] = 0,
 ) -> None:
     """Train the dense model behind the embedded one."""
     options = PretrainingOptions(text=tuple(text or ()), device=device, seed=seed)
     try:
-        if steps is not None:
-            options = dataclasses.replace(options, phases=_with_steps(options.phases, steps))
-        pretrain(out, options, Console(width=110), seconds, documents)
+        for name, value in (("steps", steps), ("seconds", seconds)):
+            if value is not None:
+                phases = _with(options.phases, name, value)
+                options = dataclasses.replace(options, phases=phases)
+        with sdpa_kernel(BACKENDS[attention] if device != "cpu" else SDPBackend.MATH):
+            pretrain(out, options, Console(width=110), stop_after, documents)
     except ConversionError as error:
         print(f"{out}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

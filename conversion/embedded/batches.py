@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,56 +13,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conversion.embedded.episodes import EpisodeWriter
-from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.embedded.options import PretrainingOptions
 
 
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item `step`: token ids int64 [B, length + 1], weights of the targets float32 [B, length]."""
+    """Item `step` of a phase: ids int64 [B, length + 1], weights of targets float32 [B, length]."""
 
     def __init__(
-        self, train: NDArray[np.uint16], tokenizer: Tokenizer, options: PretrainingOptions
+        self,
+        train: NDArray[np.uint16],
+        tokenizer: Tokenizer,
+        options: PretrainingOptions,
+        phase: int,
     ) -> None:
-        longest = options.max_length + 1
-        assert len(train) > longest, "less text than one sequence"
         self._train = train
-        self._options = options
+        self._seed = (options.seed, phase)
+        self._phase = options.phases[phase]
+        self._rows = options.batch_tokens // self._phase.length
         self._writer = EpisodeWriter(tokenizer, options.answer_weight)
-
-    def __len__(self) -> int:
-        return self._options.total_steps
+        assert len(train) > self._phase.length + 1, "less text than one sequence"
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        phase, _ = self._options.place(step)
-        rng = np.random.default_rng([self._options.seed, step])
-        rows = [
-            self._sequence(phase, rng) for _ in range(self._options.batch_tokens // phase.length)
-        ]
+        rng = np.random.default_rng([*self._seed, step])
+        rows = [self._sequence(rng) for _ in range(self._rows)]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]))
         weights = torch.from_numpy(np.stack([weights for _, weights in rows]))
         return ids, weights[:, 1:].contiguous()
 
-    def _sequence(
-        self, phase: Phase, rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        length = phase.length + 1
+    def _sequence(self, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        length = self._phase.length + 1
         start = int(rng.integers(0, len(self._train) - length))
         code = self._train[start : start + length].astype(np.int64)
-        if rng.random() >= phase.episodes:
+        if rng.random() >= self._phase.episodes:
             return code, np.ones(length, dtype=np.float32)
         episode = self._writer.write(code, rng)
         return episode.ids, episode.weights
 
-
-def stream(
-    batches: TrainingBatches, first_step: int, workers: int, pin: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from `first_step` on, put together in other processes."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first_step, len(batches)),
-        num_workers=workers,
-        prefetch_factor=8 if workers else None,
-        pin_memory=pin,
-    )
-    yield from loader
+    def stream(self, first: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from step `first` on, without end, put together in other processes."""
+        yield from DataLoader(
+            self,
+            batch_size=None,
+            sampler=itertools.count(first),
+            num_workers=workers,
+            prefetch_factor=8 if workers else None,
+            pin_memory=pin,
+        )

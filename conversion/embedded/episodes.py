@@ -23,9 +23,10 @@ from conversion.code_facts import FIRST_WORDS, SECOND_WORDS
 
 KINDS = ("constant", "dictionary", "list", "chain", "token", "copy")
 KIND_WEIGHTS = (0.24, 0.18, 0.22, 0.2, 0.08, 0.08)
-MAX_FACTS = 16
+MAX_FACTS = 17
 MIDDLE_QUESTIONS = 0.3  # share of the questions asked again inside the code
 COPY_TOKENS = (8, 48)
+MIN_CODE = 16  # tokens of code that must be left
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
 
 
@@ -59,9 +60,8 @@ class EpisodeWriter:
         letters = [vocabulary.get(i, "") for i in range(tokenizer.get_vocab_size())]
         self._breaks = np.array([text.startswith("Ċ") for text in letters])  # byte-level "\n"
         words = (text.strip("Ġ").upper() for text in letters)
-        self._words = sorted(
-            {w for w in words if w.isascii() and w.isalpha() and len(w) > 2} - JUDGED_WORDS
-        )
+        known = {w for w in words if w.isascii() and w.isalpha() and len(w) > 2}
+        self._words = np.array(sorted(known - JUDGED_WORDS))
 
     def write(
         self, code: NDArray[np.int64], rng: np.random.Generator, kind: str | None = None
@@ -76,9 +76,7 @@ class EpisodeWriter:
         if kind == "copy":
             return self._copy(code, rng)
         wanted = int(rng.integers(1, MAX_FACTS + 1))
-        # A short sequence holds few facts: a fact and its question take up to 200 tokens.
-        facts = [self._fact(kind, rng) for _ in range(max(1, min(wanted, len(code) // 200)))]
-        return self.plant(code, facts, rng)
+        return self.plant(code, [self._fact(kind, rng) for _ in range(wanted)], rng)
 
     def plant(
         self, code: NDArray[np.int64], facts: list[Fact], rng: np.random.Generator
@@ -92,7 +90,7 @@ class EpisodeWriter:
             tail_ids += ids
         inserts = self._inserts(facts, rng)
         room = len(code) - len(tail_ids) - sum(len(ids) for _, ids, _ in inserts)
-        if room < 16:  # facts that fill the whole sequence: keep the first half of them
+        if room < MIN_CODE:  # facts that fill a short sequence: keep the first half of them
             assert len(facts) > 1, "one fact fits any sequence"
             return self.plant(code, facts[: len(facts) // 2], rng)
         body, weights = self._insert(code[:room], inserts)

@@ -20,7 +20,8 @@ from conversion.embedded.corpus import Corpus
 from conversion.embedded.episodes import Episode, EpisodeWriter, Fact
 from conversion.embedded.network import Network
 
-DISTRACTORS = (1, 4, 16)  # facts of a document; each is asked
+LOSS_TOKENS = 2**19  # of held-out text, at every length
+DISTRACTORS = (1, 4, 16)  # facts of a document beside the one that is asked
 
 
 class Judge:
@@ -47,7 +48,10 @@ class Judge:
 
     @torch.no_grad()
     def facts(self, network: Network, kind: FactKind, length: int, facts: int, count: int) -> float:
-        """Share of right answers over `count` documents of `length` tokens with `facts` facts."""
+        """Share of right answers over `count` documents of `length` tokens with `facts` facts.
+
+        All facts are asked, one after the other at the document's end.
+        """
         right = asked = 0
         for number in range(count):
             episode = self._episode(kind, length, facts, number)
@@ -63,13 +67,12 @@ class Judge:
     def report(self, network: Network, lengths: Sequence[int], documents: int) -> dict[str, Any]:
         """Loss by length, and accuracy by kind, length and number of facts."""
         return {
-            "held_out_loss": {str(n): self.loss(network, n, 64 * max(lengths)) for n in lengths},
+            "held_out_loss": {str(n): self.loss(network, n, LOSS_TOKENS) for n in lengths},
             "facts": {
                 kind: {
                     str(length): {
-                        str(facts): self.facts(network, kind, length, facts, documents)
-                        for facts in DISTRACTORS
-                        if facts * 200 <= length
+                        str(others): self.facts(network, kind, length, others + 1, documents)
+                        for others in DISTRACTORS
                     }
                     for length in lengths
                 }

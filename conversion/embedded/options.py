@@ -11,10 +11,11 @@ from conversion.errors import ConversionError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A stretch of training at one length. Lengths are in tokens."""
+    """A stretch of training at one length, for so many steps or so many seconds."""
 
-    length: int
-    steps: int
+    length: int  # tokens
+    steps: int | None = None  # None: as many as `seconds` allow, which another machine may not
+    seconds: float = 0.0  # of training proper, compilation not counted; unread with steps
     episodes: float  # share of the sequences that are retrieval episodes
     first_rate: float  # learning rate at its start, as a share of the peak
     last_rate: float  # at its end; linear between
@@ -64,8 +65,8 @@ class PretrainingOptions:
                     f"length {phase.length} must be at least 64 and divide "
                     f"batch_tokens {self.batch_tokens}"
                 )
-            if phase.steps < 1 or not 0 <= phase.episodes <= 1:
-                raise ConversionError("a phase needs steps, and a share of episodes from 0 to 1")
+            if (phase.steps or phase.seconds) <= 0 or not 0 <= phase.episodes <= 1:
+                raise ConversionError("a phase needs time, and a share of episodes from 0 to 1")
         if self.vocab_size > 2**16:
             raise ConversionError(f"vocab_size must be at most 65536, got {self.vocab_size}")
 
@@ -74,23 +75,14 @@ class PretrainingOptions:
         """The context that the model is trained for, in tokens."""
         return max(phase.length for phase in self.phases)
 
-    @property
-    def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+    def rate(self, phase: Phase, share: float, step: int) -> float:
+        """Learning rate as a share of the peak.
 
-    def place(self, step: int) -> tuple[Phase, int]:
-        """The phase of a step, and the step inside it."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase, step
-            step -= phase.steps
-        raise IndexError(step)
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step, as a share of the peak."""
-        phase, inside = self.place(step)
-        share = inside / phase.steps
-        rate = phase.first_rate + (phase.last_rate - phase.first_rate) * share
+        Args:
+            share: of the phase that is over, from 0 to 1.
+            step: since the beginning of training.
+        """
+        rate = phase.first_rate + (phase.last_rate - phase.first_rate) * min(share, 1.0)
         return rate * min(1.0, (step + 1) / self.warmup_steps)
 
     def model_config(self) -> dict[str, Any]:

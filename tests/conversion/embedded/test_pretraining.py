@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import END, Corpus
 from conversion.embedded.episodes import KINDS, EpisodeWriter, Fact
 from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.embedded.trainer import LOG_STEPS
 from conversion.errors import ConversionError
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
@@ -128,25 +130,32 @@ def test_every_question_of_an_episode_is_answered_by_what_was_planted(
 
 
 def test_a_batch_is_a_function_of_its_step(corpus: Corpus, options: PretrainingOptions) -> None:
-    first, second = (TrainingBatches(corpus.train, corpus.tokenizer, options) for _ in range(2))
-    for step in range(options.total_steps):
-        phase, _ = options.place(step)
-        ids, weights = first[step]
+    for number, phase in enumerate(options.phases):
+        first, second = (
+            TrainingBatches(corpus.train, corpus.tokenizer, options, number) for _ in range(2)
+        )
+        ids, weights = first[3]
         assert ids.shape == (1024 // phase.length, phase.length + 1)
         assert weights.shape == (1024 // phase.length, phase.length)
-        assert torch.equal(ids, second[step][0])
-    assert not torch.equal(first[0][0], first[1][0])
+        assert torch.equal(ids, second[3][0])
+        assert not torch.equal(ids, first[4][0])
+        assert torch.equal(next(first.stream(3, 0, False))[0], ids)
 
 
 def test_the_rate_warms_up_and_falls_to_the_end(options: PretrainingOptions) -> None:
-    assert [round(options.rate(step), 3) for step in range(6)] == [
-        0.5,
-        0.833,
-        0.667,
-        0.5,
-        0.333,
-        0.167,
-    ]
+    first, last = options.phases
+    assert options.rate(first, 0.0, 0) == 0.5  # half of two warm-up steps
+    assert options.rate(first, 0.5, 5) == 0.75
+    assert options.rate(last, 0.5, 9) == 0.25
+    assert options.rate(last, 1.2, 9) == 0.0
+
+
+def test_a_timed_phase_ends_by_the_clock(options: PretrainingOptions, tmp_path: Path) -> None:
+    phases = tuple(dataclasses.replace(p, steps=None, seconds=1e-9) for p in options.phases)
+    timed = dataclasses.replace(options, phases=phases)
+    assert pretrain(tmp_path / "out", timed, QUIET, documents=1)
+    steps = json.loads((tmp_path / "out" / "training.json").read_text())["steps"]
+    assert steps == [LOG_STEPS, LOG_STEPS]  # the clock is read when steps are logged
 
 
 def test_a_stopped_training_ends_as_one_that_was_not(
@@ -154,9 +163,9 @@ def test_a_stopped_training_ends_as_one_that_was_not(
 ) -> None:
     assert pretrain(tmp_path / "whole", options, QUIET, documents=1)
     calls = 0
-    while not pretrain(tmp_path / "parts", options, QUIET, seconds=0.0, documents=1):
+    while not pretrain(tmp_path / "parts", options, QUIET, stop_after=0.0, documents=1):
         calls += 1
-    assert calls == options.total_steps - 1  # one step a call
+    assert calls == 5  # one step a call
     for whole in (tmp_path / "whole" / "model").iterdir():
         assert whole.read_bytes() == (tmp_path / "parts" / "model" / whole.name).read_bytes()
 
@@ -178,7 +187,7 @@ def test_the_exported_folder_serves_and_loads_in_transformers(
 
 
 def test_another_options_state_is_refused(options: PretrainingOptions, tmp_path: Path) -> None:
-    pretrain(tmp_path / "out", options, QUIET, seconds=0.0, documents=1)
+    pretrain(tmp_path / "out", options, QUIET, stop_after=0.0, documents=1)
     with pytest.raises(ConversionError, match="other options"):
         pretrain(tmp_path / "out", dataclasses.replace(options, clip=2.0), QUIET, documents=1)
 
