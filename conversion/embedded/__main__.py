@@ -1,6 +1,6 @@
 """Make the dense model that the embedded sparse one is converted from.
 
-    python -m conversion.embedded OUT [--text FOLDER ...] [--steps A,B,C | --seconds A,B,C]
+    python -m conversion.embedded OUT [--text FOLDER ...] [--curriculum FILE] [--init MODEL]
 
 Leaves OUT/corpus (text and tokenizer), OUT/state.pt (training in progress), OUT/model (the result)
 and OUT/training.json (every figure). Run it again to go on.
@@ -25,7 +25,7 @@ from conversion.embedded.corpus import Corpus
 from conversion.embedded.export import export_network
 from conversion.embedded.judge import Judge
 from conversion.embedded.network import Network
-from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.embedded.options import CURRICULUM, PretrainingOptions, read_curriculum
 from conversion.embedded.trainer import Trainer
 from conversion.errors import ConversionError
 from conversion.state import write_json
@@ -51,7 +51,8 @@ def pretrain(
         ConversionError: one line; the text or the state is unusable.
     """
     begun = time.monotonic()
-    corpus = Corpus.prepare(options.text, options.vocab_size, out / "corpus")
+    own = None if options.init is None else options.init / "tokenizer.json"
+    corpus = Corpus.prepare(options.text, options.vocab_size, out / "corpus", own)
     console.print(
         f"corpus after {time.monotonic() - begun:.0f} s: {json.dumps(corpus.description)}"
     )
@@ -88,29 +89,17 @@ def _judge(
     }
 
 
-def _with(phases: tuple[Phase, ...], name: str, text: str) -> tuple[Phase, ...]:
-    """The phases with other steps or seconds."""
-    try:
-        values = [float(part) for part in text.split(",")]
-        pairs = list(zip(phases, values, strict=True))
-    except ValueError:
-        raise ConversionError(f"{name} must be {len(phases)} numbers, got {text!r}") from None
-    if name == "steps":
-        return tuple(dataclasses.replace(phase, steps=int(value)) for phase, value in pairs)
-    return tuple(dataclasses.replace(phase, steps=None, seconds=value) for phase, value in pairs)
-
-
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to work in.")],
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of Python sources; default: this environment's."),
     ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Steps of every phase, comma separated.")
+    curriculum: Annotated[
+        Path | None, typer.Option(help="JSON list of phases; default: the built-in one.")
     ] = None,
-    seconds: Annotated[
-        str | None, typer.Option(help="Instead: seconds of every phase, comma separated.")
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this model folder, and take its tokenizer.")
     ] = None,
     stop_after: Annotated[
         float | None, typer.Option(help="Save and stop after so many seconds of training.")
@@ -123,12 +112,11 @@ def main(
     seed: Annotated[int, typer.Option(help="Of weights, batches and judgement.")] = 0,
 ) -> None:
     """Train the dense model behind the embedded one."""
-    options = PretrainingOptions(text=tuple(text or ()), device=device, seed=seed)
     try:
-        for name, value in (("steps", steps), ("seconds", seconds)):
-            if value is not None:
-                phases = _with(options.phases, name, value)
-                options = dataclasses.replace(options, phases=phases)
+        phases = CURRICULUM if curriculum is None else read_curriculum(curriculum)
+        options = PretrainingOptions(
+            text=tuple(text or ()), phases=phases, init=init, device=device, seed=seed
+        )
         with sdpa_kernel(BACKENDS[attention] if device != "cpu" else SDPBackend.MATH):
             pretrain(out, options, Console(width=110), stop_after, documents)
     except ConversionError as error:

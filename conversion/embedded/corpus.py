@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conversion.errors import ConversionError
 from conversion.state import read_json, write_json
+from conversion.text_source import load_tokenizer
 
 END = 0  # id of END_TEXT, between files
 END_TEXT = "<|endoftext|>"
@@ -44,15 +45,20 @@ class Corpus:
     description: dict[str, Any]
 
     @classmethod
-    def prepare(cls, folders: Sequence[Path], vocab_size: int, out: Path) -> Corpus:
+    def prepare(
+        cls, folders: Sequence[Path], vocab_size: int, out: Path, tokenizer: Path | None = None
+    ) -> Corpus:
         """Read, split, train the tokenizer and tokenise; or open what was prepared before.
+
+        Args:
+            tokenizer: a tokenizer.json to use; None trains one.
 
         Raises:
             ConversionError: there is no text, or too little of it.
         """
         if not (out / "corpus.json").exists():
             out.mkdir(parents=True, exist_ok=True)
-            _prepare(folders or python_folders(), vocab_size, out)
+            _prepare(folders or python_folders(), vocab_size, out, tokenizer)
         return cls.open(out)
 
     @classmethod
@@ -95,11 +101,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _prepare(folders: Sequence[Path], vocab_size: int, out: Path) -> None:
+def _prepare(
+    folders: Sequence[Path], vocab_size: int, out: Path, own_tokenizer: Path | None
+) -> None:
     train, held_out = _split(_read(folders))
     if not train or not held_out:
         raise ConversionError("too little text: no file to train on, or none to hold out")
-    tokenizer = train_tokenizer(_sample(train), vocab_size)
+    if own_tokenizer is None:
+        tokenizer = train_tokenizer(_sample(train), vocab_size)
+    else:
+        tokenizer = load_tokenizer(own_tokenizer.parent)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ConversionError(
             f"too little text for a vocabulary of {vocab_size}: {tokenizer.get_vocab_size()} found"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class PretrainingOptions:
 
     text: tuple[Path, ...] = ()  # folders with Python sources; none: this environment's
     phases: tuple[Phase, ...] = CURRICULUM
+    init: Path | None = None  # model folder to start from; None: random weights
     batch_tokens: int = 131_072  # of one optimizer step, at every length
     vocab_size: int = 4096
     layers: int = 8
@@ -112,3 +114,15 @@ class PretrainingOptions:
             "use_sliding_window": False,
             "torch_dtype": "bfloat16",
         }
+
+
+def read_curriculum(curriculum: Path) -> tuple[Phase, ...]:
+    """The phases in a file: a JSON list of objects with the fields of `Phase`.
+
+    Raises:
+        ConversionError: it is not such a list.
+    """
+    try:
+        return tuple(Phase(**phase) for phase in json.loads(curriculum.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConversionError(f"{curriculum}: not a curriculum ({error})") from None

@@ -19,7 +19,9 @@ from conversion.embedded.network import Network
 from conversion.embedded.optimizers import Optimizers
 from conversion.embedded.options import Phase, PretrainingOptions
 from conversion.errors import ConversionError
+from engine.model.checkpoint import preflight
 from engine.model.config import ModelConfig
+from engine.model.weights import load_decoder
 
 LOG_STEPS = 50
 WARM_STEPS = 3  # of a phase, not timed
@@ -56,6 +58,9 @@ class Trainer:
         """
         network = Network(self.config).to(self.options.device)
         network.initialise(self.options.seed)
+        if self.options.init is not None:
+            weights = load_decoder(preflight(self.options.init), "cpu", torch.float32)
+            network.decoder.load_state_dict(weights.state_dict())
         optimizers = Optimizers(network, self.options)
         self._resume(network, optimizers)
         deadline = math.inf if stop_after is None else time.monotonic() + stop_after
@@ -154,7 +159,7 @@ class Trainer:
     def _described(self) -> dict[str, Any]:
         """The options that the weights depend on, and the text."""
         options = asdict(self.options)
-        for name in ("text", "device", "compile", "save_every", "workers"):
+        for name in ("text", "init", "device", "compile", "save_every", "workers"):
             del options[name]
         return {"options": repr(options), "train_tokens": len(self.corpus.train)}
 

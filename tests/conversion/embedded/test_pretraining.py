@@ -20,7 +20,7 @@ from conversion.embedded.__main__ import pretrain
 from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import END, Corpus
 from conversion.embedded.episodes import KINDS, EpisodeWriter, Fact
-from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.embedded.options import CURRICULUM, Phase, PretrainingOptions, read_curriculum
 from conversion.embedded.trainer import LOG_STEPS
 from conversion.errors import ConversionError
 from engine.model.checkpoint import preflight
@@ -184,6 +184,24 @@ def test_the_exported_folder_serves_and_loads_in_transformers(
     with torch.inference_mode():
         ours = decoder.logits(watch_document(decoder, decoder.config, ids.tolist(), lambda _: None))
         assert torch.allclose(ours, model(ids[None]).logits[0], atol=1e-4)
+
+
+def test_training_goes_on_from_a_model(options: PretrainingOptions, tmp_path: Path) -> None:
+    pretrain(tmp_path / "first", options, QUIET, documents=1)
+    model = tmp_path / "first" / "model"
+    still = dataclasses.replace(options, init=model, matrix_rate=0.0, other_rate=0.0)
+    pretrain(tmp_path / "second", still, QUIET, documents=1)
+    for file in model.glob("*.safetensors"):
+        assert (tmp_path / "second" / "model" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_curriculum_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "curriculum.json"
+    file.write_text(json.dumps([dataclasses.asdict(phase) for phase in CURRICULUM]))
+    assert read_curriculum(file) == CURRICULUM
+    file.write_text('[{"length": 2048, "pace": 3}]')
+    with pytest.raises(ConversionError, match=r"curriculum\.json: not a curriculum"):
+        read_curriculum(file)
 
 
 def test_another_options_state_is_refused(options: PretrainingOptions, tmp_path: Path) -> None:
