@@ -80,14 +80,14 @@ def code_documents(
             _frequent_document(ids, tokenizer, facts, room, seed * 1_000_003 + number)
             for number, ids in enumerate(texts)
         ]
-    _check_room(task, tokenizer, facts, room, seed)
-    facts = max(facts, QUERIES) if task == "code_multiquery" else facts
+    if not has_room(task, tokenizer, facts, length):
+        raise ConversionError(f"{task}: the length is too short for {facts} facts")
     documents = fact_documents(
         source,
         tokenizer,
         kind=_KINDS[task],
         count=count,
-        facts=facts,
+        facts=max(facts, _least_facts(task)),
         tokens=room - _extra_tokens(task, tokenizer, seed),
         seed=seed,
     )
@@ -96,6 +96,18 @@ def code_documents(
     if task == "code_multiquery":
         return [_in_one_go(document) for document in documents]
     return documents
+
+
+def has_room(task: CodeTask, tokenizer: Tokenizer, facts: int, length: int) -> bool:
+    """Whether so many facts take at most three quarters of a document."""
+    if task == "code_frequent":
+        longest = max(len(continued_ids(tokenizer, _event(word))) for word in FIRST_WORDS)
+        needed = longest * (FREQUENT_LINES + OTHER_LINES * facts)
+    else:
+        planted = plain_facts(_KINDS[task], max(facts, _least_facts(task)), 0)
+        text = "".join(line for lines, _ in planted for line in lines)
+        needed = len(continued_ids(tokenizer, text))
+    return 4 * needed <= 3 * length
 
 
 def code_passkey_documents(
@@ -116,12 +128,13 @@ def code_passkey_documents(
     return documents
 
 
-def _check_room(task: str, tokenizer: Tokenizer, facts: int, room: int, seed: int) -> None:
-    """Facts may fill half of a document."""
-    planted = plain_facts(_KINDS[task], max(facts, QUERIES), seed)
-    text = "".join(line for lines, _ in planted[:facts] for line in lines)
-    if 2 * len(continued_ids(tokenizer, text)) > room:
-        raise ConversionError(f"{task}: the length is too short for {facts} facts")
+def _least_facts(task: CodeTask) -> int:
+    return QUERIES if task == "code_multiquery" else 1
+
+
+def _event(word: str) -> str:
+    """The repeated line of code_frequent."""
+    return f'last_event = "{word.lower()}"\n'
 
 
 def _extra_tokens(task: str, tokenizer: Tokenizer, seed: int) -> int:
@@ -163,7 +176,7 @@ def _frequent_document(
     words = [common] * FREQUENT_LINES + rest * OTHER_LINES
     rng.shuffle(words)
     question = Question('last_event = "', common)
-    lines = sorted((rng.random(), f'last_event = "{word}"\n') for word in words)
+    lines = sorted((rng.random(), _event(word)) for word in words)
     tail = len(continued_ids(tokenizer, question.text + question.answer))
     return FactDocument(_plant(ids, tokenizer, lines, room - tail), (question,))
 

@@ -23,16 +23,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 TASKS = (*RULER_TASKS, "kv", *GRID_TASKS, *CODE_TASKS, *TRACE_TASKS, TEXT_TASK)
 NEEDS_LOGITS = frozenset({*TRACE_TASKS, TEXT_TASK})
-NEEDS_PROSE = (
-    frozenset(RULER_TASKS)
-    - {"niah_single_1", "niah_multikey_2", "niah_multikey_3"}
-    - {
-        "vt",
-        "cwe",
-        "fwe",
-    }
-)
-NEEDS_WORDS = frozenset(RULER_TASKS) - {"niah_multikey_3", "vt", "fwe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

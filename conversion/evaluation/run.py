@@ -1,0 +1,214 @@
+"""`rtpurbo eval MODEL`: score tasks, dense against sparse, in process or over HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from conversion.evaluation.http_endpoint import HttpEndpoint
+from conversion.evaluation.in_process import InProcess
+from conversion.evaluation.options import TEXT_TASK, EvalOptions
+from conversion.evaluation.report import Cell, EvalReport, averages
+from conversion.evaluation.sample_maker import SampleMaker
+from conversion.evaluation.samples import Sample
+from conversion.evaluation.teacher_forced import Variant
+from conversion.evaluation.text_agreement import Agreement, LossCurve, TextMeasure, TextPass
+from conversion.evaluation.trace_run import right_steps, split_by_distance
+from conversion.evaluation.traces import TRACE_TASKS, TraceTask
+from conversion.evaluation.variants import load_variants
+from conversion.text_source import load_tokenizer
+
+Advance = Callable[[], None]
+SECRETS = ("api_key",)
+DEFAULT_WINDOW = 8192  # tokens; parts the steps of a trace where no variant has a window
+
+
+class Subject(Protocol):
+    """Whoever answers."""
+
+    name: str
+    attended_fraction: float | None
+
+    def scores(self, samples: Sequence[Sample], advance: Advance) -> list[tuple[float, ...]]:
+        """Scores per sample, one per question."""
+        ...
+
+
+def evaluate(
+    model: Path,
+    options: EvalOptions,
+    console: Console,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> EvalReport:
+    """Measure a model folder, or with `options.urls` servers of it, whose tokenizer it gives.
+
+    Args:
+        console: shows notes and progress; results are the caller's to print.
+        transport: replaces the network in tests.
+
+    Raises:
+        CheckpointError: the model folder is unusable; one line that names the file.
+        ConversionError: options, texts or a server are unusable; one line.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(model)
+    variants = {} if options.urls else load_variants(model, options)
+    maker = SampleMaker(tokenizer, options)
+    notes = maker.prepare()
+    for note in notes:
+        console.print(note, highlight=False)
+    subjects: list[Subject] = [
+        InProcess(name, variant, tokenizer) for name, variant in variants.items()
+    ]
+    subjects += [
+        HttpEndpoint(
+            name,
+            url,
+            tokenizer,
+            model=options.url_model,
+            api_key=options.api_key,
+            concurrency=options.concurrency,
+            timeout=options.timeout,
+            transport=transport,
+        )
+        for name, url in options.named_urls()
+    ]
+    run = EvalRun(options, maker, subjects, variants, console)
+    report = run.measure(model.resolve().name, notes)
+    return replace(report, seconds=round(time.monotonic() - started, 1))
+
+
+class EvalRun:
+    """One pass over tasks and lengths."""
+
+    def __init__(
+        self,
+        options: EvalOptions,
+        maker: SampleMaker,
+        subjects: Sequence[Subject],
+        variants: Mapping[str, Variant],
+        console: Console,
+    ) -> None:
+        """
+        Args:
+            variants: by name, the subjects that are in process; empty for servers.
+        """
+        self._options = options
+        self._maker = maker
+        self._subjects = subjects
+        self._variants = variants
+        self._console = console
+
+    def measure(self, model: str, notes: tuple[str, ...]) -> EvalReport:
+        """Everything the options ask for."""
+        cells: list[Cell] = []
+        agreements: list[Agreement] = []
+        curves: list[LossCurve] = []
+        for length in self._options.lengths:
+            for task in self._options.selected():
+                if task == TEXT_TASK:
+                    measure = self._text(length)
+                    agreements += measure.agreements()
+                    curves += measure.curves()
+                elif task in TRACE_TASKS:
+                    cells += self._traces(task, length)
+                else:
+                    cells += self._answers(task, length)
+        return EvalReport(
+            model=model,
+            variants=tuple(subject.name for subject in self._subjects),
+            settings=_settings(self._options),
+            notes=notes,
+            cells=tuple(cells),
+            agreements=tuple(agreements),
+            curves=tuple(curves),
+            averages=averages(cells),
+        )
+
+    def _answers(self, task: str, length: int) -> Iterator[Cell]:
+        total = self._maker.settings(task, length) * self._options.samples * len(self._subjects)
+        with self._progress(f"{task} {length}", total) as advance:
+            for setting, samples in self._maker.cells(task, length):
+                scores: dict[str, list[tuple[float, ...]]] = {}
+                attended: dict[str, float] = {}
+                for subject in self._subjects:
+                    scores[subject.name] = subject.scores(samples, advance)
+                    if subject.attended_fraction is not None:
+                        attended[subject.name] = subject.attended_fraction
+                yield Cell.of(task, length, setting, scores, attended)
+
+    def _traces(self, task: TraceTask, length: int) -> Iterator[Cell]:
+        """One cell per group of distances that has steps."""
+        traces = self._maker.traces(task, length)
+        groups: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+        with self._progress(f"{task} {length}", len(traces) * len(self._variants)) as advance:
+            for name, variant in self._variants.items():
+                right: list[list[bool]] = []
+                for trace in traces:
+                    right.append(right_steps(variant, trace))
+                    advance()
+                edges = (self._window() // 4, self._window())
+                for group, scores in split_by_distance(traces, right, edges).items():
+                    groups.setdefault(group, {})[name] = [own for own in scores if own]
+        for group, by_variant in groups.items():
+            if any(by_variant.values()):
+                yield Cell.of(task, length, {"distance": group}, by_variant)
+
+    def _text(self, length: int) -> TextMeasure:
+        """The reference, the others as served, and the sparse one behind a dense prompt."""
+        names = list(self._variants)
+        passes = [TextPass(name, variant) for name, variant in self._variants.items()]
+        passes += [
+            TextPass(name, self._variants[name], dense_prompt=True)
+            for name in names[1:]
+            if name == "sparse"
+        ]
+        texts = self._maker.texts(length)
+        measure = TextMeasure(passes, length, self._options.decoded)
+        with self._progress(f"{TEXT_TASK} {length}", len(texts)) as advance:
+            measure.run(texts, advance)
+        return measure
+
+    def _window(self) -> int:
+        """Of the first variant that has one."""
+        for variant in self._variants.values():
+            if variant.config.sparse is not None:
+                return variant.config.sparse.window_tokens
+        return DEFAULT_WINDOW
+
+    @contextmanager
+    def _progress(self, name: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda: progress.advance(task)
+
+
+def _settings(options: EvalOptions) -> dict[str, Any]:
+    """The options as JSON, without secrets."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+        if name not in SECRETS
+    }
