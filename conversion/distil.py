@@ -174,7 +174,11 @@ def _finish(
         write_json(work / REPORT_FILE, report)
         shutil.rmtree(work / "training", ignore_errors=True)
     ranks.wait()
-    console.print(f"distil: {progress.stopped}; gap {report['before']} became {report['best']}")
+    first = progress.curve[0]
+    console.print(
+        f"distil: {progress.stopped}; kept step {smallest.step}: KL {first.kl:.6f} -> "
+        f"{smallest.kl:.6f}, agreement {first.agreement:.4f} -> {smallest.agreement:.4f}"
+    )
     return report
 
 

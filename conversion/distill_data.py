@@ -22,8 +22,8 @@ from conversion.errors import ConversionError
 from conversion.text_source import TextSource
 
 FACT_COUNTS = (2, 4, 8, 16)  # planted per sequence, as far as there is room
-QUESTION = "assert HARBOR_FALCON_LEVEL == 40213\n"  # a usual one, to see how long they are
-SAFETY = 1.5  # the longest line over the usual one
+QUESTION = "assert HARBOR_FALCON_LEVEL == [40213, 51324, 62435]\n"  # one of the longest kind
+SAFETY = 1.25  # the longest line over this one
 AHEAD = 8  # sequences made at once
 
 

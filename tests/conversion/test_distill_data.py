@@ -49,11 +49,14 @@ def test_questions_are_answered_by_facts_far_before_them(
         assert len(sample.ids) == TOKENS
         assert sample.response == RESPONSE
         text = tokenizer.decode(sample.ids)
-        asked = re.findall(r"^assert (\S+) == (\d{5})$", text, flags=re.MULTILINE)
-        assert len(asked) >= 2
+        asked = re.findall(r"^assert (\S+) == (\d{5}|\[.*\])$", text, flags=re.MULTILINE)
+        assert len(asked) == 2  # as many as were planted: there was room for every one
         assert text.endswith(f"== {asked[-1][1]}\n")
         before = text[: text.index(f"assert {asked[0][0]} ==")]
-        assert all(f"= {value}\n" in before for _, value in asked)
+        for _, answer in asked:
+            values = re.findall(r"\d{5}", answer)
+            assert values
+            assert all(value in before for value in values)
 
 
 def test_the_share_of_facts_is_kept_to(source: TextSource, tokenizer: Tokenizer) -> None:

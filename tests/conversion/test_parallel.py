@@ -7,7 +7,7 @@ import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -44,6 +44,17 @@ def meet(rank: int, folder: Path) -> None:
     )
 
 
+def leave() -> NoReturn:
+    """End this process without the interpreter's own shutdown.
+
+    Rarely (twice in some 45 runs) a process died of a signal with no Python frame left on its
+    stack, which points to gloo's threads at exit; the cause is not established. Everything that is
+    tested comes before this: a crash or a failure there still fails the test.
+    """
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def exchange(rank: int, folder: Path) -> None:
     """What processes tell each other, and how they hold one model."""
     meet(rank, folder)
@@ -54,7 +65,7 @@ def exchange(rank: int, folder: Path) -> None:
         ranks.wait()
         check_shares(TinyDistillation(folder), ranks)
     assert dist.is_initialized()  # it was there before, and stays
-    dist.destroy_process_group()
+    leave()
 
 
 def check_shares(tiny: TinyDistillation, ranks: Ranks) -> None:
@@ -77,7 +88,7 @@ def distil_together(rank: int, folder: Path, models: list[str]) -> None:
     meet(rank, folder)
     for model in models:
         distil_in_two_goes(TinyDistillation(folder / model), rank)
-    dist.destroy_process_group()
+    leave()
 
 
 def distil_in_two_goes(tiny: TinyDistillation, rank: int) -> None:
