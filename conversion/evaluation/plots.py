@@ -46,8 +46,9 @@ def accuracy_figure(report: EvalReport) -> Any:
     for axes, task in zip(_panels(figure, len(tasks)), tasks, strict=True):
         lengths = sorted({cell.length for cell in report.cells if cell.task == task})
         points = [task_average(task, length, report.cells) for length in lengths]
-        for name in report.variants:
-            _score_line(axes, name, lengths, points)
+        for number, name in enumerate(report.variants):
+            # A little apart, so that equal scores do not hide one another.
+            _score_line(axes, name, [length * 1.03**number for length in lengths], points)
         axes.set(title=task, xlabel="length in tokens", ylim=(-0.03, 1.03))
         _length_axis(axes, lengths)
     figure.axes[0].set_ylabel("score")
@@ -91,7 +92,7 @@ def grid_figure(report: EvalReport, task: str) -> Any:
     return figure
 
 
-def _score_line(axes: Any, name: str, lengths: Sequence[int], points: Sequence[Average]) -> None:
+def _score_line(axes: Any, name: str, lengths: Sequence[float], points: Sequence[Average]) -> None:
     scores = [point.scores[name] for point in points]
     values = [score.value for score in scores]
     below = [max(0.0, score.value - score.low) for score in scores]

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 
 from conversion.code_facts import FactDocument, Question
-from conversion.evaluation.teacher_forced import FactResult, Variant, answer_facts, decode_loss
-from engine.model.weights import load_decoder
-from engine.request import SamplingParams
+from conversion.evaluation.teacher_forced import FactResult, answer_facts, decode_loss
+from tests.conversion.evaluation.word_model import (
+    GREEDY,
+    MODEL,
+    greedy_after,
+    prompt,
+    variant,
+    word_tokenizer,
+    words,
+)
 from tests.engine.oracle import Answer, Oracle
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
-
-MODEL = TinyModel(vocab=320, eos=319)
-GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+from tests.engine.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), MODEL)
-
-
-def variant(folder: Path, *, dense: bool = False) -> Variant:
-    decoder = load_decoder(folder, "cpu", torch.float32)
-    if dense:
-        return Variant(decoder, replace(decoder.config, sparse=None), [None] * MODEL.layers)
-    return Variant(decoder, decoder.config, decoder.indexers)
-
-
-def prompt(tokens: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(64, 319), k=tokens)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
@@ -58,28 +48,6 @@ def test_the_decode_loss_is_that_of_the_whole_matrix(folder: Path, dense: bool) 
         Oracle(folder, MODEL)._forward(ids[:-1], start, GREEDY, before)
         assert found.attended_fraction == pytest.approx(before.fraction / before.pairs, rel=1e-6)
         assert before.blocks_dropped > 50
-
-
-def greedy_after(folder: Path, ids: list[int], generated_from: int, count: int) -> list[int]:
-    """Greedy tokens after `ids`, of which those from `generated_from` follow the decode rule."""
-    oracle, made = Oracle(folder, MODEL), list(ids)
-    for _ in range(count):
-        answer = Answer()
-        oracle._forward(made, generated_from, GREEDY, answer)
-        made.append(int(answer.logits[-1].argmax()))
-    return made[len(ids) :]
-
-
-def word_tokenizer() -> Tokenizer:
-    """Token i is the word "wi", so that any tokens are a text."""
-    vocab = {f"w{i}": i for i in range(MODEL.vocab)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
-
-
-def words(ids: list[int]) -> str:
-    return "".join(f"w{i} " for i in ids)
 
 
 def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it(folder: Path) -> None:
