@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.kv_cache import KVCache
+
+BRANCH_PAGES = 64  # for the branches of one step, at least
 
 
 class CachedSequence:
@@ -31,6 +34,7 @@ class CachedSequence:
         indexers: Sequence[Indexer | None],
         capacity: int,
         chunk_tokens: int = 2048,
+        branch_tokens: int = 0,
     ) -> None:
         """
         Args:
@@ -39,6 +43,7 @@ class CachedSequence:
             indexers: per layer, as the config asks for.
             capacity: tokens; memory is that of a dense cache of this length at most.
             chunk_tokens: tokens of one prefill step.
+            branch_tokens: longest continuation given to `branch`, 0: there is none.
         """
         parameter = next(decoder.parameters())
         self.length = 0
@@ -49,16 +54,19 @@ class CachedSequence:
         self._device = parameter.device
         self._block = 64 if config.sparse is None else config.sparse.block_tokens
         pages = -(-capacity // self._block)
+        # A continuation that starts inside a page may need one page more.
+        spare = max(BRANCH_PAGES, -(-branch_tokens // self._block) + 1) if branch_tokens else 0
         cache = KVCache(
             config,
-            full_pages=pages,
-            window_pages=pages,
+            full_pages=pages + spare,
+            window_pages=pages + spare,
             block_tokens=self._block,
             device=self._device,
             dtype=parameter.dtype,
         )
         self._layers = AttentionLayers(config, cache, indexers, self._device)
         self._table_B = torch.arange(1, pages + 1, device=self._device)
+        self._spare = range(pages + 1, pages + 1 + spare)
 
     def prefill(self, ids: Sequence[int], *, dense: bool = False) -> Tensor:
         """Append prompt tokens; hidden states [T, E] of the last chunk.
@@ -74,24 +82,85 @@ class CachedSequence:
             layers.window = len(self._table_B) * self._block  # the capacity
         hidden_TE = torch.empty(0)
         for start in range(0, len(ids), self._chunk):
-            hidden_TE = self._step(ids[start : start + self._chunk], layers, decode=False)
+            hidden_TE = self._append(ids[start : start + self._chunk], layers, decode=False)
         return hidden_TE
 
     def decode(self, ids: Sequence[int]) -> Tensor:
         """Append generated tokens, each a decode row; hidden states [T, E]."""
-        return self._step(ids, self._layers, decode=True)
+        return self._append(ids, self._layers, decode=True)
+
+    def branch(self, continuations: Sequence[Sequence[int]], *, decode: bool) -> list[Tensor]:
+        """Continue in several ways side by side: hidden states [T, E] of each. None is kept.
+
+        Args:
+            continuations: token ids, each at most `branch_tokens`.
+            decode: they are generated tokens rather than prompt.
+        """
+        hidden: list[Tensor] = []
+        while len(hidden) < len(continuations):
+            group, tables_SB = self._branch_tables(continuations[len(hidden) :])
+            lens = [len(ids) for ids in group]
+            hidden_TE = self._step(group, tables_SB, self._layers, decode=decode)
+            hidden += torch.split(hidden_TE, lens)
+        return hidden
 
     def cut(self, length: int) -> None:
         """Forget everything past the first `length` tokens."""
         assert 0 <= length <= self.length
         self.length = length
 
+    def _append(self, ids: Sequence[int], layers: AttentionLayers, *, decode: bool) -> Tensor:
+        blocks = -(-(self.length + len(ids)) // self._block)
+        assert blocks <= len(self._table_B), "capacity exceeded"
+        hidden_TE = self._step([ids], self._table_B[None, :blocks], layers, decode=decode)
+        self.length += len(ids)
+        return hidden_TE
+
+    def _branch_tables(
+        self, continuations: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[Sequence[int]], Tensor]:
+        """As many of the continuations as the spare pages hold, and their block tables [S, B].
+
+        [0, shared) are the sequence's full pages, the others the branch's own, the first of which
+        begins as a copy of the page that the sequence ends in.
+        """
+        shared, inside = divmod(self.length, self._block)
+        counts = [-(-(inside + len(ids)) // self._block) for ids in continuations]
+        ends = list(accumulate(counts))
+        size = sum(end <= len(self._spare) for end in ends)
+        assert size, "branch_tokens exceeded"
+        own = [self._spare[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        own = own[:size]
+        if inside:
+            last, firsts = shared + 1, [pages[0] for pages in own]  # page of block b is b + 1
+            for layer in self._layers.caches:
+                for cache in (
+                    layer.full_k,
+                    layer.full_v,
+                    layer.index,
+                    layer.window_k,
+                    layer.window_v,
+                ):
+                    cache[firsts] = cache[last].clone()
+        widest = max(counts[:size])
+        rows = [[*pages, *[0] * (widest - len(pages))] for pages in own]
+        own_SB = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        shared_SB = self._table_B[:shared].expand(size, -1)
+        return continuations[:size], torch.cat((shared_SB, own_SB), dim=1)
+
     @torch.no_grad()
-    def _step(self, ids: Sequence[int], layers: AttentionLayers, *, decode: bool) -> Tensor:
-        attention = PagedAttention(layers, self._metadata(ids, decode))
+    def _step(
+        self,
+        parts: Sequence[Sequence[int]],
+        tables_SB: Tensor,
+        layers: AttentionLayers,
+        *,
+        decode: bool,
+    ) -> Tensor:
+        """Compute spans that follow the sequence, each by its own table: hidden states [T, E]."""
+        attention = PagedAttention(layers, self._metadata(parts, tables_SB, decode))
         metadata = attention.metadata
         hidden_TE: Tensor = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
-        self.length += len(ids)
         for attended_RH in attention.attended.values():
             selected = attended_RH > 0
             self.attended += attended_RH[selected].tolist()
@@ -99,27 +168,32 @@ class CachedSequence:
             self.contexts += contexts_RH[selected].tolist()
         return hidden_TE
 
-    def _metadata(self, ids: Sequence[int], decode: bool) -> AttentionMetadata:
-        start, stop = self.length, self.length + len(ids)
-        blocks = -(-stop // self._block)
-        assert blocks <= len(self._table_B), "capacity exceeded"
-        positions_T = torch.arange(start, stop, device=self._device)
-        slots_T = positions_T + self._block  # page of block b is b + 1
-        rows = len(ids) if decode else 0
-        decode_RB = self._table_B[:blocks].expand(rows, -1)
-        prefill_SB = self._table_B[None, :blocks] if not decode else decode_RB[:0]
-        none = positions_T[:0]
+    def _metadata(
+        self, parts: Sequence[Sequence[int]], tables_SB: Tensor, decode: bool
+    ) -> AttentionMetadata:
+        lens = [len(ids) for ids in parts]
+        positions_T = self._ints([self.length + i for count in lens for i in range(count)])
+        span_T = self._ints([span for span, count in enumerate(lens) for _ in range(count)])
+        pages_T = tables_SB[span_T, positions_T // self._block]
+        slots_T = pages_T * self._block + positions_T % self._block
+        rows = len(positions_T) if decode else 0
+        # One span is a long replay: its rows share a view of the table.
+        tables_RB = tables_SB.expand(rows, -1) if len(parts) == 1 else tables_SB[span_T[:rows]]
+        spans = 0 if decode else len(parts)
         return AttentionMetadata(
-            token_ids_T=torch.tensor(ids, dtype=torch.int64, device=self._device),
+            token_ids_T=self._ints([token for ids in parts for token in ids]),
             positions_T=positions_T,
             full_slots_T=slots_T,
             window_slots_T=slots_T,
-            decode_full_RB=decode_RB,
-            decode_window_RB=decode_RB,
+            decode_full_RB=tables_RB,
+            decode_window_RB=tables_RB,
             decode_lens_R=positions_T[:rows] + 1,
             top_p_R=torch.full((rows,), float("nan"), device=self._device),
-            prefill_full_SB=prefill_SB,
-            prefill_window_SB=prefill_SB,
-            prefill_starts=torch.tensor([0] if decode else [0, len(ids)], device=self._device),
-            prefill_lens_S=none if decode else positions_T[-1:] + 1,
+            prefill_full_SB=tables_SB[:spans],
+            prefill_window_SB=tables_SB[:spans],
+            prefill_starts=self._ints([0, *accumulate(lens[:spans])]),
+            prefill_lens_S=self._ints([self.length + count for count in lens[:spans]]),
         )
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

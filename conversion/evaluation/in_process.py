@@ -42,7 +42,9 @@ class InProcess:
             advance: called after each sample.
         """
         encoded = [self._encode(sample) for sample in samples]
-        sequence = self.variant.sequence(max(map(_capacity, samples, encoded)))
+        branches = [ids.branch_tokens for ids in encoded if isinstance(ids, EncodedFacts)]
+        capacity = max(map(_capacity, samples, encoded))
+        sequence = self.variant.sequence(capacity, max(branches, default=0))
         results = []
         for sample, ids in zip(samples, encoded, strict=True):
             results.append(self._score(sequence, sample, ids))

@@ -32,16 +32,23 @@ class Variant:
     config: ModelConfig
     indexers: Sequence[Indexer | None]
 
-    def sequence(self, capacity: int) -> CachedSequence:
-        return CachedSequence(self.decoder, self.config, self.indexers, capacity)
+    def sequence(self, capacity: int, branch_tokens: int = 0) -> CachedSequence:
+        """An empty sequence; arguments as `CachedSequence`."""
+        return CachedSequence(
+            self.decoder, self.config, self.indexers, capacity, branch_tokens=branch_tokens
+        )
 
     def generate(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:
         """Append generated tokens: hidden states [R, E].
 
         Without an indexer the two rules agree, and prefill computes many rows faster.
         """
-        selects = any(indexer is not None for indexer in self.indexers)
-        return sequence.decode(ids) if selects else sequence.prefill(ids)
+        return sequence.decode(ids) if self.selects else sequence.prefill(ids)
+
+    @property
+    def selects(self) -> bool:
+        """Whether decoding differs from prefill."""
+        return any(indexer is not None for indexer in self.indexers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ def answer_facts(
     fractions: list[float] = []
     for document in documents:
         encoded = EncodedFacts.encode(tokenizer, document)
-        sequence = variant.sequence(encoded.tokens)
+        sequence = variant.sequence(encoded.tokens, encoded.branch_tokens)
         answers = right_answers(variant, sequence, encoded)
         asked += len(answers)
         right += sum(answers)
@@ -99,8 +106,13 @@ class EncodedFacts:
 
     @property
     def tokens(self) -> int:
-        """Of the document and its longest question and answer."""
-        return len(self.text) + max(len(q) + len(a) for q, a in self.questions)
+        """Of the document."""
+        return len(self.text)
+
+    @property
+    def branch_tokens(self) -> int:
+        """Of the longest question and answer."""
+        return max(len(question) + len(answer) for question, answer in self.questions)
 
 
 @torch.no_grad()
@@ -108,12 +120,13 @@ def right_answers(variant: Variant, sequence: CachedSequence, document: EncodedF
     """Which questions are answered exactly; whatever was in `sequence` is forgotten."""
     sequence.cut(0)
     sequence.prefill(document.text)
-    right = []
-    for question, answer in document.questions:
-        sequence.cut(len(document.text))
-        hidden_RE = variant.generate(sequence, [*question, *answer[:-1]])[-len(answer) :]
-        right.append(variant.decoder.logits(hidden_RE).argmax(-1).tolist() == answer)
-    return right
+    continuations = [[*question, *answer[:-1]] for question, answer in document.questions]
+    hidden = sequence.branch(continuations, decode=variant.selects)
+    answers = [answer for _, answer in document.questions]
+    ends_RE = torch.cat([h[-len(a) :] for h, a in zip(hidden, answers, strict=True)])
+    guesses_R = variant.decoder.logits(ends_RE).argmax(-1)
+    parts = torch.split(guesses_R, [len(answer) for answer in answers])
+    return [part.tolist() == answer for part, answer in zip(parts, answers, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,31 @@ def test_documents_and_prompts_of_any_length_share_one_cache(folder: Path) -> No
     assert scores[0] == scores[2]
 
 
+@pytest.mark.parametrize("prompt_tokens", [64, 65, 71, 90])
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_branches_are_what_each_continuation_would_be_alone(
+    folder: Path, dense: bool, prompt_tokens: int
+) -> None:
+    """Pages hold 8 tokens; 80 branches need more than the spare pages, so they run in groups."""
+    one = variant(folder, dense=dense)
+    ids = prompt(prompt_tokens, 20)
+    continuations = [prompt(1 + seed % 19, 21 + seed) for seed in range(80)]
+    sequence = one.sequence(prompt_tokens, branch_tokens=19)
+    sequence.prefill(ids)
+    branches = sequence.branch(continuations, decode=one.selects)
+
+    assert [len(hidden) for hidden in branches] == [len(own) for own in continuations]
+    for own, hidden in zip(continuations, branches, strict=True):
+        alone = one.sequence(prompt_tokens + len(own))
+        alone.prefill(ids)
+        assert torch.allclose(hidden, one.generate(alone, own), atol=1e-5)
+    # Nothing of them is left: the sequence goes on as if there had been none.
+    sequence.cut(prompt_tokens - 5)
+    alone = one.sequence(prompt_tokens)
+    alone.prefill(ids[:-5])
+    assert torch.allclose(one.generate(sequence, ids[:3]), one.generate(alone, ids[:3]), atol=1e-5)
+
+
 def test_generation_stops_at_the_end_token(tmp_path: Path) -> None:
     ids = prompt(100, 5)
     folder = write_checkpoint(tmp_path, MODEL)
