@@ -1,6 +1,6 @@
 """Write a converted model folder (the format is in the README): atomically, never over another.
 
-Weights are copied byte for byte, so that plain transformers still loads the folder.
+Weights keep their names, shapes and dtypes, so that plain transformers still loads the folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from conversion.errors import ConversionError
+from conversion.trained_weights import write_shards
 from engine.model.checkpoint import INDEX_FILE, INDEXER_FILE, Checkpoint, preflight
 from engine.model.config import SparseAttentionConfig
 from engine.model.decoder import Indexer
@@ -59,8 +60,12 @@ def export_model(
     sparse: SparseAttentionConfig,
     indexers: Sequence[Indexer | None],
     calibration: dict[str, Any],
+    trained: Path | None = None,
 ) -> None:
     """Make the folder `out`.
+
+    Args:
+        trained: weights that stage 2 has changed, by checkpoint name; None keeps the source's.
 
     It is written beside its place and renamed when it is complete and has passed the same checks
     as before serving.
@@ -75,7 +80,7 @@ def export_model(
     except OSError as error:
         raise ConversionError(f"{out}: cannot be made ({error.strerror})") from None
     try:
-        _fill(work, source, sparse_section(sparse, calibration), indexers)
+        _fill(work, source, sparse_section(sparse, calibration), indexers, trained)
         preflight(work)
         refuse_existing(out)
         for file in work.iterdir():
@@ -95,15 +100,22 @@ def refuse_existing(out: Path) -> None:
 
 
 def _fill(
-    folder: Path, source: Checkpoint, section: dict[str, Any], indexers: Sequence[Indexer | None]
+    folder: Path,
+    source: Checkpoint,
+    section: dict[str, Any],
+    indexers: Sequence[Indexer | None],
+    trained: Path | None,
 ) -> None:
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("headwise_config", None)  # one head map per folder
     config["rtpurbo"] = section
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    for file in sorted({stored.file for stored in source.tensors.values()}):
-        shutil.copyfile(file, folder / file.name)
+    if trained is not None:
+        write_shards(source, trained, folder)
+    else:
+        for file in sorted({stored.file for stored in source.tensors.values()}):
+            shutil.copyfile(file, folder / file.name)
     for name in (INDEX_FILE, *COMPANIONS):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)

@@ -1,4 +1,4 @@
-"""`rtpurbo convert`: calibrate, fit, export; each step leaves its result on disk.
+"""`rtpurbo convert`: calibrate, fit, distil, export; each step leaves its result on disk.
 
 State lies beside the output in OUT.work:
 
@@ -6,9 +6,10 @@ State lies beside the output in OUT.work:
     heads.json            needle scores and the chosen heads; a person may edit `retrieval_heads`
     indexer.safetensors   W_Q and W_K of every retrieval head
     quality.json          the heads they are for, and how well they select on text unseen by the fit
+    student.safetensors   weights after distillation, and distil.json: how it went
 
 A step whose file is there is not done again, so a conversion that was stopped goes on; only the fit
-is done again if the chosen heads have changed. Training steps will stand between fit and export.
+and what follows it are done again if the chosen heads have changed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
+from conversion.distil import REPORT_FILE, STUDENT_FILE, distil
+from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.export import export_model, refuse_existing
 from conversion.head_roles import HeadRule, choose_heads, mean_scores, read_heads
@@ -37,6 +40,7 @@ from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder
 
 Advance = Callable[[], None]
+DISTIL_FACTS = ("stopped", "steps", "before", "best")  # of distil.json, for config.json
 FIT_DOCUMENTS, TRIAL_DOCUMENTS, QUALITY_DOCUMENTS = 3, 3, 2
 
 
@@ -57,6 +61,7 @@ class ConvertOptions:
     dense_below: int = 0  # context length below which retrieval heads decode densely
     documents: int = 4  # for the needle scores
     document_tokens: int = 8192  # at most the model's limit
+    distil: DistilOptions | None = None  # stage 2; None leaves the weights as they are
     seed: int = 0
     device: str = "cpu"  # cpu, cuda or cuda:N
 
@@ -95,6 +100,7 @@ def convert(model: Path, out: Path, options: ConvertOptions, console: Console) -
     run.open()
     run.calibrate()
     run.fit()
+    run.distil()
     run.export()
 
 
@@ -190,8 +196,26 @@ class ConvertRun:
         write_json(path, {"retrieval_heads": self._heads(), "heads": lines})
         self._console.print(_quality_table(quality))
 
+    def distil(self) -> None:
+        """Adapt the weights to the heads' roles, if that is asked for."""
+        if self.options.distil is None:
+            self._console.print("distil: not asked for, the weights stay as they are")
+            return
+        self._loaded = None  # stage 2 loads the model itself
+        distil(
+            self.checkpoint,
+            self._sparse(),
+            read_tensors(self.work / "indexer.safetensors", self._config.num_layers),
+            self._tokenizer,
+            self._source,
+            self.work,
+            self.options.distil,
+            self._console,
+        )
+
     def export(self) -> None:
         """Write the output folder."""
+        trained = self.work / STUDENT_FILE if self.options.distil is not None else None
         heads = read_json(self.work / "heads.json")
         calibration = {key: heads[key] for key in heads if key != "scores_by_document"}
         calibration["indexer"] = {
@@ -199,7 +223,10 @@ class ConvertRun:
             "heads": read_json(self.work / "quality.json")["heads"],
         }
         indexers = read_tensors(self.work / "indexer.safetensors", self._config.num_layers)
-        export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration)
+        if trained is not None:
+            report = read_json(self.work / REPORT_FILE)
+            calibration["distil"] = {key: report[key] for key in DISTIL_FACTS}
+        export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration, trained)
         self._console.print(f"made {self.out}")
 
     def _sparse(self) -> SparseAttentionConfig:
@@ -241,7 +268,8 @@ class ConvertRun:
         """The model by its content and the options, comparable as JSON."""
         options = asdict(self.options)
         options["data"] = None if self.options.data is None else str(self.options.data)
-        del options["device"]  # may change between two tries
+        for name in ("device", "distil"):  # may change between two tries; distil checks its own
+            del options[name]
         return {
             "model": self.checkpoint.folder.resolve().name,
             "model_sha256": model_digest(self.checkpoint),

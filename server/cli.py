@@ -138,21 +138,46 @@ def convert(
     ] = 0,
     documents: Annotated[int, typer.Option(help="Documents for the needle scores.")] = 4,
     document_tokens: Annotated[int, typer.Option(help="Length of a document.")] = 8192,
+    distil: Annotated[
+        bool | None,
+        typer.Option(help="Adapt the weights by distillation; default: on CUDA only."),
+    ] = None,
+    distil_data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with prompt and response, or text; default: as --data."),
+    ] = None,
+    distil_tokens: Annotated[int, typer.Option(help="Length of a training sequence.")] = 16384,
+    distil_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 600,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
+    ] = 3e-6,
     seed: Annotated[int, typer.Option(help="Of documents, needles and samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Make a sparse model of a dense one: calibrate, fit the indexer in closed form, export.
+    """Make a sparse model of a dense one: calibrate, fit the indexer, distil, export.
 
     State is kept in OUT.work: stop at any time and run the same command again. Edit
-    OUT.work/heads.json after calibration to choose heads by hand. There are no training steps yet.
+    OUT.work/heads.json after calibration to choose heads by hand. The indexer is fitted in closed
+    form; its training by gradient steps is not there yet.
     """
     from rich.console import Console
 
+    from conversion.distil_options import DistilOptions
     from conversion.pipeline import ConvertOptions
     from conversion.pipeline import convert as run_conversion
     from engine.errors import EngineError
 
     try:
+        training = None
+        if distil or (distil is None and device.startswith("cuda")):
+            training = DistilOptions(
+                data=distil_data,
+                sequence_tokens=distil_tokens,
+                steps=distil_steps,
+                learning_rate=learning_rate,
+                seed=seed,
+                device=device,
+            )
         options = ConvertOptions(
             data=data,
             heads_share=heads_share,
@@ -167,12 +192,95 @@ def convert(
             dense_below=dense_below,
             documents=documents,
             document_tokens=document_tokens,
+            distil=training,
             seed=seed,
             device=device,
         )
         run_conversion(model, out, options, Console(stderr=True))
     except EngineError as error:
         _fail(error)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="Tasks or groups (ruler, code, trace, grid, kv, text), comma separated."),
+    ] = "code,code_passkey,trace,text",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of prompt and answer, comma separated.")
+    ] = "4096,8192,16384",
+    samples: Annotated[
+        int, typer.Option(help="Documents or prompts per task, length and setting.")
+    ] = 20,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="dense, sparse or both; default: both if the model is converted."),
+    ] = None,
+    facts: Annotated[
+        str, typer.Option(help="Planted facts of a document, comma separated.")
+    ] = "1,4,16",
+    teacher: Annotated[
+        Path | None, typer.Option(help="Dense model to compare with instead of MODEL itself.")
+    ] = None,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Prose for RULER; default: docstrings of Python.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text of code and text tasks; default: Python sources.")
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure a server instead: URL or NAME=URL; may be given again."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key for --url.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots (needs matplotlib).")] = None,
+    seed: Annotated[int, typer.Option(help="Of documents and facts.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Score MODEL on retrieval, tracing and text, dense against sparse on the same samples."""
+    from rich.console import Console
+
+    from conversion.evaluation.options import EvalOptions
+    from conversion.evaluation.run import evaluate as run_evaluation
+    from conversion.evaluation.tables import print_report
+    from engine.embedded import embedded_model_path
+    from engine.errors import EngineError
+
+    try:
+        options = EvalOptions(
+            tasks=_names(tasks),
+            lengths=_numbers(lengths),
+            samples=samples,
+            attention=_attention(attention),
+            facts=_numbers(facts),
+            teacher=teacher,
+            haystack=haystack,
+            data=data,
+            urls=tuple(url or ()),
+            api_key=None
+            if api_key_file is None
+            else api_key_file.read_text().split("\n")[0].strip(),
+            seed=seed,
+            device=device,
+        )
+        report = run_evaluation(model or embedded_model_path(), options, Console(stderr=True))
+        if plots is not None:
+            from conversion.evaluation.plots import plot_report
+
+            plot_report(report, plots)
+    except EngineError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}")
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        print_report(report, Console())
 
 
 @app.command()
@@ -238,6 +346,22 @@ def main() -> None:
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that stand on the command line; the others are left to the environment."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _attention(text: str | None) -> tuple[Literal["dense", "sparse"], ...]:
+    found: list[Literal["dense", "sparse"]] = []
+    for name in _names(text or ""):
+        if name == "dense":
+            found.append("dense")
+        elif name == "sparse":
+            found.append("sparse")
+        else:
+            raise typer.BadParameter(f"{name!r} is neither dense nor sparse")
+    return tuple(found)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.pipeline import ConvertOptions, ConvertRun, convert
 from engine.errors import CheckpointError
@@ -20,6 +21,13 @@ from engine.model.weights import load_decoder
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
 
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer horizons and temperatures than a real fit tries; what happens to them is the same."""
+    monkeypatch.setattr("conversion.indexer_fit.HORIZONS", (0.0, 1.0))
+    monkeypatch.setattr("conversion.indexer_fit.TEMPERATURES", (0.5, 1.0, 2.0))
 
 
 @pytest.fixture
@@ -79,6 +87,35 @@ def test_a_conversion_that_was_stopped_ends_as_one_that_was_not(
     convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
     for name in ("config.json", "indexer.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_distilled_weights_are_exported(tmp_path: Path, options: ConvertOptions) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    training = DistilOptions(
+        sequence_tokens=300,
+        response_tokens=40,
+        sequences=4,
+        validation_sequences=2,
+        facts_share=0.0,
+        steps=4,
+        batch=2,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        validate_every=2,
+    )
+    full = replace(options, distil=training)
+    convert(tmp_path / "dense", tmp_path / "out", full, QUIET)
+    checkpoint = preflight(tmp_path / "out")
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["rtpurbo"]
+    facts = section["calibration"]["distil"]
+    assert facts["steps"] > 0
+    before, after = (
+        dict(load_decoder(preflight(tmp_path / name), "cpu", torch.float32).named_parameters())
+        for name in ("dense", "out")
+    )
+    differs = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert bool(differs) == (facts["best"]["step"] > 0)
+    assert checkpoint.config.sparse is not None
 
 
 def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOptions) -> None:

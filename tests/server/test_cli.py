@@ -20,6 +20,11 @@ FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated device dtype host
         kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name port prefix-caching
         threads""",
+    "convert": """block-tokens data dense-below device distil distil-data distil-steps distil-tokens
+        document-tokens documents heads-mass heads-share index-dim index-scope learning-rate
+        max-kv-heads seed sink-tokens top-p window-tokens""",
+    "eval": """api-key-file attention data device facts haystack json lengths plots samples seed
+        tasks teacher url""",
     "inspect": "gpu-gib json plot",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
 }
@@ -44,7 +49,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("path", ["", "serve", "convert", "inspect", "bench serving"])
+@pytest.mark.parametrize("path", ["", "serve", "convert", "eval", "inspect", "bench serving"])
 def test_help_teaches_every_flag(path: str) -> None:
     code, text, _ = run(*path.split(), "--help")
     assert code == 0
@@ -104,6 +109,23 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_numbers(tmp_path: Path) -> 
     code, _, error = run("serve", folder, "--max-model-len", str(2**30), "--port", "0")
     assert code == 1
     assert "max_model_len 1073741824 needs" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tasks", "chess"), "unknown task 'chess'"),
+        (("--lengths", "999999"), "999999"),
+        (("--data", "/nowhere/at/all"), "no such file or folder"),
+        (("--api-key-file", "/nowhere/at/all"), "/nowhere/at/all"),
+    ],
+    ids=["task", "length", "data", "key"],
+)
+def test_what_eval_cannot_do_is_one_line(flags: tuple[str, ...], message: str) -> None:
+    code, _, error = run("eval", *flags)
+    assert code == 1
+    assert message in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("value", ["0", "a", "1,,2", "-1"])
