@@ -58,7 +58,7 @@ def evaluate(
     """Measure a model folder, or with `options.urls` servers of it, whose tokenizer it gives.
 
     Args:
-        console: shows notes and progress; results are the caller's to print.
+        console: shows progress; results and notes are the caller's to print (`print_report`).
         transport: replaces the network in tests.
 
     Raises:
@@ -70,8 +70,6 @@ def evaluate(
     variants = {} if options.urls else load_variants(model, options)
     maker = SampleMaker(tokenizer, options)
     notes = maker.prepare()
-    for note in notes:
-        console.print(note, highlight=False)
     subjects: list[Subject] = [
         InProcess(name, variant, tokenizer) for name, variant in variants.items()
     ]

@@ -1,6 +1,6 @@
 """RULER's eight needle-in-a-haystack tasks.
 
-Rules, wording and seeds follow NVIDIA/RULER (arXiv 2404.06654). The haystack is one of three kinds:
+Rules, seeds and prompt wording are NVIDIA/RULER's (Apache-2.0, arXiv 2404.06654). The haystack is one of three kinds:
 a fixed line of noise, prose, or nothing but needles with other keys.
 """
 

@@ -1,6 +1,6 @@
 """RULER's variable tracking: one chain of assignments in noise, after a solved example.
 
-Rules, wording and seeds follow NVIDIA/RULER (arXiv 2404.06654).
+Rules, seeds and prompt wording are NVIDIA/RULER's (Apache-2.0, arXiv 2404.06654).
 """
 
 from __future__ import annotations
