@@ -1,7 +1,7 @@
 """RULER's eight needle-in-a-haystack tasks.
 
-Rules, seeds and prompt wording are NVIDIA/RULER's (Apache-2.0, arXiv 2404.06654). The haystack is one of three kinds:
-a fixed line of noise, prose, or nothing but needles with other keys.
+Rules, seeds and prompt wording are NVIDIA/RULER's (Apache-2.0, arXiv 2404.06654).
+The haystack is a fixed line of noise, or prose, or nothing but needles with other keys.
 """
 
 from __future__ import annotations
