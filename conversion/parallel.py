@@ -45,6 +45,14 @@ class Ranks:
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, where and in the dtype that `tensor` is; it stays as is."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
     def agreed(self, value: Item) -> Item:
         """The first process's value, on all of them."""
         if self.world == 1:

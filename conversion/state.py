@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from conversion.errors import ConversionError
 from engine.model.checkpoint import Checkpoint
@@ -77,6 +79,26 @@ def read_tensors(path: Path, layers: int) -> list[Indexer | None]:
         else None
         for layer in range(layers)
     ]
+
+
+def write_snapshot(path: Path, tensors: Mapping[str, Tensor], about: Any) -> None:
+    """Tensors and JSON in one file, replaced as a whole; raises ConversionError."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"about": json.dumps(about)}
+    try:
+        _write(path, lambda file: save_file(flat, file, metadata=metadata))
+    except SafetensorError as error:  # no room on disk comes as the library's own type
+        raise ConversionError(f"{path}: cannot be written ({error})".splitlines()[0]) from None
+
+
+def read_snapshot(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """What `write_snapshot` wrote; raises ConversionError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["about"])
+    except Exception:  # the library raises its own types
+        raise ConversionError(f"{path}: not readable; remove {path.parent}") from None
 
 
 def _write(path: Path, work: Callable[[Path], Any]) -> None:
