@@ -6,6 +6,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 VENV ?= .venv
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: serve test check bench clean
@@ -15,7 +16,7 @@ serve: $(VENV)/.serve-ready
 	$(BIN)/rtpurbo serve --port $(PORT)
 
 test: $(VENV)/.test-ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .

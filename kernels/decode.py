@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels._checks import check_shapes
 from kernels.head_groups import equal_groups, heads_by_row
 from kernels.row_slices import row_slices
+from kernels.window_plan import WindowPlan
 
 SMALL = 2**18  # elements
 MAX_GATHERED = 2**24  # cache elements gathered at once; 64 MiB in float32
@@ -57,7 +58,7 @@ def decode_sparse(
                 block_tokens, device=q_RHD.device
             )
             inside_RMK = kept_RM[..., None] & (positions < context_lens_R[part, None, None])
-            _clear_unseen(v_RSD, inside_RMK)
+            _clear_unseen(v_RSD[:, None], ~inside_RMK.flatten(1)[:, None], block_tokens)
             wanted = block_RM[:, None].expand(-1, len(heads), -1)
             chosen_RGM = mask_RHB[part][:, heads].gather(-1, wanted)
             seen_RGS = (chosen_RGM[..., None] & inside_RMK[:, None]).flatten(2)
@@ -75,31 +76,20 @@ def decode_windowed(
     window: int,
     sinks: int,
     scale: float,
+    plan: WindowPlan | None = None,
 ) -> Tensor:
     """Attention to the last `window` tokens and the first `sinks` (at most a block): [R, H, D].
 
     Arguments as `decode_sparse`. Pages outside the window may be gone (0 in the table).
+
+    Args:
+        plan: `WindowPlan.of_window` of the same rows and rule; None makes it here.
     """
     _check(q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, context_lens_R)
-    block_tokens = k_cache.shape[2]
-    live = min(-(-window // block_tokens) + 1, block_tables_RB.shape[1])
-    last_R = (context_lens_R - 1) // block_tokens
-    # Newest blocks first, then the block of the sinks where the window does not reach it.
-    block_RM = last_R[:, None] - torch.arange(live, device=q_RHD.device)
-    sink_R1 = torch.where(last_R[:, None] >= live, 0, -1)
-    block_RM = torch.cat((block_RM, sink_R1), dim=1)
-    return _decode_blocks(
-        q_RHD,
-        kv_row_H,
-        k_cache,
-        v_cache,
-        block_tables_RB,
-        block_RM,
-        context_lens_R,
-        window,
-        sinks,
-        scale,
-    )
+    if plan is None:
+        block_tokens, width = k_cache.shape[2], block_tables_RB.shape[1]
+        plan = WindowPlan.of_window(context_lens_R, block_tokens, width, window, sinks)
+    return _decode_plan(q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, plan, scale)
 
 
 def decode_dense(
@@ -113,56 +103,40 @@ def decode_dense(
 ) -> Tensor:
     """Attention to the whole context, arguments as `decode_sparse`: [R, H, D]."""
     _check(q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, context_lens_R)
-    block_tokens = k_cache.shape[2]
-    widest = -(-int(context_lens_R.max()) // block_tokens)
-    block_RM = torch.arange(widest, device=q_RHD.device).expand(len(q_RHD), -1)
-    return _decode_blocks(
-        q_RHD,
-        kv_row_H,
-        k_cache,
-        v_cache,
-        block_tables_RB,
-        block_RM,
-        context_lens_R,
-        widest * block_tokens,
-        0,
-        scale,
-    )
+    plan = WindowPlan.of_context(context_lens_R, k_cache.shape[2])
+    return _decode_plan(q_RHD, kv_row_H, k_cache, v_cache, block_tables_RB, plan, scale)
 
 
-def _decode_blocks(
+def _decode_plan(
     q_RHD: Tensor,
     kv_row_H: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables_RB: Tensor,
-    block_RM: Tensor,
-    context_lens_R: Tensor,
-    window: int,
-    sinks: int,
+    plan: WindowPlan,
     scale: float,
 ) -> Tensor:
-    """The window rule over the given logical blocks (-1: none); a page is read once per KV head."""
+    """Attention over the blocks of a plan; a page is read once per KV head."""
     kv_heads, block_tokens, dim = k_cache.shape[1:]
-    rows, blocks = block_RM.shape
-    pages_RM = block_tables_RB.gather(1, block_RM.clamp(0, block_tables_RB.shape[1] - 1))
-    offsets_K = torch.arange(block_tokens, device=q_RHD.device)
-    positions_RS = (block_RM[..., None] * block_tokens + offsets_K).flatten(1)
-    newest_R1 = context_lens_R[:, None] - 1
-    near_RS = (newest_R1 - positions_RS < window) | (positions_RS < sinks)
-    seen_RS = near_RS & (positions_RS <= newest_R1) & (positions_RS >= 0)
+    pages_RM = block_tables_RB.gather(1, plan.block_RM)
+    blocks = [pages_RM.shape[1]] * len(pages_RM)
     out_RHD = torch.empty_like(q_RHD)
-    for kv_rows, heads in equal_groups(kv_row_H):
+    for kv_rows, members in equal_groups(kv_row_H):
         count = len(kv_rows)
-        row_N = torch.tensor(kv_rows, device=q_RHD.device)
-        for part in row_slices([blocks] * rows, count * block_tokens * dim, MAX_GATHERED):
-            pages_ZM = (pages_RM[part, None] * kv_heads + row_N[:, None]).flatten(0, 1)
+        row_N1 = torch.tensor(kv_rows, device=q_RHD.device)[:, None]
+        # Slices are views, lists of heads are copies.
+        heads = slice(None) if members == list(range(q_RHD.shape[1])) else members
+        for part in row_slices(blocks, count * block_tokens * dim, MAX_GATHERED):
+            pages_ZM = (pages_RM[part, None] * kv_heads + row_N1).flatten(0, 1)
             k_ZSD, v_ZSD = _gather(k_cache, pages_ZM), _gather(v_cache, pages_ZM)
-            seen_ZS = seen_RS[part].repeat_interleave(count, 0)
-            _clear_unseen(v_ZSD, seen_ZS.view(-1, blocks, block_tokens))
+            unseen_RNS = plan.unseen_RS[part, None].expand(-1, count, -1)
+            _clear_unseen(v_ZSD.view(*unseen_RNS.shape, dim), unseen_RNS, block_tokens)
             q_ZGD = q_RHD[part, heads].reshape(len(pages_ZM), -1, dim)
-            out = _attend(q_ZGD, k_ZSD, v_ZSD, seen_ZS[:, None], scale)
-            out_RHD[part, heads] = out.view(-1, len(heads), dim)
+            scores_ZGS = torch.bmm(q_ZGD, k_ZSD.transpose(1, 2)).float() * scale
+            scores_RNGS = scores_ZGS.view(*unseen_RNS.shape[:2], -1, unseen_RNS.shape[2])
+            scores_RNGS.masked_fill_(unseen_RNS[:, :, None], float("-inf"))
+            out_ZGD = torch.bmm(scores_ZGS.softmax(-1).to(v_ZSD.dtype), v_ZSD)
+            out_RHD[part, heads] = out_ZGD.view(-1, len(members), dim)
     return out_RHD
 
 
@@ -185,19 +159,19 @@ def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, seen_ZGS: Tensor, scale
     return torch.bmm(weights_ZGS.to(v_ZSD.dtype), v_ZSD)
 
 
-def _clear_unseen(v_ZSD: Tensor, seen_ZMK: Tensor) -> None:
+def _clear_unseen(v_RNSD: Tensor, unseen_RNS: Tensor, block_tokens: int) -> None:
     """Zero the gathered values that no query sees, which may be NaN: a weight of 0 is not enough.
 
     Of many values only the blocks that are not seen whole are touched; for few, finding those
     blocks would take longer than to touch all.
     """
-    if v_ZSD.numel() <= SMALL:
-        v_ZSD.masked_fill_(~seen_ZMK.flatten(1).unsqueeze(-1), 0.0)
+    if v_RNSD.numel() <= SMALL:
+        v_RNSD.masked_fill_(unseen_RNS.unsqueeze(-1), 0.0)
         return
-    blocks = (~seen_ZMK.all(-1)).flatten().nonzero().squeeze(1)
-    v_blocks = v_ZSD.view(-1, seen_ZMK.shape[-1], v_ZSD.shape[-1])
-    unseen = ~seen_ZMK.flatten(0, 1)[blocks]
-    v_blocks[blocks] = v_blocks[blocks].masked_fill_(unseen[..., None], 0.0)
+    unseen_ZK = unseen_RNS.reshape(-1, block_tokens)
+    blocks = unseen_ZK.any(-1).nonzero().squeeze(1)
+    v_ZKD = v_RNSD.view(-1, block_tokens, v_RNSD.shape[-1])
+    v_ZKD[blocks] = v_ZKD[blocks].masked_fill_(unseen_ZK[blocks].unsqueeze(-1), 0.0)
 
 
 def _check(

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.window_plan import WindowPlan
+
 BINS = 256  # of the selection histogram
 BINS_PER_NAT = 8
 MASS_UNIT = 2.0**32  # masses are summed as whole multiples of 1 / MASS_UNIT, so order cannot matter
@@ -160,10 +162,12 @@ def decode_windowed(
     window: int,
     sinks: int,
     scale: float,
+    plan: WindowPlan | None = None,
 ) -> Tensor:
     """Attention of the newest token to the last `window` tokens and the first `sinks`: [R, H, D].
 
     The query stands at position m = context - 1 and sees j <= m with m - j < window or j < sinks.
+    A plan says the same in another form and is not read.
     """
     out_RHD = torch.empty_like(q_RHD)
     for row, context in enumerate(context_lens_R.tolist()):

@@ -6,3 +6,5 @@ import os
 
 # Servers, engines and the tests themselves share two cores: threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a test process per core, so a thread per process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

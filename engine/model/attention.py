@@ -21,6 +21,7 @@ from kernels.decode import decode_dense, decode_sparse, decode_windowed
 from kernels.indexer import count_attended, project_index, score_blocks, select_blocks
 from kernels.paged_kv import store_index_keys, store_kv
 from kernels.prefill import prefill_dense, prefill_windowed
+from kernels.window_plan import WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class PagedAttention:
     attended: dict[int, Tensor] = field(default_factory=dict)
     """By layer: tokens attended, int64 [R, retrieval heads], where selection ran; rows whose
     context is below `dense_below` count 0."""
+    _window_plan: WindowPlan | None = None
 
     def attend(
         self,
@@ -173,6 +175,7 @@ class PagedAttention:
         full = (cache.full_k, cache.full_v, metadata.decode_full_RB, lens)
         window = (cache.window_k, cache.window_v, metadata.decode_window_RB, lens)
         rule = (static.window, static.sinks, static.scale)
+        plan = self._plan()
         for group in _present(roles.retrieval):
             q = group.pick(q_RHD)
             mask_RHB = self._select(layer, group.pick(q_pre_RHD), cache)
@@ -184,10 +187,22 @@ class PagedAttention:
             )
         for group in _present(roles.local_on_full):
             q = group.pick(q_RHD)
-            group.place(decode_windowed(q, group.kv_row_H, *full, *rule), out_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *full, *rule, plan), out_RHD)
         for group in _present(roles.local_on_windowed):
             q = group.pick(q_RHD)
-            group.place(decode_windowed(q, group.kv_row_H, *window, *rule), out_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *window, *rule, plan), out_RHD)
+
+    def _plan(self) -> WindowPlan:
+        """What the decode rows see through the window: the same in every layer."""
+        if self._window_plan is None:
+            self._window_plan = WindowPlan.of_window(
+                self.metadata.decode_lens_R,
+                self.layers.block_tokens,
+                self.metadata.decode_window_RB.shape[1],
+                self.layers.window,
+                self.layers.sinks,
+            )
+        return self._window_plan
 
     def _select(self, layer: int, q_pre_RHD: Tensor, cache: LayerCache) -> Tensor | None:
         """Blocks that each row's retrieval heads attend, bool [R, H, B]; None: all of them.
