@@ -22,11 +22,12 @@ class Phase:
     last_rate: float  # at its end; linear between
 
 
-# Measured on one H100: 2K tokens see the most text for the time, and 32K teach the far retrieval.
+# One H100 with cuDNN attention trains 1.7 M tokens/s at 2K, 0.66 M at 16K and 0.38 M at 32K. Copying
+# is learnt at 2K, where a second holds the most episodes; the longer phases carry it far.
 CURRICULUM = (
-    Phase(length=2048, steps=3600, episodes=0.35, first_rate=1.0, last_rate=0.6),
-    Phase(length=16384, steps=1200, episodes=0.6, first_rate=0.6, last_rate=0.3),
-    Phase(length=32768, steps=700, episodes=0.6, first_rate=0.3, last_rate=0.0),
+    Phase(length=2048, steps=4400, episodes=0.7, first_rate=1.0, last_rate=0.6),
+    Phase(length=16384, steps=800, episodes=0.7, first_rate=0.6, last_rate=0.3),
+    Phase(length=32768, steps=500, episodes=0.7, first_rate=0.3, last_rate=0.0),
 )
 
 
