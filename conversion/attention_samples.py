@@ -62,7 +62,7 @@ def sample_rows(document: PlantedDocument, count: int, seed: int) -> Tensor:
     answers = torch.tensor(document.answers)
     picked = torch.randperm(len(answers), generator=generator)[: int(ANSWER_SHARE * count)]
     rest = _anywhere(document, count - len(picked), generator)
-    return torch.cat((answers[picked], rest)).unique()
+    return torch.cat((answers[picked].sort().values, rest)).sort().values
 
 
 def row_kinds(document: PlantedDocument, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def _with_facts(
     facts = rng.choice(counts)
     room = len(ids) - (facts - 1) * line  # fact_document leaves room for one question itself
     found = fact_document(ids, tokenizer, rng.choice(FACT_KINDS), facts, room, seed)
-    made, answers = _encode(tokenizer, found.text), []
+    made, answers = _encode(tokenizer, found.text), list[int]()
     for question in rng.sample(found.questions, facts):
         asked, answer = _encode(tokenizer, question.text), _encode(tokenizer, question.answer)
         first = len(made) + len(asked) - 1

@@ -3,9 +3,9 @@
 RTPurbo (arXiv 2605.16928): one document with the same span at its start and its end; the score of a
 head is the mean, over the tokens of the late span, of its dense post-softmax attention to all
 tokens of the early one. The paper leaves the needle, the lengths and the aggregation open. Here the
-needle is 32 random tokens that are not special, so that only copying predicts it; a document is
-8192 tokens of text, or the model's limit if that is less; scores are averaged over 4 documents with
-needles of their own, and each document's are kept, so that their spread shows.
+needle is 32 random tokens that are not special, so that only copying predicts it; there are several
+documents of each of several lengths, every one with a needle of its own, and a head's score is the
+mean over all of them. Their spread is kept, so that a head that retrieves at one length only shows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from tokenizers import Tokenizer
 
 from conversion.document_attention import LayerView, attention_rows, watch_document
 from conversion.errors import ConversionError
+from conversion.head_roles import Scores
+from conversion.parallel import Ranks
 from engine.model.decoder import Decoder
 
 NEEDLE_TOKENS = 32
 MARGIN_TOKENS = 16  # of text before the early needle, so that it is no attention sink
+LENGTHS = 3  # from the longest down, each half of the one before
+SHORTEST_HALF = 1024  # tokens; no half is shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +82,32 @@ def needle_document(ids: list[int], tokenizer: Tokenizer, needle: int, seed: int
     return NeedleDocument([*ids[:MARGIN_TOKENS], *span, *middle, *span], MARGIN_TOKENS, needle)
 
 
+def needle_lengths(tokens: int) -> tuple[int, ...]:
+    """Lengths of documents, ascending: `tokens`, half of it and a quarter, as far as they make
+    documents of a useful length."""
+    halves = (tokens // 2**step for step in range(1, LENGTHS))
+    return tuple(sorted({tokens, *(half for half in halves if half >= SHORTEST_HALF)}))
+
+
 def needle_scores(
-    decoder: Decoder, documents: list[NeedleDocument], advance: Callable[[], None] = lambda: None
-) -> list[list[list[float]]]:
+    decoder: Decoder,
+    documents: list[NeedleDocument],
+    advance: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
+) -> list[Scores]:
     """Scores [document][layer][head] in [0, 1] under dense attention.
 
     Args:
-        advance: called after each document.
+        advance: called after each document of this process.
+        ranks: every process takes its part of the documents and gets all scores.
     """
+    ranks = ranks or Ranks()
     dense = replace(decoder.config, sparse=None)
-    scores = []
-    for document in documents:
-        probe = NeedleProbe(document, dense.group_size)
-        watch_document(decoder, dense, document.ids, probe)
-        scores.append(probe.scores)
+    table_ZLH = torch.zeros(len(documents), dense.num_layers, dense.num_heads, dtype=torch.float64)
+    for number in range(ranks.rank, len(documents), ranks.world):
+        probe = NeedleProbe(documents[number], dense.group_size)
+        watch_document(decoder, dense, documents[number].ids, probe)
+        table_ZLH[number] = torch.tensor(probe.scores, dtype=torch.float64)
         advance()
+    scores: list[Scores] = ranks.summed(table_ZLH).tolist()
     return scores

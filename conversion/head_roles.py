@@ -1,31 +1,43 @@
-"""From needle scores to head roles: which query heads keep full context. Torch-free."""
+"""From needle scores to head roles: which query heads keep full context. Torch-free.
+
+Heads are chosen one by one, as in the paper, or as whole groups of a KV head. What a KV cache costs
+is decided by KV heads: one with a single retrieval head keeps the keys and values of every token.
+The best 15 % of the query heads of a model with 8 of them per KV head touch about half of its KV
+heads, so half of the cache stays; 15 % of the KV heads keep 15 % of it. Groups are therefore ranked
+by the sum of their heads' scores, the retrieval bought with one KV head's bytes, and all their
+query heads retrieve: the bytes are kept anyway. With granularity query_head, `max_kv_heads` sets
+the same bound and keeps only the heads that score.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean, pstdev
+from typing import Any, Literal
 
 from conversion.errors import ConversionError
 
 Scores = list[list[float]]  # [layer][query head]
+Granularity = Literal["query_head", "kv_head"]
 
 
 @dataclass(frozen=True, slots=True)
 class HeadRule:
-    """How retrieval heads are chosen; heads are ranked over the whole model, not per layer.
+    """How retrieval heads are chosen; they are ranked over the whole model, not per layer.
 
-    `share`: this share of all query heads (at least one).
-    `mass`: if given, instead of `share`, the fewest heads whose scores add up to this share of
-    the sum of all scores.
+    `share`: this share of all query heads or KV heads (at least one).
+    `mass`: if given, instead of `share`, the fewest whose scores add up to this share of the sum of
+    all scores.
     `max_kv_heads`: if given, only heads of so many KV heads, those of the best heads, are kept.
-    A KV head with any retrieval head keeps all its tokens, so this bounds the KV cache.
     """
 
     share: float = 0.15
     mass: float | None = None
     max_kv_heads: int | None = None
+    granularity: Granularity = "query_head"
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -34,50 +46,101 @@ class HeadRule:
             raise ConversionError(f"heads mass must be in (0, 1], got {self.mass}")
         if self.max_kv_heads is not None and self.max_kv_heads < 1:
             raise ConversionError(f"max KV heads must be at least 1, got {self.max_kv_heads}")
+        if self.granularity not in ("query_head", "kv_head"):
+            raise ConversionError(
+                f"heads granularity must be query_head or kv_head, got {self.granularity}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """The rule as JSON."""
-        return {"share": self.share, "mass": self.mass, "max_kv_heads": self.max_kv_heads}
+        return asdict(self)
 
 
-def mean_scores(documents: list[Scores]) -> Scores:
-    """Mean over documents, per layer and head."""
-    return [
-        [sum(values) / len(values) for values in zip(*heads, strict=True)]
-        for heads in zip(*documents, strict=True)
+@dataclass(frozen=True, slots=True)
+class HeadUnit:
+    """Query heads of one KV head that are chosen together, and the sum of their scores."""
+
+    layer: int
+    kv_head: int
+    heads: tuple[int, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpread:
+    """Needle scores over documents, each [layer][query head]."""
+
+    mean: Scores
+    deviation: Scores  # standard deviation over these documents
+    least: Scores
+    most: Scores
+
+    @classmethod
+    def of(cls, documents: Sequence[Scores]) -> ScoreSpread:
+        layers = [list(zip(*heads, strict=True)) for heads in zip(*documents, strict=True)]
+        return cls(
+            mean=[[fmean(values) for values in heads] for heads in layers],
+            deviation=[[pstdev(values) for values in heads] for heads in layers],
+            least=[[min(values) for values in heads] for heads in layers],
+            most=[[max(values) for values in heads] for heads in layers],
+        )
+
+
+def ranked_units(scores: Scores, rule: HeadRule, group_size: int) -> list[HeadUnit]:
+    """What can be chosen, best first. Equal scores: the earlier layer and head first."""
+    size = 1 if rule.granularity == "query_head" else group_size
+    units = [
+        HeadUnit(
+            layer=layer,
+            kv_head=first // group_size,
+            heads=tuple(range(first, first + size)),
+            score=sum(heads[first : first + size]),
+        )
+        for layer, heads in enumerate(scores)
+        for first in range(0, len(heads), size)
     ]
+    return sorted(units, key=lambda unit: -unit.score)
 
 
-def choose_heads(scores: Scores, rule: HeadRule, group_size: int) -> list[list[int]]:
-    """Retrieval heads per layer, ascending. Equal scores: the earlier layer and head first."""
-    ranked = sorted(
-        ((layer, head) for layer, heads in enumerate(scores) for head in range(len(heads))),
-        key=lambda place: -scores[place[0]][place[1]],
-    )
-    kept_kv: set[tuple[int, int]] = set()
-    chosen: list[list[int]] = [[] for _ in scores]
-    wanted = _count(ranked, scores, rule)
-    for layer, head in ranked:
-        kv = (layer, head // group_size)
-        if kv not in kept_kv and rule.max_kv_heads == len(kept_kv):
-            continue
-        kept_kv.add(kv)
-        chosen[layer].append(head)
-        wanted -= 1
-        if not wanted:
-            break
-    return [sorted(heads) for heads in chosen]
-
-
-def _count(ranked: list[tuple[int, int]], scores: Scores, rule: HeadRule) -> int:
+def unit_budget(ranked: Sequence[HeadUnit], rule: HeadRule) -> int:
+    """How many units the rule keeps, KV heads left aside."""
     if rule.mass is None:
         return max(1, round(rule.share * len(ranked)))
-    total, reached = sum(map(sum, scores)), 0.0
-    for count, (layer, head) in enumerate(ranked, start=1):
-        reached += scores[layer][head]
+    total, reached = sum(unit.score for unit in ranked), 0.0
+    for count, unit in enumerate(ranked, start=1):
+        reached += unit.score
         if reached >= rule.mass * total:
             return count
     return len(ranked)
+
+
+def best_units(ranked: Sequence[HeadUnit], rule: HeadRule, count: int) -> list[HeadUnit]:
+    """The first `count` units that `max_kv_heads` lets through."""
+    kept_kv: set[tuple[int, int]] = set()
+    chosen: list[HeadUnit] = []
+    for unit in ranked:
+        kv = (unit.layer, unit.kv_head)
+        if kv not in kept_kv and rule.max_kv_heads == len(kept_kv):
+            continue
+        kept_kv.add(kv)
+        chosen.append(unit)
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def heads_of(units: Sequence[HeadUnit], layers: int) -> list[list[int]]:
+    """Query heads per layer, ascending."""
+    chosen: list[list[int]] = [[] for _ in range(layers)]
+    for unit in units:
+        chosen[unit.layer] += unit.heads
+    return [sorted(heads) for heads in chosen]
+
+
+def choose_heads(scores: Scores, rule: HeadRule, group_size: int) -> list[list[int]]:
+    """Retrieval heads per layer, ascending, by score alone."""
+    ranked = ranked_units(scores, rule, group_size)
+    return heads_of(best_units(ranked, rule, unit_budget(ranked, rule)), len(scores))
 
 
 def read_heads(path: Path, layers: int, heads: int) -> list[list[int]]:

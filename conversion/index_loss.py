@@ -31,7 +31,7 @@ def token_kl(log_attention_RT: Tensor, scores_RT: Tensor) -> Tensor:
     """
     p_RT = log_attention_RT.exp()
     finite_RT = scores_RT.clamp(min=HIDDEN)
-    entropy_R = torch.special.entr(p_RT).sum(-1)
+    entropy_R: Tensor = torch.special.entr(p_RT).sum(-1)
     return finite_RT.logsumexp(-1) - (p_RT * finite_RT).sum(-1) - entropy_R
 
 

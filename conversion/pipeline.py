@@ -4,87 +4,47 @@ State lies beside the output in OUT.work:
 
     run.json              what is being made of what; another model or other options are refused
     heads.json            needle scores and the chosen heads; a person may edit `retrieval_heads`
+    fit/                  the fit in progress, see `conversion.fit_step`
     indexer.safetensors   W_Q and W_K of every retrieval head
     quality.json          the heads they are for, and how well they select on text unseen by the fit
     student.safetensors   weights after distillation, and distil.json: how it went
 
 A step whose file is there is not done again, so a conversion that was stopped goes on; only the fit
-and what follows it are done again if the chosen heads have changed.
+and what follows it are done again if the chosen heads have changed. Under torchrun several
+processes share the documents of every step; the first one writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
+from conversion.calibrate_step import DETAILS, CalibrateStep
+from conversion.convert_options import ConvertOptions
 from conversion.distil import REPORT_FILE, STUDENT_FILE, distil
-from conversion.distil_options import DistilOptions
+from conversion.document_feed import DocumentFeed
 from conversion.errors import ConversionError
 from conversion.export import export_model, refuse_existing
-from conversion.head_roles import HeadRule, choose_heads, mean_scores, read_heads
-from conversion.indexer_fit import HeadQuality, IndexerFit
+from conversion.fit_memory import describe, reading_bytes
+from conversion.fit_step import FitStep, quality_line, quality_table
+from conversion.head_roles import read_heads
+from conversion.indexer_training import CHUNK_SCORES
+from conversion.parallel import Ranks, joined
 from conversion.state import model_digest, read_json, read_tensors, write_json, write_tensors
 from conversion.text_source import TextSource, load_tokenizer
 from engine.model.checkpoint import Checkpoint, preflight
-from engine.model.config import IndexScope, SparseAttentionConfig
+from engine.model.config import SparseAttentionConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder
 
-Advance = Callable[[], None]
+__all__ = ["ConvertOptions", "ConvertRun", "convert"]
+
 DISTIL_FACTS = ("stopped", "steps", "before", "best")  # of distil.json, for config.json
-FIT_DOCUMENTS, TRIAL_DOCUMENTS, QUALITY_DOCUMENTS = 3, 3, 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertOptions:
-    """What to make. Sizes are in tokens."""
-
-    data: Path | None = None  # text file or folder; None: Python sources of this environment
-    heads_share: float = 0.15  # of all query heads
-    heads_mass: float | None = None  # instead: share of the summed needle scores
-    max_kv_heads: int | None = None  # keep heads of so many KV heads only
-    window_tokens: int = 8192
-    sink_tokens: int = 4
-    index_dim: int = 16
-    index_scope: IndexScope = "query_head"
-    block_tokens: int = 64
-    top_p: float = 0.9
-    dense_below: int = 0  # context length below which retrieval heads decode densely
-    documents: int = 4  # for the needle scores
-    document_tokens: int = 8192  # at most the model's limit
-    distil: DistilOptions | None = None  # stage 2; None leaves the weights as they are
-    seed: int = 0
-    device: str = "cpu"  # cpu, cuda or cuda:N
-
-    def __post_init__(self) -> None:
-        self.rule()
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConversionError(f"device {self.device} is not there")
-        if not 0 < self.top_p <= 1:
-            raise ConversionError(f"top_p must be in (0, 1], got {self.top_p}")
-        positive = ("window_tokens", "index_dim", "block_tokens", "documents", "document_tokens")
-        for name, least in (*((name, 1) for name in positive), ("dense_below", 0)):
-            if getattr(self, name) < least:
-                raise ConversionError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.block_tokens & (self.block_tokens - 1):
-            raise ConversionError(f"block_tokens must be a power of two, got {self.block_tokens}")
-        if not 0 <= self.sink_tokens <= self.block_tokens:
-            raise ConversionError(
-                f"sink_tokens must be from 0 to block_tokens, got {self.sink_tokens}"
-            )
-
-    def rule(self) -> HeadRule:
-        """How heads are chosen; raises ConversionError."""
-        return HeadRule(self.heads_share, self.heads_mass, self.max_kv_heads)
 
 
 def convert(model: Path, out: Path, options: ConvertOptions, console: Console) -> None:
@@ -96,25 +56,33 @@ def convert(model: Path, out: Path, options: ConvertOptions, console: Console) -
     """
     refuse_existing(out)
     checkpoint = preflight(model)
-    run = ConvertRun(checkpoint, out, options, console)
-    run.open()
-    run.calibrate()
-    run.fit()
-    run.distil()
-    run.export()
+    with joined(options.device) as ranks:
+        run = ConvertRun(checkpoint, out, options, console, ranks)
+        run.open()
+        run.calibrate()
+        run.fit()
+        run.distil()
+        run.export()
 
 
 class ConvertRun:
     """One conversion and its state on disk."""
 
     def __init__(
-        self, checkpoint: Checkpoint, out: Path, options: ConvertOptions, console: Console
+        self,
+        checkpoint: Checkpoint,
+        out: Path,
+        options: ConvertOptions,
+        console: Console,
+        ranks: Ranks | None = None,
     ) -> None:
+        """`ranks` are the processes that share the work; this one alone by default."""
+        self._ranks = ranks or Ranks(device=torch.device(options.device))
         self.checkpoint = checkpoint
         self.out = out
         self.options = options
         self.work = out.with_name(out.name + ".work")
-        self._console = console
+        self._console = console if self._ranks.is_first else Console(quiet=True)
         self._config = replace(checkpoint.config, sparse=None)
         if options.index_dim > self._config.head_dim:
             raise ConversionError(
@@ -138,9 +106,10 @@ class ConvertRun:
             raise ConversionError(f"{self.work}: cannot be made ({error.strerror})") from None
         described = self._describe()
         path = self.work / "run.json"
-        if not path.exists():
+        if self._ranks.is_first and not path.exists():
             write_json(path, described)
-        elif read_json(path) != described:
+        self._ranks.wait()
+        if read_json(path) != described:
             raise ConversionError(
                 f"{path}: this state is of another model or other options; remove {self.work}"
             )
@@ -149,52 +118,72 @@ class ConvertRun:
     def calibrate(self) -> None:
         """Score the heads and choose."""
         path = self.work / "heads.json"
-        if path.exists():
+        if self._ranks.agreed(path.exists()):
             self._console.print(f"calibrate: done before, {path}")
             return
         options = self.options
-        texts = self._documents(options.documents, stream=0)
-        needles = [self._with_needle(ids, number) for number, ids in enumerate(texts)]
-        with self._progress("calibrate", len(needles)) as advance:
-            scores = needle_scores(self._decoder(), needles, advance)
-        mean = mean_scores(scores)
-        chosen = choose_heads(mean, options.rule(), self._config.group_size)
-        write_json(
-            path,
-            {
-                "retrieval_heads": chosen,
-                "chosen_by": options.rule().describe(),
-                "text": self._source.description,
-                "documents": options.documents,
-                "document_tokens": self._tokens,
-                "needle_tokens": NEEDLE_TOKENS,
-                "scores": _rounded(mean),
-                "scores_by_document": [_rounded(document) for document in scores],
-            },
+        lengths = options.lengths(self._config.max_position_embeddings)
+        self._announce("calibrate", options.documents * len(lengths), lengths[-1], 0)
+        step = CalibrateStep(
+            self._decoder(), self._source, self._tokenizer, options, self._ranks, self._console
         )
-        self._console.print(_head_table(mean, chosen))
+        heads = step.run()
+        if self._ranks.is_first:
+            write_json(path, heads)
+        self._ranks.wait()
 
     def fit(self) -> None:
-        """Compute the indexer in closed form and measure it on other text."""
-        config, path = replace(self._config, sparse=self._sparse()), self.work / "quality.json"
-        if path.exists():
-            if read_json(path).get("retrieval_heads") == self._heads():
-                self._console.print(f"fit: done before, {path}")
-                return
-            self._console.print("fit: the chosen heads have changed, fitting again")
-            path.unlink()  # first, so that it never stands beside another fit's tensors
-        total = FIT_DOCUMENTS + TRIAL_DOCUMENTS + QUALITY_DOCUMENTS
-        texts = self._documents(total, stream=1)
-        plain, rest = texts[:FIT_DOCUMENTS], texts[FIT_DOCUMENTS:]
-        planted = [self._with_needle(ids, 100 + number).ids for number, ids in enumerate(rest)]
-        fit = IndexerFit(self._decoder(), config, self.options.seed)
-        with self._progress("fit", total) as advance:
-            fit.fit(plain, planted[:TRIAL_DOCUMENTS], NEEDLE_TOKENS, advance)
-            quality = fit.quality(planted[TRIAL_DOCUMENTS:], NEEDLE_TOKENS, advance)
-        write_tensors(self.work / "indexer.safetensors", fit.indexers())
-        lines = [_line(head) for head in quality]
-        write_json(path, {"retrieval_heads": self._heads(), "heads": lines})
-        self._console.print(_quality_table(quality))
+        """Fit the indexer and measure it on other text."""
+        path, options = self.work / "quality.json", self.options.fit
+        heads = self._heads()
+        self._forget_other_fit(path, heads)
+        if self._ranks.agreed(path.exists()):
+            self._console.print(f"fit: done before, {path}")
+            return
+        documents = options.held_out + options.steps * options.documents_per_step(self._ranks.world)
+        self._announce("fit", documents, self._tokens, CHUNK_SCORES)
+        seed = self.options.seed
+        step = FitStep(
+            self._decoder(),
+            replace(self._config, sparse=self._wanted()),
+            # Another order of the files than calibration's.
+            DocumentFeed(
+                self._source, self._tokenizer, self._tokens, 2 * seed + 1, options.held_out
+            ),
+            options,
+            self.work / "fit",
+            seed,
+            self._ranks,
+            self._console,
+        )
+        result = step.run()
+        if self._ranks.is_first:
+            write_tensors(self.work / "indexer.safetensors", result.indexers)
+            content = {
+                "retrieval_heads": heads,
+                "top_p": [list(layer) for layer in result.sparse.top_p],
+                "steps": len(result.losses),
+                "losses": [round(loss, 5) for loss in result.losses],
+                "heads": [quality_line(head) for head in result.quality],
+            }
+            write_json(path, content)
+        self._ranks.wait()
+        self._console.print(quality_table(result.quality))
+
+    def _forget_other_fit(self, path: Path, heads: list[list[int]]) -> None:
+        """Remove what was fitted for other heads; quality.json first, so that it never stands
+        beside another fit's tensors."""
+        begun = self.work / "fit" / "heads.json"
+        if self._ranks.is_first:
+            if path.exists() and read_json(path).get("retrieval_heads") != heads:
+                self._console.print("fit: the chosen heads have changed, fitting again")
+                path.unlink()
+            if begun.exists() and read_json(begun) != heads:
+                shutil.rmtree(begun.parent)
+            if not begun.exists():
+                begun.parent.mkdir(parents=True, exist_ok=True)
+                write_json(begun, heads)
+        self._ranks.wait()
 
     def distil(self) -> None:
         """Adapt the weights to the heads' roles, if that is asked for."""
@@ -217,19 +206,25 @@ class ConvertRun:
         """Write the output folder."""
         trained = self.work / STUDENT_FILE if self.options.distil is not None else None
         heads = read_json(self.work / "heads.json")
-        calibration = {key: heads[key] for key in heads if key != "scores_by_document"}
+        calibration = {key: heads[key] for key in heads if key not in DETAILS}
+        quality = read_json(self.work / "quality.json")
         calibration["indexer"] = {
-            "made": "closed form, no gradient steps",
-            "heads": read_json(self.work / "quality.json")["heads"],
+            "made": f"closed form and {quality['steps']} gradient steps",
+            "heads": [
+                {key: line[key] for key in line if key != "curve"} for line in quality["heads"]
+            ],
         }
         indexers = read_tensors(self.work / "indexer.safetensors", self._config.num_layers)
         if trained is not None:
             report = read_json(self.work / REPORT_FILE)
             calibration["distil"] = {key: report[key] for key in DISTIL_FACTS}
-        export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration, trained)
+        if self._ranks.is_first:
+            export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration, trained)
+        self._ranks.wait()
         self._console.print(f"made {self.out}")
 
-    def _sparse(self) -> SparseAttentionConfig:
+    def _wanted(self) -> SparseAttentionConfig:
+        """The section for the chosen heads, with the same top_p for all."""
         options = self.options
         heads = tuple(tuple(layer) for layer in self._heads())
         return SparseAttentionConfig(
@@ -243,6 +238,11 @@ class ConvertRun:
             dense_below=options.dense_below,
         )
 
+    def _sparse(self) -> SparseAttentionConfig:
+        """The section with the top_p that the fit has chosen."""
+        top_p = read_json(self.work / "quality.json")["top_p"]
+        return replace(self._wanted(), top_p=tuple(tuple(layer) for layer in top_p))
+
     def _heads(self) -> list[list[int]]:
         """The chosen heads as they stand on disk now."""
         config = self._config
@@ -251,23 +251,22 @@ class ConvertRun:
     def _decoder(self) -> Decoder:
         """The model in float32 on a CPU, bfloat16 on CUDA; loaded when a step first needs it."""
         if self._loaded is None:
-            on_cpu = self.options.device == "cpu"
-            dtype = torch.float32 if on_cpu else torch.bfloat16
-            self._loaded = load_decoder(self.checkpoint, self.options.device, dtype)
+            device = self._ranks.device
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            self._loaded = load_decoder(self.checkpoint, str(device), dtype)
         return self._loaded
 
-    def _documents(self, count: int, stream: int) -> list[list[int]]:
-        """Text that no other step sees, as far as the source has that much."""
-        seed = 2 * self.options.seed + stream
-        return self._source.documents(self._tokenizer, count, self._tokens, seed)
-
-    def _with_needle(self, ids: list[int], number: int) -> Any:
-        return needle_document(ids, self._tokenizer, NEEDLE_TOKENS, self.options.seed + number)
+    def _announce(self, step: str, documents: int, tokens: int, chunk_scores: int) -> None:
+        """Say what a step will read and need before it begins."""
+        item = 4 if self._ranks.device.type == "cpu" else 2
+        needed = reading_bytes(self.checkpoint, tokens, item, chunk_scores)
+        self._console.print(f"{step}: {describe(documents, tokens, needed)}")
 
     def _describe(self) -> dict[str, Any]:
         """The model by its content and the options, comparable as JSON."""
         options = asdict(self.options)
         options["data"] = None if self.options.data is None else str(self.options.data)
+        options["needle_lengths"] = list(self.options.needle_lengths)
         for name in ("device", "distil"):  # may change between two tries; distil checks its own
             del options[name]
         return {
@@ -275,46 +274,3 @@ class ConvertRun:
             "model_sha256": model_digest(self.checkpoint),
             "options": options,
         }
-
-    @contextmanager
-    def _progress(self, name: str, total: int) -> Iterator[Advance]:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda: progress.advance(task)
-
-
-def _line(head: HeadQuality) -> dict[str, Any]:
-    """One head of quality.json, numbers short enough to read."""
-    values = asdict(head)
-    for kind in ("anywhere", "needle"):
-        values[kind] = {name: round(value, 4) for name, value in values[kind].items()}
-    return values
-
-
-def _rounded(scores: Sequence[Sequence[float]]) -> list[list[float]]:
-    return [[round(value, 5) for value in layer] for layer in scores]
-
-
-def _head_table(scores: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]]) -> Table:
-    table = Table(title="retrieval heads")
-    for column in ("layer", "heads", "needle scores"):
-        table.add_column(column)
-    for layer, heads in enumerate(chosen):
-        if heads:
-            values = ", ".join(f"{scores[layer][head]:.3f}" for head in heads)
-            table.add_row(str(layer), ", ".join(map(str, heads)), values)
-    return table
-
-
-def _quality_table(quality: Sequence[HeadQuality]) -> Table:
-    table = Table(title="indexer on unseen text: mass kept / blocks / blocks the teacher needs")
-    for column in ("layer, head", "at a repeated needle", "anywhere"):
-        table.add_column(column)
-    for head in quality:
-        cells = [
-            f"{q.kept_mass:.3f} / {q.blocks:.1f} / {q.teacher_blocks:.1f}"
-            for q in (head.needle, head.anywhere)
-        ]
-        table.add_row(f"{head.layer}, {head.head}", *cells)
-    return table

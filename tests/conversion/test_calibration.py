@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversion.calibration import needle_document, needle_scores
+from conversion.calibration import needle_document, needle_lengths, needle_scores
 from conversion.errors import ConversionError
 from engine.model.dense_attention import DenseAttention
 from engine.model.weights import load_decoder
@@ -91,3 +91,12 @@ def test_a_needle_stands_twice_and_holds_no_special_token() -> None:
 def test_a_document_must_hold_both_needles() -> None:
     with pytest.raises(ConversionError, match="143 tokens is too short for two needles of 32"):
         needle_document([1] * 143, byte_tokenizer(320), 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(8192, (2048, 4096, 8192)), (3000, (1500, 3000)), (1024, (1024,)), (300, (300,))],
+    ids=str,
+)
+def test_lengths_are_halves_of_a_useful_length(longest: int, lengths: tuple[int, ...]) -> None:
+    assert needle_lengths(longest) == lengths

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
+from conversion.fit_options import FitOptions
 from conversion.pipeline import ConvertOptions, ConvertRun, convert
 from engine.errors import CheckpointError
 from engine.model.checkpoint import preflight
@@ -21,13 +22,9 @@ from engine.model.weights import load_decoder
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer horizons and temperatures than a real fit tries; what happens to them is the same."""
-    monkeypatch.setattr("conversion.indexer_fit.HORIZONS", (0.0, 1.0))
-    monkeypatch.setattr("conversion.indexer_fit.TEMPERATURES", (0.5, 1.0, 2.0))
+QUICK = FitOptions(
+    steps=3, queries=16, moment_documents=1, trial_documents=1, quality_documents=1, save_every=2
+)
 
 
 @pytest.fixture
@@ -43,8 +40,9 @@ def options(tmp_path: Path) -> ConvertOptions:
         index_dim=4,
         block_tokens=16,
         documents=2,
-        document_tokens=400,
+        document_tokens=300,
         dense_below=100,
+        fit=QUICK,
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conversion.errors import ConversionError
+from conversion.fit_options import FitOptions
 from conversion.pipeline import ConvertOptions, ConvertRun
 from conversion.state import model_digest, read_json, write_json
 from engine.model.checkpoint import preflight
@@ -21,7 +22,15 @@ def make_run(folder: Path, out: Path) -> ConvertRun:
     text = folder / "text.txt"
     text.write_text("".join(f"value_{i} = {i * i}\n" for i in range(800)))
     options = ConvertOptions(
-        data=text, heads_share=0.1, window_tokens=64, index_dim=4, documents=1, document_tokens=300
+        data=text,
+        heads_share=0.1,
+        window_tokens=64,
+        index_dim=4,
+        documents=1,
+        document_tokens=300,
+        fit=FitOptions(
+            steps=2, queries=16, moment_documents=1, trial_documents=1, quality_documents=1
+        ),
     )
     return ConvertRun(preflight(folder), out, options, Console(quiet=True))
 

@@ -1,0 +1,188 @@
+"""The step `fit`: from a model with chosen heads to its indexer, resumable at every part.
+
+In the folder of the step:
+
+    closed_form.safetensors   projections before training, in the layout of indexer.safetensors
+    training.safetensors      weights, moments and losses after the last saved step
+
+Both are replaced as a whole, so a step that was stopped goes on from what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from conversion.attention_samples import PlantedDocument
+from conversion.document_feed import DocumentFeed
+from conversion.fit_options import FitOptions
+from conversion.index_quality import IndexQuality
+from conversion.index_weights import IndexWeights, index_groups
+from conversion.indexer_fit import FittedIndex, HeadQuality, HeadSetting, IndexerFit
+from conversion.indexer_training import IndexerTraining
+from conversion.parallel import Ranks
+from conversion.progress_bar import progress_bar
+from conversion.state import read_snapshot, write_snapshot
+from engine.model.config import ModelConfig, SparseAttentionConfig
+from engine.model.decoder import Decoder, Indexer
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What the step has made."""
+
+    indexers: list[Indexer | None]  # per layer
+    sparse: SparseAttentionConfig  # with the top_p of every head
+    quality: list[HeadQuality]
+    losses: list[float]  # per training step, nats per query, mean over heads
+
+
+class FitStep:
+    """The fit of one model's indexer."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ModelConfig,
+        feed: DocumentFeed,
+        options: FitOptions,
+        folder: Path,
+        seed: int,
+        ranks: Ranks,
+        console: Console,
+    ) -> None:
+        """
+        Args:
+            config: the model's with the sparse section that is being made.
+            feed: holds out `options.held_out` documents.
+            folder: of the step's state; made here.
+        """
+        self._decoder = decoder
+        self._config = config
+        self._feed = feed
+        self._options = options
+        self._folder = folder
+        self._seed = seed
+        self._ranks = ranks
+        self._console = console
+
+    def run(self) -> FitResult:
+        """Closed form, training, temperatures, quality; raises ConversionError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        options = self._options
+        held_out = self._feed.held_out()
+        cuts = (options.moment_documents, options.moment_documents + options.trial_documents)
+        moments, trial, unseen = (
+            held_out[: cuts[0]],
+            held_out[cuts[0] : cuts[1]],
+            held_out[cuts[1] :],
+        )
+        closed = self._closed_form(moments, trial)
+        training = self._train(closed)
+        total = self._mine(trial) + self._mine(unseen)
+        with progress_bar(self._console, "measure", total) as advance:
+            fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
+            weights = training.weights.copied(self._ranks.device)
+            adaptive = options.adaptive_top_p
+            fitted = fit.sharpened(weights, closed.settings, trial, adaptive=adaptive)
+            quality = fit.quality(fitted, closed, unseen)
+        return FitResult(
+            fitted.weights.indexers(self._config.num_layers),
+            fit.with_top_p(fitted),
+            quality,
+            training.losses,
+        )
+
+    def _closed_form(
+        self, moments: Sequence[PlantedDocument], trial: Sequence[PlantedDocument]
+    ) -> FittedIndex:
+        path = self._folder / "closed_form.safetensors"
+        if self._ranks.agreed(path.exists()):
+            return self._read(path)
+        total = self._mine(moments) + self._mine(trial)
+        with progress_bar(self._console, "closed form", total) as advance:
+            fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
+            closed = fit.closed_form(moments, trial)
+        if self._ranks.is_first:
+            settings = [[*place, asdict(setting)] for place, setting in closed.settings.items()]
+            write_snapshot(path, self._tensors(closed.weights), settings)
+        self._ranks.wait()
+        return self._read(path)
+
+    def _read(self, path: Path) -> FittedIndex:
+        tensors, settings = read_snapshot(path)
+        indexers = [
+            Indexer(tensors[f"{layer}.q"], tensors[f"{layer}.k"])
+            if f"{layer}.q" in tensors
+            else None
+            for layer in range(self._config.num_layers)
+        ]
+        weights = IndexWeights.of_indexers(index_groups(self._config), indexers)
+        return FittedIndex(
+            weights.copied(self._ranks.device),
+            {(layer, head): HeadSetting(**setting) for layer, head, setting in settings},
+        )
+
+    def _tensors(self, weights: IndexWeights) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for layer, indexer in enumerate(weights.indexers(self._config.num_layers)):
+            if indexer is not None:
+                tensors |= {f"{layer}.q": indexer.q_proj_HID, f"{layer}.k": indexer.k_proj_HID}
+        return tensors
+
+    def _train(self, closed: FittedIndex) -> IndexerTraining:
+        """Go on with the training that is there, or begin."""
+        path = self._folder / "training.safetensors"
+        training = IndexerTraining(
+            self._decoder, self._config, closed.weights, self._options, self._seed, self._ranks
+        )
+        training.load(path)
+        steps = self._options.steps
+        if training.step >= steps:
+            return training
+        documents = self._feed.training(training.first_document, self._ranks.world)
+        with progress_bar(self._console, "train", steps, training.step) as advance:
+            training.run(documents, path, lambda _, loss: advance(f"KL {loss:.3f}"))
+        return training
+
+    def _mine(self, documents: Sequence[PlantedDocument]) -> int:
+        """How many of the documents this process reads."""
+        return len(range(self._ranks.rank, len(documents), self._ranks.world))
+
+
+def quality_line(head: HeadQuality) -> dict[str, Any]:
+    """One head of quality.json, numbers short enough to read."""
+    rounded: dict[str, Any] = _rounded(asdict(head))
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def quality_table(quality: Sequence[HeadQuality]) -> Table:
+    """Every head: what it keeps, what that takes and what the teacher needs."""
+    table = Table(
+        title="indexer on unseen text: mass kept / blocks / blocks the teacher needs / KL"
+    )
+    for column in ("layer, head", "answers", "anywhere", "closed form: answers", "anywhere"):
+        table.add_column(column)
+    for head in quality:
+        before = head.closed_form
+        cells = map(_cell, (head.answers, head.anywhere, before.answers, before.anywhere))
+        table.add_row(f"{head.layer}, {head.head}", *cells)
+    return table
+
+
+def _cell(q: IndexQuality) -> str:
+    return f"{q.kept_mass:.3f} / {q.blocks:.1f} / {q.teacher_blocks:.1f} / {q.kl:.2f}"

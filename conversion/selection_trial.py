@@ -1,0 +1,157 @@
+"""How sharp each head's index should be, tried on text: fewest blocks that keep enough attention.
+
+Projections are tried at every temperature (a factor on W_Q), and with adaptive top_p at several
+values of it. Taken is what needs the fewest blocks among what keeps the wanted share of the true
+attention on average, at answers as well as anywhere in the text, so that top_p means what it says.
+A head that never keeps enough gets what keeps most.
+
+Shapes: K kinds of rows (anywhere, answers), C candidates, H heads, S temperatures, P top_p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conversion.attention_samples import PlantedDocument, row_kinds
+from conversion.document_attention import LayerView, attention_rows, watch_document
+from conversion.index_quality import selection_grid
+from conversion.index_weights import GroupWeights, IndexWeights
+from conversion.parallel import Ranks
+from engine.model.config import ModelConfig
+from engine.model.decoder import Decoder
+
+TRIAL_ROWS = 128  # query positions per kind and document
+COARSE = tuple(2.0 ** (step / 4) for step in range(-6, 7))  # 0.35 to 2.8
+FINE = tuple(2.0 ** (step / 12) for step in range(-12, 13))  # 0.5 to 2
+ADAPTIVE_TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
+MARGIN = 0.005  # of mass above what is wanted: other text keeps a little less than the trial's
+MISSING = 1e6  # cost in blocks of mass that is not kept
+
+Place = tuple[int, int]  # layer, head
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one head uses, of the candidate that its group uses."""
+
+    candidate: int
+    temperature: float
+    top_p: float
+
+
+def try_selection(
+    decoder: Decoder,
+    config: ModelConfig,
+    candidates: Sequence[IndexWeights],
+    temperatures: Sequence[float],
+    documents: Sequence[PlantedDocument],
+    *,
+    adaptive: bool,
+    seed: int,
+    ranks: Ranks,
+    advance: Callable[[], None],
+) -> dict[Place, Choice]:
+    """The choice of every retrieval head.
+
+    Args:
+        config: with the sparse section that is being made; its top_p is what is wanted.
+        candidates: projections of the same groups.
+        adaptive: choose among ADAPTIVE_TOP_P too, not only temperatures.
+        documents: every process takes its part of them.
+        advance: called after each document of this process.
+    """
+    trial = _Trial(config, candidates, temperatures, adaptive)
+    for number in range(ranks.rank, len(documents), ranks.world):
+        kinds = row_kinds(documents[number], TRIAL_ROWS, seed * 1_000_003 + number)
+
+        def watch(view: LayerView, kinds: tuple[Tensor, Tensor] = kinds) -> None:
+            trial.add(view, kinds)
+
+        watch_document(decoder, config, documents[number].ids, watch)
+        advance()
+    trial.share(ranks, len(documents))
+    return trial.choose()
+
+
+class _Trial:
+    """Kept mass and blocks, [K, C, H, S, P], summed over documents, then their means."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        candidates: Sequence[IndexWeights],
+        temperatures: Sequence[float],
+        adaptive: bool,
+    ) -> None:
+        sparse = config.sparse
+        assert sparse is not None
+        self._config = config
+        self._block = sparse.block_tokens
+        self._candidates = candidates
+        self._temperatures = temperatures
+        self._wanted: dict[Place, float] = {
+            (layer, head): p
+            for layer, heads in enumerate(sparse.retrieval_heads)
+            for head, p in zip(heads, sparse.top_p[layer], strict=True)
+        }
+        self._rows = {place: row for row, place in enumerate(self._wanted)}
+        self._top_p = {
+            place: ADAPTIVE_TOP_P if adaptive else (p,) for place, p in self._wanted.items()
+        }
+        widest = len(ADAPTIVE_TOP_P) if adaptive else 1
+        shape = (2, len(candidates), len(self._rows), len(temperatures), widest)
+        self._kept = torch.zeros(shape, dtype=torch.float64)
+        self._blocks = torch.zeros(shape, dtype=torch.float64)
+
+    def add(self, view: LayerView, kinds: tuple[Tensor, Tensor]) -> None:
+        """Tally every candidate on the sampled rows of one layer."""
+        device = view.q_THD.device
+        for number, own in self._candidates[0].of_layer(view.layer):
+            for place, head in enumerate(own.group.heads):
+                for kind, rows_R in enumerate(kinds):
+                    on_device = rows_R.to(device)
+                    log_RT = attention_rows(view, head, on_device, self._config.group_size)
+                    for candidate, weights in enumerate(self._candidates):
+                        group = weights.groups[number]
+                        where = (kind, candidate, self._rows[view.layer, head])
+                        self._add(where, group, place, view, on_device, log_RT)
+
+    def _add(
+        self,
+        where: tuple[int, int, int],
+        group: GroupWeights,
+        place: int,
+        view: LayerView,
+        rows_R: Tensor,
+        log_RT: Tensor,
+    ) -> None:
+        top_p = self._top_p[view.layer, group.group.heads[place]]
+        scores_RT = group.scores(place, view, rows_R)
+        grid = selection_grid(log_RT, scores_RT, rows_R, self._temperatures, top_p, self._block)
+        self._kept[where] += grid.kept_SP
+        self._blocks[where] += grid.blocks_SP
+
+    def share(self, ranks: Ranks, documents: int) -> None:
+        """Means over the documents of all processes."""
+        self._kept = ranks.summed(self._kept) / documents
+        self._blocks = ranks.summed(self._blocks) / documents
+
+    def choose(self) -> dict[Place, Choice]:
+        wanted_H11 = torch.tensor(list(self._wanted.values()), dtype=torch.float64)[:, None, None]
+        wanted_H11 = (wanted_H11 + MARGIN).clamp(max=1.0)
+        missing = (wanted_H11 - self._kept.amin(0)).clamp(min=0)  # of the worse kind of rows
+        missing = missing.where(missing > 1e-9, 0.0)
+        cost_CHX = (self._blocks.mean(0) + MISSING * missing).flatten(2)
+        least_CH, where_CH = cost_CHX.min(-1)
+        choices: dict[Place, Choice] = {}
+        for group in self._candidates[0].groups:
+            rows = [self._rows[place] for place in group.group.places]
+            best = int(least_CH[:, rows].sum(1).argmin())
+            for row, place in zip(rows, group.group.places, strict=True):
+                step, rank = divmod(int(where_CH[best, row]), self._kept.shape[-1])
+                choices[place] = Choice(best, self._temperatures[step], self._top_p[place][rank])
+        return choices
