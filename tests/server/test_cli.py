@@ -20,9 +20,11 @@ FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated device dtype host
         kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name port prefix-caching
         threads""",
-    "convert": """block-tokens data dense-below device distil distil-data distil-steps distil-tokens
-        document-tokens documents heads-mass heads-share index-dim index-scope learning-rate
-        max-kv-heads seed sink-tokens top-p window-tokens""",
+    "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
+        distil-data
+        distil-learning-rate distil-steps distil-tokens document-tokens documents fit-learning-rate
+        fit-steps heads-granularity heads-mass heads-share index-dim index-scope max-kv-heads seed
+        sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention data device facts haystack json lengths plots samples seed
         tasks teacher url""",
     "inspect": "gpu-gib json plot",
