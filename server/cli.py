@@ -1,7 +1,8 @@
 """The `rtpurbo` command: the composition root, the one file that may import every package.
 
 Each subcommand imports what it needs when it runs, so that `--help` is quick and the front end
-never loads torch.
+never loads torch. The file is long because all flags of all commands stand in it, with what they
+mean; none of them does anything here but become a field of a settings object.
 """
 
 from __future__ import annotations
