@@ -21,8 +21,8 @@ class FitOptions:
     block_share: float = 0.0  # of the loss: KL over blocks instead of tokens, 0 to 1
     adaptive_top_p: bool = False  # per head: the top_p whose measured kept mass reaches the target
     moment_documents: int = 3  # for the closed form
-    trial_documents: int = 4  # on which temperatures are chosen
-    quality_documents: int = 4  # on which the result is measured
+    trial_documents: int = 8  # on which temperatures are chosen
+    quality_documents: int = 8  # on which the result is measured
     save_every: int = 50  # steps
 
     def __post_init__(self) -> None:

@@ -2,7 +2,13 @@
 
 Forward KL, attention first: an index that misses what attention sees pays most. The KL over blocks
 compares what selection uses, the mass of each block of keys, and does not ask how mass lies inside
-a block; by the data-processing inequality it is at most the KL over tokens.
+a block; by the data-processing inequality it is at most the KL over tokens. Training on one or the
+other, or half of each, made no difference that counts: four heads of an 8 M parameter model (4K
+documents, 300 steps, lr 5e-3) needed, summed, to keep 0.9 of the attention anywhere / at answers,
+
+    closed form 86.5 / 89.2 blocks, tokens 77.9 / 83.6, blocks 77.3 / 84.5, half and half 77.5 / 83.5
+
+so the paper's loss, over tokens, is the default.
 
 Shapes: R queries, T keys, B blocks.
 """

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.fit_options import FitOptions
+from conversion.indexer_training import IndexerTraining
 from conversion.pipeline import ConvertOptions, ConvertRun, convert
 from engine.errors import CheckpointError
 from engine.model.checkpoint import preflight
@@ -85,6 +87,97 @@ def test_a_conversion_that_was_stopped_ends_as_one_that_was_not(
     convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
     for name in ("config.json", "indexer.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+def test_a_conversion_killed_in_the_middle_of_training_ends_as_one_that_was_not(
+    tmp_path: Path, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "whole", options, QUIET)
+    take = IndexerTraining.take
+
+    def dying(self: IndexerTraining, documents: list[Any]) -> None:
+        if self.step == 2:  # has been saved
+            raise KilledError
+        take(self, documents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexerTraining, "take", dying)
+        with pytest.raises(KilledError):
+            convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
+    assert (tmp_path / "parts.work" / "fit" / "training.safetensors").exists()
+    steps: list[int] = []
+
+    def counting(self: IndexerTraining, documents: list[Any]) -> None:
+        steps.append(self.step)
+        take(self, documents)
+
+    monkeypatch.setattr(IndexerTraining, "take", counting)
+    convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
+    assert steps == [2]
+    for name in ("config.json", "indexer.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_whole_kv_heads_checked_by_what_they_do_with_a_top_p_each(
+    tmp_path: Path, options: ConvertOptions
+) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    groups = replace(
+        options,
+        heads_granularity="kv_head",
+        heads_share=0.34,
+        index_scope="kv_head",
+        causal_check=True,
+        fit=replace(QUICK, adaptive_top_p=True),
+    )
+    convert(tmp_path / "dense", tmp_path / "out", groups, QUIET)
+    checkpoint = preflight(tmp_path / "out")
+    sparse = checkpoint.config.sparse
+    assert sparse is not None
+    kept = [
+        (layer, head // 3) for layer, heads in enumerate(sparse.retrieval_heads) for head in heads
+    ]
+    assert len(kept) == 3 * len(set(kept)) > 0
+    assert len(set(kept)) <= 2
+    indexers = load_decoder(checkpoint, "cpu", torch.float32).indexers
+    rows = sum(len(indexer.k_proj_HID) for indexer in indexers if indexer is not None)
+    assert rows == len(set(kept))
+    heads = json.loads((tmp_path / "out.work" / "heads.json").read_text())
+    check = heads["causal_check"]
+    assert len(check["candidates"]) == 4
+    assert check["window_tokens"] == 300 // 8
+    quality = json.loads((tmp_path / "out.work" / "quality.json").read_text())
+    chosen = [line["setting"]["top_p"] for line in quality["heads"]]
+    assert [p for layer in sparse.top_p for p in layer] == chosen
+    assert chosen != [0.9] * len(chosen)
+
+
+def test_without_steps_the_closed_form_is_kept(tmp_path: Path, options: ConvertOptions) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    run = ConvertRun(
+        preflight(tmp_path / "dense"),
+        tmp_path / "out",
+        replace(options, fit=replace(QUICK, steps=0)),
+        QUIET,
+    )
+    run.open()
+    run.calibrate()
+    run.fit()
+    made, closed = (
+        load_file(run.work / name)
+        for name in ("indexer.safetensors", "fit/closed_form.safetensors")
+    )
+    for name, weight in made.items():
+        if name.endswith(".k"):
+            assert torch.equal(weight, closed[name])
+        else:  # temperatures are a factor of every head
+            factor = weight / closed[name]
+            torch.testing.assert_close(factor, factor[:, :1, :1].expand_as(factor))
 
 
 def test_distilled_weights_are_exported(tmp_path: Path, options: ConvertOptions) -> None:

@@ -1,0 +1,224 @@
+"""Gradient steps on the indexer against whole attention matrices, stopped and resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from conversion.attention_samples import PlantedDocument, planted_document, sample_rows
+from conversion.document_attention import LayerView, watch_document
+from conversion.errors import ConversionError
+from conversion.fit_options import FitOptions
+from conversion.index_weights import GroupWeights, IndexWeights, index_groups
+from conversion.indexer_training import IndexerTraining
+from conversion.parallel import Ranks
+from engine.model.config import IndexScope, ModelConfig, SparseAttentionConfig
+from engine.model.decoder import Decoder
+from engine.model.weights import load_decoder
+from tests.engine.model.tiny_models import byte_tokenizer, make_checkpoint
+
+HEADS = ((), (1, 2, 4), (0, 5))
+TOKENS, INDEX_DIM = 200, 4
+OPTIONS = FitOptions(steps=6, queries=24, learning_rate=1e-2, warmup_steps=2, save_every=2)
+
+
+@dataclass
+class Tiny:
+    """A random model with head roles and random projections."""
+
+    decoder: Decoder
+    config: ModelConfig
+    start: IndexWeights
+
+    @classmethod
+    def make(cls, folder: Path, scope: IndexScope = "query_head") -> Tiny:
+        make_checkpoint("qwen3", folder)
+        decoder = load_decoder(folder, "cpu", torch.float32)
+        sparse = SparseAttentionConfig(
+            retrieval_heads=HEADS,
+            window_tokens=32,
+            index_dim=INDEX_DIM,
+            index_scope=scope,
+            block_tokens=16,
+            top_p=tuple(tuple(0.9 for _ in heads) for heads in HEADS),
+        )
+        config = replace(decoder.config, sparse=sparse)
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return 0.3 * torch.randn(*shape, config.head_dim, generator=generator)
+
+        groups = [
+            GroupWeights(group, random(len(group.heads), INDEX_DIM), random(INDEX_DIM))
+            for group in index_groups(config)
+        ]
+        return cls(decoder, config, IndexWeights(tuple(groups)))
+
+    def training(
+        self, options: FitOptions = OPTIONS, ranks: Ranks | None = None
+    ) -> IndexerTraining:
+        return IndexerTraining(self.decoder, self.config, self.start, options, 0, ranks)
+
+
+def documents(count: int) -> list[PlantedDocument]:
+    ids = torch.randint(64, 320, (count, TOKENS), generator=torch.Generator().manual_seed(1))
+    return [planted_document(text, byte_tokenizer(320), 1) for text in ids.tolist()]
+
+
+@dataclass
+class Views:
+    """What the layers showed while a document was read."""
+
+    seen: dict[int, LayerView] = field(default_factory=dict)
+
+    def __call__(self, view: LayerView) -> None:
+        self.seen[view.layer] = view
+
+
+def whole_loss(
+    tiny: Tiny, weights: IndexWeights, document: PlantedDocument, rows: Tensor
+) -> Tensor:
+    """The sum over heads of the mean KL, from n x n matrices in float64."""
+    views = Views()
+    watch_document(tiny.decoder, tiny.config, document.ids, views)
+    total = torch.zeros((), dtype=torch.float64)
+    mask_TT = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    for group in weights.groups:
+        view, kv = views.seen[group.group.layer], group.group.kv_head
+        k_TD, key_TI = (x[:, kv].double() for x in (view.k_TND, view.k_pre_TND))
+        key_TI = key_TI @ group.w_k_ID.double().T
+        for w_q_ID, head in zip(group.w_q_GID, group.group.heads, strict=True):
+            q_TD = view.q_THD[:, head].double()
+            true_TT = (q_TD @ k_TD.T * q_TD.shape[1] ** -0.5).masked_fill(~mask_TT, -1e9)
+            query_TI = view.q_pre_THD[:, head].double() @ w_q_ID.double().T
+            index_TT = (query_TI @ key_TI.T).masked_fill(~mask_TT, -1e9)
+            logs = index_TT.log_softmax(-1)[rows], true_TT.log_softmax(-1)[rows]
+            total = total + kl_div(*logs, reduction="sum", log_target=True) / len(rows)
+    return total
+
+
+@pytest.mark.parametrize("scope", ["query_head", "kv_head"])
+@pytest.mark.parametrize("chunk", [1, 7 * TOKENS, 2**22], ids=["row by row", "7 rows", "at once"])
+def test_gradients_equal_those_of_whole_matrices(
+    scope: IndexScope, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conversion.indexer_training.CHUNK_SCORES", chunk)
+    tiny = Tiny.make(tmp_path, scope)
+    (document,) = documents(1)
+    rows_R = sample_rows(document, 24, 0)
+    training = tiny.training()
+    loss = training.add_gradient(document, rows_R)
+
+    weights = tiny.start.copied(torch.device("cpu"), trained=True)
+    expected = whole_loss(tiny, weights, document, rows_R)
+    torch.autograd.backward(expected)
+
+    heads = sum(map(len, HEADS))
+    assert loss == pytest.approx(float(expected.detach()) / heads, rel=1e-5)
+    assert len(weights.groups) == (heads if scope == "query_head" else 4)
+    pairs = zip(training.weights.parameters(), weights.parameters(), strict=True)
+    for found, wanted in pairs:
+        assert found.grad is not None
+        assert wanted.grad is not None
+        assert wanted.grad.abs().max() > 1e-3
+        torch.testing.assert_close(found.grad, wanted.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_backbone_stays_and_the_loss_falls(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path)
+    before = [parameter.clone() for parameter in tiny.decoder.parameters()]
+    (document,) = documents(1)
+    training = tiny.training(replace(OPTIONS, steps=30, learning_rate=3e-2))
+    training.run(iter([document] * 30), tmp_path / "state", lambda step, loss: None)
+    assert sum(training.losses[-5:]) < 0.8 * sum(training.losses[:5])
+    after = list(tiny.decoder.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in after)
+
+
+class StopError(Exception):
+    """The run ends here."""
+
+
+@pytest.mark.parametrize("scope", ["query_head", "kv_head"])
+def test_a_resumed_run_equals_one_that_was_not_stopped(scope: IndexScope, tmp_path: Path) -> None:
+    """Bit for bit, from the last saved step; what came after it is done again."""
+    tiny, path = Tiny.make(tmp_path, scope), tmp_path / "training.safetensors"
+    texts = documents(6)
+    whole = tiny.training()
+    whole.run(iter(texts), tmp_path / "whole", lambda step, loss: None)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:  # saved at 4
+            raise StopError
+
+    with pytest.raises(StopError):
+        tiny.training().run(iter(texts), path, stop)
+    resumed = tiny.training()
+    assert resumed.load(path)
+    assert (resumed.step, resumed.first_document) == (4, 4)
+    resumed.run(islice(texts, 4, None), path, lambda step, loss: None)
+
+    assert resumed.losses == whole.losses
+    pairs = zip(resumed.weights.parameters(), whole.weights.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    begun = zip(resumed.weights.parameters(), tiny.start.parameters(), strict=True)
+    assert not any(torch.equal(one, other) for one, other in begun)
+
+
+def test_a_state_of_other_heads_is_not_used(tmp_path: Path) -> None:
+    tiny, path = Tiny.make(tmp_path), tmp_path / "training.safetensors"
+    training = tiny.training()
+    assert not training.load(path)
+    training.run(iter(documents(6)), path, lambda step, loss: None)
+    assert not Tiny.make(tmp_path, "kv_head").training().load(path)
+    assert not tiny.training(replace(OPTIONS, batch=2)).load(path)
+    path.write_bytes(b"half")
+    with pytest.raises(ConversionError, match=r"training\.safetensors: not readable"):
+        tiny.training().load(path)
+
+
+def test_a_batch_is_the_mean_of_its_documents(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path)
+    texts = documents(2)
+    one, both = tiny.training(), tiny.training(replace(OPTIONS, batch=2))
+    losses = [one.add_gradient(text, sample_rows(text, 24, 0)) for text in texts]
+    assert losses[0] != losses[1]
+    for text in texts:
+        both.add_gradient(text, sample_rows(text, 24, 0))
+    for single, mean in zip(one.weights.parameters(), both.weights.parameters(), strict=True):
+        assert single.grad is not None
+        torch.testing.assert_close(mean.grad, single.grad / 2)
+
+
+def test_processes_must_share_a_step_evenly(tmp_path: Path) -> None:
+    tiny = Tiny.make(tmp_path)
+    with pytest.raises(ConversionError, match="fit batch 3 must be a multiple of 2"):
+        tiny.training(replace(OPTIONS, batch=3), Ranks(0, 2))
+    assert tiny.training(ranks=Ranks(1, 2)).first_document == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", -1),
+        ("queries", 3),
+        ("batch", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("clip", -1.0),
+        ("weight_decay", -0.1),
+        ("block_share", 1.1),
+        ("trial_documents", 0),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_named(name: str, value: float) -> None:
+    with pytest.raises(ConversionError, match=f"fit {name} must be"):
+        replace(OPTIONS, **{name: value})  # type: ignore[arg-type]  # one set for all fields
