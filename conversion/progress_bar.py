@@ -32,3 +32,4 @@ def progress_bar(console: Console, name: str, total: int, done: int = 0) -> Iter
             progress.update(task, advance=1, description=news)
 
         yield advance
+        progress.update(task, completed=total)  # where the total was a guess
