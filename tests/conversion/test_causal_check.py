@@ -143,8 +143,8 @@ def test_the_loss_is_the_models_own_at_answers(
         ids = torch.tensor(document.ids)
         with torch.no_grad():
             hidden = decoder(ids, torch.arange(len(ids)), DenseAttention())
-        at = torch.tensor(document.answers)
-        total += float(cross_entropy(decoder.logits(hidden[at]), ids[at + 1], reduction="sum"))
+            at = torch.tensor(document.answers)
+            total += float(cross_entropy(decoder.logits(hidden[at]), ids[at + 1], reduction="sum"))
         count += len(at)
     assert loss(every) == pytest.approx(total / count, rel=1e-4)
 
