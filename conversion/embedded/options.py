@@ -22,8 +22,8 @@ class Phase:
     last_rate: float  # at its end; linear between
 
 
-# One H100 with cuDNN attention trains 1.7 M tokens/s at 2K, 0.66 M at 16K and 0.38 M at 32K. Copying
-# is learnt at 2K, where a second holds the most episodes; the longer phases carry it far.
+# One H100 with cuDNN attention trains 1.7 M tokens/s at 2K, 0.66 M at 16K and 0.38 M at 32K.
+# Copying is learnt at 2K, where a second holds the most episodes; the longer phases carry it far.
 CURRICULUM = (
     Phase(length=2048, steps=4400, episodes=0.7, first_rate=1.0, last_rate=0.6),
     Phase(length=16384, steps=800, episodes=0.7, first_rate=0.6, last_rate=0.3),
