@@ -53,6 +53,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes; they are on this process's device."""
+        if self.world == 1:
+            return
+        sums = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for pending in sums:
+            pending.wait()
+
     def agreed(self, value: Item) -> Item:
         """The first process's value, on all of them."""
         if self.world == 1:

@@ -37,9 +37,7 @@ class TextSource:
             ConversionError: the path does not exist or holds no text file.
         """
         if data is None:
-            paths = sysconfig.get_paths()
-            folders = dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib"))
-            files = sorted({file for folder in folders for file in folder.rglob("*.py")})
+            files = sorted({file for folder in python_folders() for file in folder.rglob("*.py")})
             return cls(tuple(files), "Python sources of the running environment")
         if data.is_file():
             return cls((data,), str(data))
@@ -97,6 +95,12 @@ class TextSource:
                 continue
             if least <= len(text) and (len(text) <= MAX_FILE_CHARS or len(files) == 1):
                 yield tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def python_folders() -> list[Path]:
+    """Where the running environment keeps Python sources."""
+    paths = sysconfig.get_paths()
+    return [Path(p) for p in dict.fromkeys(paths[k] for k in ("stdlib", "purelib", "platlib"))]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -3,7 +3,8 @@
     python -m conversion.embedded OUT [--text FOLDER ...] [--curriculum FILE] [--init MODEL]
 
 Leaves OUT/corpus (text and tokenizer), OUT/state.pt (training in progress), OUT/model (the result)
-and OUT/training.json (every figure). Run it again to go on.
+and OUT/training.json (every figure). Run it again to go on. Under torchrun several GPUs share every
+batch; the result is that of one GPU up to the order of sums.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from conversion.embedded.network import Network
 from conversion.embedded.options import CURRICULUM, PretrainingOptions, read_curriculum
 from conversion.embedded.trainer import Trainer
 from conversion.errors import ConversionError
+from conversion.parallel import Ranks, joined
 from conversion.state import write_json
 from engine.model.config_reader import read_config
 
@@ -40,53 +42,72 @@ def pretrain(
     console: Console,
     stop_after: float | None = None,
     documents: int = 32,
+    command: str = "",
 ) -> bool:
     """Prepare, train, judge, export. True if training came to its end.
 
     Args:
         stop_after: seconds of training after which to save and stop.
         documents: per kind, length and number of facts, to judge by.
+        command: what was typed, for the report.
 
     Raises:
         ConversionError: one line; the text or the state is unusable.
     """
+    with joined(options.device) as ranks:
+        console = console if ranks.is_first else Console(quiet=True)
+        corpus = _corpus(out, options, console, ranks)
+        trainer = Trainer(corpus, read_config(out), options, out, console, ranks)
+        network = trainer.run(stop_after)
+        if not trainer.done:
+            console.print(f"stopped after step {trainer.place.step}; repeat the command to go on")
+        elif ranks.is_first:
+            report = _judge(network, corpus, options, documents)
+            report |= {"command": command, "hardware": _hardware(ranks)}
+            report |= {"losses": trainer.losses, "progress": trainer.progress}
+            write_json(out / "training.json", report)
+            console.print_json(json.dumps({key: report[key] for key in ("held_out_loss", "facts")}))
+            _export(network, options, out, console)
+    return trainer.done
+
+
+def _corpus(out: Path, options: PretrainingOptions, console: Console, ranks: Ranks) -> Corpus:
+    """The text, prepared by the first process; config.json of the model beside it."""
     begun = time.monotonic()
-    own = None if options.init is None else options.init / "tokenizer.json"
-    corpus = Corpus.prepare(options.text, options.vocab_size, out / "corpus", own)
-    console.print(
-        f"corpus after {time.monotonic() - begun:.0f} s: {json.dumps(corpus.description)}"
-    )
-    settings = options.model_config()
-    write_json(out / "config.json", settings)
-    trainer = Trainer(corpus, read_config(out), options, out, console)
-    network = trainer.run(stop_after)
-    if not trainer.done:
-        console.print(f"stopped after step {trainer.place.step}; run the same command to go on")
-        return False
-    report = _judge(network, corpus, options, documents)
-    report |= {"steps": trainer.steps, "losses": trainer.losses}
-    write_json(out / "training.json", report)
-    console.print_json(json.dumps({key: report[key] for key in ("held_out_loss", "facts")}))
-    if not (out / "model").exists():
-        export_network(network, settings, out / "corpus" / "tokenizer.json", out / "model")
-        console.print(f"made {out / 'model'}")
-    return True
+    folder = out / "corpus"
+    if ranks.is_first:
+        own = None if options.init is None else options.init / "tokenizer.json"
+        Corpus.prepare(options.text, options.vocab_size, folder, own)
+        write_json(out / "config.json", options.model_config())
+    ranks.wait()
+    corpus = Corpus.open(folder)
+    seconds = time.monotonic() - begun
+    console.print(f"corpus after {seconds:.0f} s: {json.dumps(corpus.description)}")
+    return corpus
 
 
 def _judge(
     network: Network, corpus: Corpus, options: PretrainingOptions, documents: int
 ) -> dict[str, Any]:
     lengths = [n for n in (2048, 4096, 8192, 16384, 32768) if n <= options.max_length]
-    report = Judge(corpus, options.seed).report(network, lengths or [options.max_length], documents)
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     return {
-        "command": " ".join(["python -m conversion.embedded", *sys.argv[2:]]),
-        "hardware": f"{device}, {platform.machine()}, torch {torch.__version__}",
         "parameters": sum(p.numel() for p in network.parameters()),
         "corpus": corpus.description,
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        **report,
+        **Judge(corpus, options.seed).report(network, lengths or [options.max_length], documents),
     }
+
+
+def _hardware(ranks: Ranks) -> str:
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
+    return f"{ranks.world} x {device}, {platform.machine()}, torch {torch.__version__}"
+
+
+def _export(network: Network, options: PretrainingOptions, out: Path, console: Console) -> None:
+    if not (out / "model").exists():
+        tokenizer = out / "corpus" / "tokenizer.json"
+        export_network(network, options.model_config(), tokenizer, out / "model")
+        console.print(f"made {out / 'model'}")
 
 
 def main(
@@ -111,14 +132,15 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, batches and judgement.")] = 0,
 ) -> None:
-    """Train the dense model behind the embedded one."""
+    """Train the dense model behind the embedded one, under torchrun on several GPUs."""
     try:
         phases = CURRICULUM if curriculum is None else read_curriculum(curriculum)
         options = PretrainingOptions(
             text=tuple(text or ()), phases=phases, init=init, device=device, seed=seed
         )
         with sdpa_kernel(BACKENDS[attention] if device != "cpu" else SDPBackend.MATH):
-            pretrain(out, options, Console(width=110), stop_after, documents)
+            command = " ".join(["python -m conversion.embedded", *sys.argv[1:]])
+            pretrain(out, options, Console(width=110), stop_after, documents, command)
     except ConversionError as error:
         print(f"{out}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

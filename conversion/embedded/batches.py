@@ -1,4 +1,5 @@
-"""Training batches, each a pure function of its step, so that a resumed training sees the same."""
+"""Training batches, each sequence a pure function of its step and row: a resumed training, and one
+on another number of GPUs, sees the same."""
 
 from __future__ import annotations
 
@@ -14,10 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from conversion.embedded.episodes import EpisodeWriter
 from conversion.embedded.options import PretrainingOptions
+from conversion.errors import ConversionError
+from conversion.parallel import Ranks
 
 
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item `step` of a phase: ids int64 [B, length + 1], weights of targets float32 [B, length]."""
+    """Item `step` of a phase: ids int64 [B, length + 1], weights of targets float32 [B, length].
+
+    B is this process's share of the batch.
+    """
 
     def __init__(
         self,
@@ -25,17 +31,25 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         tokenizer: Tokenizer,
         options: PretrainingOptions,
         phase: int,
+        ranks: Ranks,
     ) -> None:
         self._train = train
         self._seed = (options.seed, phase)
         self._phase = options.phases[phase]
-        self._rows = options.batch_tokens // self._phase.length
+        rows = options.batch_tokens // self._phase.length
+        if rows < ranks.world:
+            raise ConversionError(
+                f"a batch has {rows} sequences of {self._phase.length} tokens, "
+                f"too few for {ranks.world} processes"
+            )
+        self._rows = range(ranks.rank, rows, ranks.world)
         self._writer = EpisodeWriter(tokenizer, options.answer_weight)
         assert len(train) > self._phase.length + 1, "less text than one sequence"
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng([*self._seed, step])
-        rows = [self._sequence(rng) for _ in range(self._rows)]
+        rows = [
+            self._sequence(np.random.default_rng([*self._seed, step, row])) for row in self._rows
+        ]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]))
         weights = torch.from_numpy(np.stack([weights for _, weights in rows]))
         return ids, weights[:, 1:].contiguous()

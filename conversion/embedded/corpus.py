@@ -5,15 +5,14 @@ Prepared once into a folder:
     tokenizer.json      byte-level BPE with single digits, trained on the training files
     train.npy           uint16 token ids of all training files, each followed by END
     held_out.npy        the same of the held-out files
+    held_out/           those files as text, to evaluate a conversion on
     corpus.json         what it was made of
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conversion.errors import ConversionError
 from conversion.state import read_json, write_json
-from conversion.text_source import load_tokenizer
+from conversion.text_source import load_tokenizer, python_folders
 
 END = 0  # id of END_TEXT, between files
 END_TEXT = "<|endoftext|>"
-HELD_OUT_SHARE = 0.01  # of the files, by a hash of their content
+HELD_OUT_SHARE = 0.02  # of the files, by a hash of their content
 MIN_CHARS, MAX_CHARS = 200, 400_000  # of a file; larger ones are generated tables
 BPE_CHARS = 60_000_000  # the tokenizer is trained on a sample of this size
 BATCH_FILES = 512
@@ -75,12 +74,6 @@ class Corpus:
             raise ConversionError(f"{folder}: not a prepared corpus ({error})") from None
 
 
-def python_folders() -> list[Path]:
-    """Where the running environment keeps Python sources."""
-    paths = sysconfig.get_paths()
-    return [Path(p) for p in dict.fromkeys(paths[k] for k in ("stdlib", "purelib", "platlib"))]
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE in which every digit is a token, so that numbers are copied digit by digit."""
     tokenizer = Tokenizer(models.BPE())
@@ -116,6 +109,7 @@ def _prepare(
             f"too little text for a vocabulary of {vocab_size}: {tokenizer.get_vocab_size()} found"
         )
     tokenizer.save(str(out / "tokenizer.json"))
+    _write_texts(held_out, out / "held_out")
     counts = {}
     for name, texts in (("train", train), ("held_out", held_out)):
         ids = _tokenise(tokenizer, texts)
@@ -164,6 +158,12 @@ def _sample(texts: list[str]) -> Iterable[str]:
         yield text
 
 
+def _write_texts(texts: list[str], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number:05d}.py").write_text(text, encoding="utf-8")
+
+
 def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.uint16]:
     """All texts in a row; the library uses every core."""
     parts: list[NDArray[np.uint16]] = []
@@ -171,8 +171,3 @@ def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.uint16]:
         for encoding in tokenizer.encode_batch_fast(texts[start : start + BATCH_FILES]):
             parts.append(np.array([*encoding.ids, END], dtype=np.uint16))
     return np.concatenate(parts)
-
-
-def describe(corpus: Corpus) -> str:
-    """One line for people."""
-    return json.dumps(corpus.description)

@@ -19,24 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from conversion.code_facts import FIRST_WORDS, SECOND_WORDS
+from conversion.code_facts import FIRST_WORDS, SECOND_WORDS, Question
 
+Fact = tuple[list[str], Question]  # lines in the order in which they must stand, and what is asked
 KINDS = ("constant", "dictionary", "list", "chain", "token", "copy")
 KIND_WEIGHTS = (0.16, 0.12, 0.3, 0.3, 0.06, 0.06)  # what takes longest to learn most often
 MAX_FACTS = 17
+CHAIN_LINKS = (0.6, 0.25, 0.15)  # shares of chains of 1, 2 and 3 assignments
 MIDDLE_QUESTIONS = 0.3  # share of the questions asked again inside the code
 COPY_TOKENS = (8, 48)
 MIN_CODE = 16  # tokens of code that must be left
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
-
-
-@dataclass(slots=True)
-class Fact:
-    """Lines in order, and the question: `ask` ends right before `answer`."""
-
-    lines: list[str]
-    ask: str
-    answer: str
 
 
 @dataclass(slots=True)
@@ -85,7 +78,7 @@ class EpisodeWriter:
         tail_ids: list[int] = []
         tail_spans: list[tuple[int, int]] = []
         for index in rng.permutation(len(facts)):
-            ids, start = self._question(facts[index])
+            ids, start = self._question(facts[index][1])
             tail_spans.append((len(tail_ids) + start, len(tail_ids) + len(ids)))
             tail_ids += ids
         inserts = self._inserts(facts, rng)
@@ -107,12 +100,12 @@ class EpisodeWriter:
     ) -> list[tuple[float, list[int], int]]:
         """(depth, token ids, start of the answer or -1) of every line, and of some questions."""
         inserts = []
-        for fact in facts:
-            depths = np.sort(rng.random(len(fact.lines)))
-            for depth, line in zip(depths, fact.lines, strict=True):
+        for lines, question in facts:
+            depths = np.sort(rng.random(len(lines)))
+            for depth, line in zip(depths, lines, strict=True):
                 inserts.append((float(depth), self._encode("\n" + line), -1))
             if rng.random() < MIDDLE_QUESTIONS:
-                ids, start = self._question(fact)
+                ids, start = self._question(question)
                 inserts.append((float(rng.uniform(depths[-1], 1.0)), ids, start))
         return inserts
 
@@ -138,10 +131,10 @@ class EpisodeWriter:
         weights.append(np.ones(len(code) - done, dtype=np.float32))
         return np.concatenate(ids), np.concatenate(weights)
 
-    def _question(self, fact: Fact) -> tuple[list[int], int]:
+    def _question(self, question: Question) -> tuple[list[int], int]:
         """Ids of a question with its answer, and where the answer begins."""
-        ask = self._encode("\n" + fact.ask)
-        return ask + self._encode(fact.answer), len(ask)
+        ask = self._encode("\n" + question.text)
+        return ask + self._encode(question.answer), len(ask)
 
     def _copy(self, code: NDArray[np.int64], rng: np.random.Generator) -> Episode:
         """A span of random tokens, and the same span again at the end: pure induction."""
@@ -161,22 +154,23 @@ class EpisodeWriter:
     def _fact(self, kind: str, rng: np.random.Generator) -> Fact:
         name, value = self._name(rng), self._number(rng)
         if kind == "constant":
-            return Fact([f"{name} = {value}"], f"assert {name} == ", value)
+            return [f"{name} = {value}"], Question(f"assert {name} == ", value)
         if kind == "dictionary":
             table = str(rng.choice(["REGISTRY", self._name(rng)]))
             key = f'{table}["{name.lower()}"]'
-            return Fact([f"{key} = {value}"], f"assert {key} == ", value)
+            return [f"{key} = {value}"], Question(f"assert {key} == ", value)
         if kind == "token":
             secret = "".join(rng.choice(list("0123456789abcdef"), int(rng.integers(6, 17))))
-            return Fact([f'{name} = "{secret}"'], f'assert {name} == "', f'{secret}"')
+            return [f'{name} = "{secret}"'], Question(f'assert {name} == "', f'{secret}"')
         if kind == "list":
             values = [self._number(rng) for _ in range(int(rng.integers(2, 5)))]
             lines = [f"{name}.append({number})" for number in values]
-            return Fact(lines, f"assert {name} == [", ", ".join(values) + "]")
-        names = [name, *(self._name(rng) for _ in range(int(rng.integers(1, 5))))]
+            return lines, Question(f"assert {name} == [", ", ".join(values) + "]")
+        links = 1 + int(rng.choice(len(CHAIN_LINKS), p=CHAIN_LINKS))
+        names = [name, *(self._name(rng) for _ in range(links))]
         lines = [f"{name} = {value}"]
         lines += [f"{new} = {old}" for old, new in pairwise(names)]
-        return Fact(lines, f"assert {names[-1]} == ", value)
+        return lines, Question(f"assert {names[-1]} == ", value)
 
     def _name(self, rng: np.random.Generator) -> str:
         """Two or three words of the vocabulary or random letters, joined by underscores."""

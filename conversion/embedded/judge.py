@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from conversion.code_facts import FACT_KINDS, FactKind, plain_facts
 from conversion.embedded.corpus import Corpus
-from conversion.embedded.episodes import Episode, EpisodeWriter, Fact
+from conversion.embedded.episodes import Episode, EpisodeWriter
 from conversion.embedded.network import Network
 
 LOSS_TOKENS = 2**19  # of held-out text, at every length
@@ -86,7 +86,7 @@ class Judge:
         start = int(rng.integers(0, max(1, len(held_out) - length)))
         code = held_out[start : start + length].astype(np.int64)
         planted = [
-            Fact([line.rstrip("\n") for line in lines], question.text, question.answer)
+            ([line.rstrip("\n") for line in lines], question)
             for lines, question in plain_facts(kind, facts, int(rng.integers(2**31)))
         ]
         return self._writer.plant(code, planted, rng)

@@ -46,7 +46,7 @@ class BatchAttention:
 
 
 class Network(nn.Module):
-    """Token ids in, mean loss out."""
+    """Token ids in, loss out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Network(nn.Module):
         return hidden_FE
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> Tensor:
-        """Weighted mean loss in nats; logits are computed in chunks and again in the backward."""
+        """Weighted sum of losses in nats; logits are made in chunks and again in the backward."""
         hidden_FE = self.hidden(ids_BT)
         total = hidden_FE.new_zeros((), dtype=torch.float32)
         targets_F, weights_F = targets_BT.flatten(), weights_BT.flatten()
@@ -88,7 +88,7 @@ class Network(nn.Module):
                 weights_F[rows],
                 use_reentrant=False,
             )
-        return total / weights_F.sum()
+        return total
 
 
 def _loss_sum(hidden_RE: Tensor, weight_VE: Tensor, targets_R: Tensor, weights_R: Tensor) -> Tensor:
