@@ -94,7 +94,13 @@ class TextSource:
             except (OSError, UnicodeDecodeError):
                 continue
             if least <= len(text) and (len(text) <= MAX_FILE_CHARS or len(files) == 1):
-                yield tokenizer.encode(text, add_special_tokens=False).ids
+                yield encode_plain(tokenizer, text)
+
+
+def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of text in the middle of a sequence: without special tokens."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def python_folders() -> list[Path]:
