@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.model.attention import AttentionLayers, PagedAttention
+from engine.model.attention import AttentionLayers, BlockSelection, PagedAttention
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
@@ -35,6 +35,7 @@ class CachedSequence:
         capacity: int,
         chunk_tokens: int = 2048,
         branch_tokens: int = 0,
+        selections: Sequence[BlockSelection] | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class CachedSequence:
             capacity: tokens; memory is that of a dense cache of this length at most.
             chunk_tokens: tokens of one prefill step.
             branch_tokens: longest continuation given to `branch`, 0: there is none.
+            selections: per layer, how retrieval heads select; None: as in serving.
         """
         parameter = next(decoder.parameters())
         self.length = 0
@@ -64,7 +66,7 @@ class CachedSequence:
             device=self._device,
             dtype=parameter.dtype,
         )
-        self._layers = AttentionLayers(config, cache, indexers, self._device)
+        self._layers = AttentionLayers(config, cache, indexers, self._device, selections)
         self._table_B = torch.arange(1, pages + 1, device=self._device)
         self._spare = range(pages + 1, pages + 1 + spare)
 

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from conversion.code_facts import FactDocument
 from conversion.evaluation.samples import continued_ids, prompt_ids
 from conversion.sequence import CachedSequence
+from engine.model.attention import BlockSelection
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 
@@ -31,11 +32,17 @@ class Variant:
     decoder: Decoder
     config: ModelConfig
     indexers: Sequence[Indexer | None]
+    selections: Sequence[BlockSelection] | None = None  # per layer; None: as in serving
 
     def sequence(self, capacity: int, branch_tokens: int = 0) -> CachedSequence:
         """An empty sequence; arguments as `CachedSequence`."""
         return CachedSequence(
-            self.decoder, self.config, self.indexers, capacity, branch_tokens=branch_tokens
+            self.decoder,
+            self.config,
+            self.indexers,
+            capacity,
+            branch_tokens=branch_tokens,
+            selections=self.selections,
         )
 
     def generate(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,6 +82,19 @@ class LayerRoles:
         )
 
 
+class BlockSelection(Protocol):
+    """The rule by which retrieval heads select; `kernels.indexer.select_blocks` is the one served.
+
+    Other ones are for comparison. Rows whose top_p is 1 keep every block.
+    """
+
+    def __call__(
+        self, log_mass_RHB: Tensor, top_p_RH: Tensor, context_lens_R: Tensor, block_tokens: int
+    ) -> Tensor:
+        """Blocks to attend, bool [R, H, B]; arguments as `select_blocks`."""
+        ...
+
+
 class AttentionLayers:
     """What stays the same from step to step: roles, caches and indexers of all layers."""
 
@@ -90,7 +104,13 @@ class AttentionLayers:
         cache: KVCache,
         indexers: Sequence[Indexer | None],
         device: torch.device,
+        selections: Sequence[BlockSelection] | None = None,
     ) -> None:
+        """
+        Args:
+            selections: per layer; None: `select_blocks` in all of them.
+        """
+        self.selections = selections or [select_blocks] * config.num_layers
         self.heads = model_heads(config)
         self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
         self.caches = cache.layers
@@ -223,7 +243,7 @@ class PagedAttention:
         own_R1 = metadata.top_p_R.unsqueeze(1)
         top_p_RH = torch.where(own_R1.isnan(), roles.top_p_H, own_R1)
         top_p_RH = top_p_RH.masked_fill(~selects_R.unsqueeze(1), 1.0)  # 1 keeps every block
-        mask_RHB = select_blocks(log_mass_RHB, top_p_RH, lens_R, block)
+        mask_RHB = self.layers.selections[layer](log_mass_RHB, top_p_RH, lens_R, block)
         self.attended[layer] = count_attended(mask_RHB, lens_R, block) * selects_R.unsqueeze(1)
         return mask_RHB
 
