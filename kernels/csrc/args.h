@@ -1,0 +1,118 @@
+// Arguments of the launchers: plain structs of 8-byte fields, mirrored in kernels/_launch.py.
+//
+// Shapes as in kernels/reference.py: R decode rows, H query heads of the call, D head_dim,
+// I index_dim, P pages, K tokens of a page (block), B block-table width in logical blocks.
+// G group tiles: a KV head with at most 16 of the query heads that read it. Strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace rtpurbo {
+
+constexpr int kTileHeads = 16;
+constexpr int kMaxItems = 2048;    // rows x group tiles of one launch
+constexpr int kMaxBlocks = 65535;  // of one sequence
+
+enum DataType : int64_t { kBfloat16 = 0, kFloat32 = 1 };
+
+// A KV head and the query heads that read it, as `heads` slots. int32 [G, 36] in Python.
+struct Group {
+    int32_t pool;       // 0 full, 1 window
+    int32_t kv_row;     // row in that pool's cache
+    int32_t heads;      // slots in use
+    int32_t retrieval;  // bit per slot: sees the whole context, or what was selected
+    int32_t head[kTileHeads];     // query head of the slot
+    int32_t selected[kTileHeads]; // its row among the selected heads, -1: none
+};
+
+// One block that at least one head of a group reads; int32 [2] in Python.
+struct ListEntry {
+    int32_t block;
+    uint32_t heads;  // bit per slot that selected it
+};
+
+// Block table of a pool.
+struct Table {
+    const void* pages;   // [R, B]
+    int64_t row_stride;
+    int64_t is_64_bit;   // int64, else int32
+};
+
+struct SelectArgs {
+    const void* queries;  // [R, H, I]
+    int64_t query_row_stride;
+    int64_t query_head_stride;
+    const void* index_cache;    // [P, index_rows, K, I]
+    const int64_t* index_row;   // [H]
+    int64_t index_rows;
+    int64_t index_dim;
+    int64_t data_type;
+    Table table;
+    const int64_t* context_lens;  // [R]
+    int64_t rows;
+    int64_t heads;
+    int64_t block_tokens;
+    float* log_mass;      // [R, H, width]
+    int64_t width;
+    const float* top_p;   // [R, H] by strides
+    int64_t top_p_row_stride;
+    int64_t top_p_head_stride;
+    const float* own_top_p;  // [R] or null; NaN: top_p holds
+    int64_t dense_below;     // rows of shorter contexts are skipped
+    uint32_t* words;         // [R, H, words_width] selected blocks as bits; null: score only
+    int64_t words_width;
+    uint8_t* mask;           // [R, H, width] the same as bytes, or null
+    int64_t* attended;       // [R, H] tokens in the selected blocks, or null
+    uint32_t* head_done;     // [R, H] zeros, and zeros again afterwards
+    const Group* groups;     // [G] or null: no lists
+    const int32_t* group_of_head;  // [H]
+    int64_t group_count;
+    uint32_t* group_done;    // [R, G] zeros, and zeros again afterwards
+    ListEntry* lists;        // [R, G, width]
+    int32_t* list_counts;    // [R, G]
+    int64_t window;
+    int64_t sinks;
+    int64_t ctas;
+};
+
+struct DecodeArgs {
+    const void* queries;  // [R, H, D]
+    int64_t query_row_stride;
+    int64_t query_head_stride;
+    void* out;            // [R, H, D]
+    int64_t out_row_stride;
+    int64_t out_head_stride;
+    const void* keys[2];    // by pool: [P, kv_rows, K, D]
+    const void* values[2];
+    int64_t kv_rows[2];
+    Table tables[2];
+    const int64_t* context_lens;  // [R]
+    int64_t rows;
+    const Group* groups;  // [G]
+    int64_t group_count;
+    int64_t block_tokens;
+    int64_t head_dim;
+    int64_t data_type;
+    double scale;
+    int64_t window;       // here and below at most 2^30
+    int64_t sinks;
+    const ListEntry* lists;  // [R, G, list_width], or null: retrieval heads see everything
+    const int32_t* list_counts;
+    int64_t list_width;
+    int64_t dense_below;  // rows of shorter contexts take no list
+    float* partial;       // [ctas, 2, 16, D]
+    float* partial_stats; // [ctas, 2, 16, 2] maximum and sum
+    uint32_t* item_done;  // [R, G] zeros, and zeros again afterwards
+    int64_t ctas;
+    int64_t warps;
+    int64_t shared_bytes;
+};
+
+// How a decode launch fits the current device.
+struct DecodePlan {
+    int64_t ctas;
+    int64_t warps;
+    int64_t shared_bytes;
+};
+
+}  // namespace rtpurbo

@@ -1,0 +1,99 @@
+// What the kernels need from CUDA beyond C++: PTX instructions by name, and one way to launch.
+//
+// Built by nvcc for a GPU. A host compiler takes `emulated_device.h` in its place (tests run every
+// kernel on the CPU that way), so nothing else in this folder may hold PTX or the <<<>>> syntax.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_runtime.h>
+
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace rtpurbo {
+
+// 16 bytes from global to shared memory, past L1; with `bytes` 0 nothing is read and zeros written.
+DEVICE void copy_async_16(void* shared, const void* global, int bytes) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest groups are under way.
+template <int kPending>
+DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8. Lane l receives of
+// each the two values at row l / 4, columns 2 (l % 4) and up.
+DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The same of the transposed matrices: rows 2 (l % 4) and up, column l / 4.
+DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], bfloat16 in, float32 out.
+DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats as bfloat16, nearest even; `low` in the lower half.
+DEVICE uint32_t pack_bfloat16(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// Read once, never again: do not push other data out of L1.
+DEVICE uint4 load_streaming(const uint4* address) {
+    uint4 value;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+    return value;
+}
+
+// All kernels take one struct by value. Returns a cudaError_t.
+template <typename Args>
+int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args) {
+    void* parameters[] = {&args};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), parameters,
+                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace rtpurbo
+
+#else
+#include "emulated_device.h"
+#endif

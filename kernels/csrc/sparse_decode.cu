@@ -1,0 +1,408 @@
+// Attention of one query token per row over paged caches, all head roles of a layer in one launch.
+//
+// An item is a row and a group: a KV head with the query heads that read it. Its blocks come from a
+// list (some head selected them, or a local head sees them), from the window rule, or are all of
+// the context; each is read once for all heads of the group. The blocks of all items are one line,
+// cut into equal shares, a CTA each, so that long and short items fill the device alike. Inside a
+// CTA every warp attends to strips of its own (strip.cuh), three copies ahead. An item that lies in
+// several shares leaves partial results, and the CTA that completes it merges them in the order of
+// the shares: the same inputs give the same bits. Bound by memory bandwidth on keys and values.
+
+#include "args.h"
+#include "cta.cuh"
+#include "device.cuh"
+#include "partition.cuh"
+#include "strip.cuh"
+
+namespace rtpurbo {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int kStages = 3;        // strips in a warp's ring
+constexpr int kLeastBlocks = 2;   // of a share: eight strips of 64-token blocks
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A strip on its way, as its reader needs it.
+struct InFlight {
+    int32_t first;      // position of its first token, -1: nobody sees it and nothing was copied
+    uint32_t selected;  // slots that selected its block
+};
+
+// Shared memory of a CTA.
+template <typename Strip, int kDim>
+struct Layout {
+    static constexpr int kHalfBytes = kStripTokens * kDim * sizeof(typename Strip::Element);
+    static constexpr int kRingBytes = kStages * 2 * kHalfBytes;  // of a warp
+
+    static constexpr int kStarts = 0;
+    static constexpr int kFlag = (kMaxItems + 1) * 4;
+    static constexpr int kStats = (kFlag + 4 + 127) / 128 * 128;
+    static constexpr int kInFlight = kStats + kMaxWarps * kTileHeads * sizeof(Stats);
+    static constexpr int kScratch = kInFlight + kMaxWarps * kStages * sizeof(InFlight);
+    static constexpr int kRing =
+        (kScratch + kMaxWarps * Strip::kScratchFloats * 4 + 127) / 128 * 128;
+
+    static_assert(kRingBytes >= kTileHeads * kDim * 4, "a warp's result fits into its ring");
+
+    static constexpr int bytes(int warps) { return kRing + warps * kRingBytes; }
+};
+
+// A row and a group, and the blocks to read for them.
+struct Item {
+    int64_t row;
+    int64_t index;
+    const Group* group;
+    int64_t context;
+    WindowBlocks window;
+    const ListEntry* list;  // or null
+    int count;              // blocks
+
+    DEVICE Item(const DecodeArgs& args, int64_t item) : index(item) {
+        row = item / args.group_count;
+        group = args.groups + item % args.group_count;
+        context = args.context_lens[row];
+        window = window_blocks(context, args.block_tokens, args.window, args.sinks);
+        const bool listed = args.lists != nullptr && group->retrieval != 0 && context > 0 &&
+                            context >= args.dense_below;
+        list = listed ? args.lists + item * args.list_width : nullptr;
+        count = listed                  ? args.list_counts[item]
+                : group->retrieval != 0 ? window.blocks
+                                        : window.count();
+    }
+
+    DEVICE ListEntry entry(int place) const {
+        if (list != nullptr) return list[place];
+        if (group->retrieval != 0) return {place, static_cast<uint32_t>(group->retrieval)};
+        return {window.at(place), 0};
+    }
+
+    DEVICE uint32_t local() const {
+        return ((1u << group->heads) - 1) & ~static_cast<uint32_t>(group->retrieval);
+    }
+};
+
+// Copies a warp's strip of keys and values; tokens past the context become zeros, since memory that
+// was never written may hold NaN, which a weight of zero does not silence.
+template <typename Strip, int kDim>
+DEVICE void copy_strip(const DecodeArgs& args, const Item& item, int64_t block, int place,
+                       int64_t first, unsigned char* stage) {
+    using Element = typename Strip::Element;
+    constexpr int kHalfBytes = Layout<Strip, kDim>::kHalfBytes;
+    const int pool = item.group->pool;
+    const int64_t page = page_of(args.tables[pool], item.row, block);
+    const int64_t token = (page * args.kv_rows[pool] + item.group->kv_row) * args.block_tokens +
+                          place * kStripTokens;
+    const int64_t offset = token * kDim * static_cast<int64_t>(sizeof(Element));
+    const unsigned char* keys = static_cast<const unsigned char*>(args.keys[pool]) + offset;
+    const unsigned char* values = static_cast<const unsigned char*>(args.values[pool]) + offset;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const unsigned char* source = half == 0 ? keys : values;
+#pragma unroll
+        for (int i = 0; i < kHalfBytes / 16 / 32; ++i) {
+            const int chunk = i * 32 + lane;
+            const int row = chunk / Strip::kChunks, column = chunk % Strip::kChunks;
+            const int to = row * Strip::kChunks + (column ^ (row % 8));
+            copy_async_16(stage + half * kHalfBytes + to * 16, source + chunk * 16,
+                          first + row < item.context ? 16 : 0);
+        }
+    }
+}
+
+// Attention of an item's blocks [begin, end), by all warps: leaves each warp's result in its ring
+// and its statistics in shared memory.
+template <typename Strip, int kDim>
+DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
+                   unsigned char* shared) {
+    using Layout = Layout<Strip, kDim>;
+    using Element = typename Strip::Element;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    unsigned char* ring = shared + Layout::kRing + warp * Layout::kRingBytes;
+    InFlight* in_flight = reinterpret_cast<InFlight*>(shared + Layout::kInFlight) + warp * kStages;
+    float* scratch =
+        reinterpret_cast<float*>(shared + Layout::kScratch) + warp * Strip::kScratchFloats;
+    const int per_block = static_cast<int>(args.block_tokens) / kStripTokens;
+    const int strips = (end - begin) * per_block;
+    const uint32_t local = item.local();
+
+    Strip strip;
+    strip.begin(static_cast<const Element*>(args.queries) + item.row * args.query_row_stride,
+                args.query_head_stride, *item.group, scratch);
+    // Every call closes a group of copies, empty or not, so that waiting can count them.
+    const auto copy = [&](int index, int stage) {
+        if (index < strips) {
+            const ListEntry entry = item.entry(begin + index / per_block);
+            const int place = index % per_block;
+            const int64_t first = entry.block * args.block_tokens + place * kStripTokens;
+            // The window sees the strip if it sees the strip's newest token.
+            const int64_t last =
+                first + kStripTokens < item.context ? first + kStripTokens - 1 : item.context - 1;
+            const bool seen =
+                first < item.context &&
+                (entry.heads != 0 || (local != 0 && (first < args.sinks || in_window(last,
+                                                     item.context, args.window, args.sinks))));
+            if (seen) {
+                copy_strip<Strip, kDim>(args, item, entry.block, place, first,
+                                        ring + stage * 2 * Layout::kHalfBytes);
+            }
+            if (lane == 0) in_flight[stage] = {seen ? static_cast<int>(first) : -1, entry.heads};
+        }
+        copy_async_commit();
+    };
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) copy(warp + stage * warps, stage);
+    int stage = 0;
+    for (int index = warp; index < strips; index += warps) {
+        copy_async_wait<kStages - 1>();
+        __syncwarp();
+        const InFlight now = in_flight[stage];
+        if (now.first >= 0) {
+            const unsigned char* keys = ring + stage * 2 * Layout::kHalfBytes;
+            const Sight sight{now.first,
+                              now.selected,
+                              local,
+                              static_cast<int>(item.context),
+                              static_cast<int>(args.window),
+                              static_cast<int>(args.sinks)};
+            strip.step(keys, keys + Layout::kHalfBytes, sight,
+                       static_cast<float>(args.scale) * kLog2E, scratch);
+        }
+        __syncwarp();
+        copy(index + kStages * warps, stage);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    copy_async_wait<0>();
+    __syncwarp();
+    strip.end(reinterpret_cast<float*>(ring),
+              reinterpret_cast<Stats*>(shared + Layout::kStats) + warp * kTileHeads);
+}
+
+DEVICE void store(uint16_t* out, float4 value) {
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(pack_bfloat16(value.x, value.y), pack_bfloat16(value.z, value.w));
+}
+
+DEVICE void store(float* out, float4 value) { *reinterpret_cast<float4*>(out) = value; }
+
+DEVICE void add_scaled(float4& sum, float weight, float4 value) {
+    sum.x = fmaf(weight, value.x, sum.x);
+    sum.y = fmaf(weight, value.y, sum.y);
+    sum.z = fmaf(weight, value.z, sum.z);
+    sum.w = fmaf(weight, value.w, sum.w);
+}
+
+template <typename Element>
+DEVICE Element* out_of(const DecodeArgs& args, const Item& item, int slot) {
+    return static_cast<Element*>(args.out) + item.row * args.out_row_stride +
+           item.group->head[slot] * args.out_head_stride;
+}
+
+// Merges the warps' results: into `out` if the item is complete, else into part `part`.
+template <typename Strip, int kDim>
+DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete, int64_t part,
+                        unsigned char* shared) {
+    using Layout = Layout<Strip, kDim>;
+    const int warps = blockDim.x / 32;
+    const Stats* stats = reinterpret_cast<const Stats*>(shared + Layout::kStats);
+    for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
+        const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
+        float most = -INFINITY, sum = 0.0f;
+        for (int warp = 0; warp < warps; ++warp) {
+            most = fmaxf(most, stats[warp * kTileHeads + slot].most);
+        }
+        const float reference = reference_of(most);
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int warp = 0; warp < warps; ++warp) {
+            const Stats own = stats[warp * kTileHeads + slot];
+            const float factor = exp2f(own.most - reference);
+            const float* result =
+                reinterpret_cast<const float*>(shared + Layout::kRing + warp * Layout::kRingBytes);
+            sum = fmaf(factor, own.sum, sum);
+            add_scaled(total, factor,
+                       *reinterpret_cast<const float4*>(result + slot * kDim + column));
+        }
+        if (complete) {
+            float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            add_scaled(value, sum == 0.0f ? 0.0f : 1.0f / sum, total);
+            store(out_of<typename Strip::Element>(args, item, slot) + column, value);
+        } else {
+            const int64_t at = part * kTileHeads + slot;
+            *reinterpret_cast<float4*>(args.partial + at * kDim + column) = total;
+            if (column == 0) {
+                reinterpret_cast<float2*>(args.partial_stats)[at] = make_float2(most, sum);
+            }
+        }
+    }
+}
+
+// A share's first item may have begun in an earlier share, its last may go on in a later one; so
+// each CTA leaves at most one part of either kind.
+DEVICE int64_t part_of(int64_t cta, bool begins_item) { return cta * 2 + begins_item; }
+
+// Merges the parts of an item that shares [first, last] hold, in their order.
+template <typename Strip, int kDim>
+DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first, int64_t last,
+                        unsigned char* shared) {
+    using Layout = Layout<Strip, kDim>;
+    const int heads = item.group->heads, parts = static_cast<int>(last - first + 1);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    float2* stats = reinterpret_cast<float2*>(shared + Layout::kRing);  // [parts, heads]
+    for (int i = threadIdx.x; i < parts * heads; i += blockDim.x) {
+        const int64_t part = part_of(first + i / heads, i < heads);
+        stats[i] = __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + part * kTileHeads +
+                          i % heads);
+    }
+    __syncthreads();
+    for (int slot = warp; slot < heads; slot += warps) {
+        float most = -INFINITY, sum = 0.0f;
+        for (int i = lane; i < parts; i += 32) most = fmaxf(most, stats[i * heads + slot].x);
+        const float reference = reference_of(warp_max(most));
+        for (int i = lane; i < parts; i += 32) {
+            const float2 own = stats[i * heads + slot];
+            sum = fmaf(exp2f(own.x - reference), own.y, sum);
+        }
+        sum = warp_sum(sum);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        for (int i = lane; i < parts; i += 32) {
+            stats[i * heads + slot].x = exp2f(stats[i * heads + slot].x - reference) * inverse;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * (kDim / 4); i += blockDim.x) {
+        const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (int j = 0; j < parts; ++j) {
+            const int64_t at = part_of(first + j, j == 0) * kTileHeads + slot;
+            add_scaled(total, stats[j * heads + slot].x,
+                       __ldcg(reinterpret_cast<const float4*>(args.partial + at * kDim + column)));
+        }
+        store(out_of<typename Strip::Element>(args, item, slot) + column, total);
+    }
+}
+
+// Items with nothing to read give zeros.
+template <typename Strip, int kDim>
+DEVICE void clear_empty_items(const DecodeArgs& args, const int* starts, int items) {
+    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+        if (starts[index] != starts[index + 1]) continue;
+        const Item item(args, index);
+        for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
+            store(out_of<typename Strip::Element>(args, item, i / (kDim / 4)) + i % (kDim / 4) * 4,
+                  make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        }
+    }
+}
+
+template <typename Strip, int kDim>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+    sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
+    using Layout = Layout<Strip, kDim>;
+    DYNAMIC_SHARED(shared);
+    int* starts = reinterpret_cast<int*>(shared + Layout::kStarts);
+    int* flag = reinterpret_cast<int*>(shared + Layout::kFlag);
+    const int items = static_cast<int>(args.rows * args.group_count);
+    fill_starts(starts, items, [&](int index) { return Item(args, index).count; });
+    clear_empty_items<Strip, kDim>(args, starts, items);
+    const int64_t total = starts[items];
+    const int64_t ctas = working_ctas(total, gridDim.x, kLeastBlocks);
+    if (blockIdx.x >= ctas) return;
+    int64_t unit = share_start(blockIdx.x, total, ctas);
+    const int64_t end = share_start(blockIdx.x + 1, total, ctas);
+    while (unit < end) {
+        const int index = item_of(starts, items, unit);
+        const Item item(args, index);
+        const int64_t start = starts[index], stop = starts[index + 1];
+        const int64_t until = min(end, stop);
+        attend<Strip, kDim>(args, item, static_cast<int>(unit - start),
+                            static_cast<int>(until - start), shared);
+        __syncthreads();
+        const bool complete = unit == start && until == stop;
+        merge_warps<Strip, kDim>(args, item, complete, part_of(blockIdx.x, unit == start), shared);
+        if (!complete) {
+            const int64_t first = share_owner(start, total, ctas);
+            const int64_t last = share_owner(stop - 1, total, ctas);
+            if (arrive(args.item_done + index, 1, static_cast<uint32_t>(last - first + 1), flag)) {
+                merge_parts<Strip, kDim>(args, item, first, last, shared);
+            }
+        }
+        __syncthreads();  // the rings are free for the next item
+        unit = until;
+    }
+}
+
+// A kernel and what it takes of a CTA's shared memory.
+struct DecodeKernel {
+    void (*run)(DecodeArgs) = nullptr;
+    int fixed_bytes = 0;
+    int warp_bytes = 0;
+};
+
+template <typename Strip, int kDim>
+DecodeKernel describe() {
+    return {sparse_decode_kernel<Strip, kDim>, Layout<Strip, kDim>::bytes(0),
+            Layout<Strip, kDim>::kRingBytes};
+}
+
+DecodeKernel find_kernel(int64_t data_type, int64_t head_dim) {
+    if (data_type == kBfloat16) {
+        if (head_dim == 64) return describe<Bfloat16Strip<64>, 64>();
+        if (head_dim == 128) return describe<Bfloat16Strip<128>, 128>();
+    } else if (data_type == kFloat32) {
+        if (head_dim == 64) return describe<Float32Strip<64>, 64>();
+        if (head_dim == 128) return describe<Float32Strip<128>, 128>();
+    }
+    return {};
+}
+
+}  // namespace
+}  // namespace rtpurbo
+
+using namespace rtpurbo;
+
+// How to launch for a data type and head_dim on the current device. To be called before the first
+// launch there: it also allows the kernel that much shared memory.
+extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, DecodePlan* plan) {
+    const DecodeKernel kernel = find_kernel(data_type, head_dim);
+    if (kernel.run == nullptr) return cudaErrorInvalidValue;
+    int device = 0, multiprocessors = 0, most_bytes = 0, resident = 0;
+    if (int error = cudaGetDevice(&device)) return error;
+    if (int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                           device)) {
+        return error;
+    }
+    if (int error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                           device)) {
+        return error;
+    }
+    const int warps = (most_bytes - kernel.fixed_bytes) / kernel.warp_bytes;
+    if (warps < 1) return cudaErrorInvalidConfiguration;
+    plan->warps = warps < kMaxWarps ? warps : kMaxWarps;
+    plan->shared_bytes = kernel.fixed_bytes + plan->warps * kernel.warp_bytes;
+    if (int error = cudaFuncSetAttribute(kernel.run, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(plan->shared_bytes))) {
+        return error;
+    }
+    if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &resident, kernel.run, static_cast<int>(plan->warps * 32),
+            static_cast<size_t>(plan->shared_bytes))) {
+        return error;
+    }
+    // What merge_parts keeps of every part must fit into the rings.
+    const int64_t most_ctas = plan->warps * kernel.warp_bytes / (kTileHeads * sizeof(float2));
+    const int64_t ctas = static_cast<int64_t>(multiprocessors) * resident;
+    plan->ctas = ctas < most_ctas ? ctas : most_ctas;
+    return cudaSuccess;
+}
+
+extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
+    const DecodeKernel kernel = find_kernel(args->data_type, args->head_dim);
+    if (kernel.run == nullptr || args->rows * args->group_count > kMaxItems ||
+        args->block_tokens % kStripTokens != 0) {
+        return cudaErrorInvalidValue;
+    }
+    return launch(kernel.run, dim3(static_cast<unsigned>(args->ctas)),
+                  static_cast<int>(args->warps * 32), static_cast<int>(args->shared_bytes), stream,
+                  *args);
+}
