@@ -246,6 +246,13 @@ def evaluate(
     facts: Annotated[
         str, typer.Option(help="Planted facts of a document, comma separated.")
     ] = "1,4,16",
+    depths: Annotated[
+        str, typer.Option(help="Depths of the passkey grid, 0 to 1, comma separated.")
+    ] = "0,0.25,0.5,0.75,1",
+    text_samples: Annotated[int, typer.Option(help="Documents of the task text.")] = 8,
+    decoded: Annotated[
+        int, typer.Option(help="Tokens at a text's end that run under the decode rule.")
+    ] = 512,
     teacher: Annotated[
         Path | None, typer.Option(help="Dense model to compare with instead of MODEL itself.")
     ] = None,
@@ -259,12 +266,21 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Measure a server instead: URL or NAME=URL; may be given again."),
     ] = None,
+    url_model: Annotated[
+        str | None, typer.Option(help="Model name for --url; default: the first that it lists.")
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the API key for --url.")
     ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests to --url at once.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds of one request to --url.")] = 600.0,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots (needs matplotlib).")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and facts.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="auto: bfloat16 on CUDA, else float32."),
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Score MODEL on retrieval, tracing and text, dense against sparse on the same samples."""
@@ -283,15 +299,22 @@ def evaluate(
             samples=samples,
             attention=_attention(attention),
             facts=_numbers(facts),
+            depths=_shares(depths),
+            text_samples=text_samples,
+            decoded=decoded,
             teacher=teacher,
             haystack=haystack,
             data=data,
             urls=tuple(url or ()),
+            url_model=url_model,
             api_key=None
             if api_key_file is None
             else api_key_file.read_text().split("\n")[0].strip(),
+            concurrency=concurrency,
+            timeout=timeout,
             seed=seed,
             device=device,
+            dtype=dtype,
         )
         report = run_evaluation(model or embedded_model_path(), options, Console(stderr=True))
         if plots is not None:
@@ -385,7 +408,7 @@ def _attention(text: str | None) -> tuple[Literal["dense", "sparse"], ...]:
         elif name == "sparse":
             found.append("sparse")
         else:
-            raise typer.BadParameter(f"{name!r} is neither dense nor sparse")
+            _misused(f"{name!r} is neither dense nor sparse")
     return tuple(found)
 
 
@@ -395,8 +418,15 @@ def _numbers(text: str) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,8")
+        _misused(f"{text!r} is not a list of positive numbers such as 1,8")
     return numbers
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        _misused(f"{text!r} is not a list of numbers such as 0,0.5,1")
 
 
 def _refuse_hub_kernels() -> None:
@@ -409,6 +439,12 @@ def _refuse_hub_kernels() -> None:
         f"the Hugging Face package kernels {found} is installed in this environment and has the "
         "name of one of ours; give rtpurbo a virtual environment of its own"
     )
+
+
+def _misused(message: str) -> NoReturn:
+    """One line for the operator on a flag's value, exit code 2 as for any other misuse."""
+    print(f"rtpurbo: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _fail(error: object) -> NoReturn:

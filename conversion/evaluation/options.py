@@ -53,6 +53,10 @@ class EvalOptions:
         selected = self.selected()
         _at_least(1, samples=self.samples, text_samples=self.text_samples, decoded=self.decoded)
         _at_least(1, concurrency=self.concurrency)
+        if not self.timeout > 0:
+            raise ConversionError(f"timeout must be above 0, got {self.timeout:g}")
+        if self.url_model is not None and not self.urls:
+            raise ConversionError("url_model is for urls, and none is given")
         if not self.lengths or min(self.lengths) < 1:
             raise ConversionError("lengths must be positive")
         if not self.facts or min(self.facts) < 1:
