@@ -9,14 +9,19 @@ from typing import Any
 from conversion.evaluation.intervals import (
     Interval,
     ScoresByDocument,
-    average,
+    Stratum,
+    average_difference,
+    average_score,
+    differences,
     mean_score,
     paired_difference,
 )
+from conversion.evaluation.options import GRID_TASKS
 from conversion.evaluation.ruler.tasks import PAPER_COLUMNS, RULER_TASKS
 from conversion.evaluation.text_agreement import Agreement, LossCurve
 
 FORMAT_VERSION = 1
+AGGREGATION = frozenset({"cwe", "fwe", "code_frequent"})  # answers that stand nowhere in the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,8 @@ class Cell:
     scores: Mapping[str, Interval]  # by variant, 0 to 1
     differences: Mapping[str, Interval]  # variant minus the first variant, on the same questions
     attended: Mapping[str, float]  # share of the context, where a variant selects
+    by_document: Mapping[str, ScoresByDocument]
+    """By variant, what the intervals are made of; not in the JSON."""
 
     @classmethod
     def of(
@@ -43,7 +50,8 @@ class Cell:
     ) -> Cell:
         """
         Args:
-            scores: by variant; the first one is the reference.
+            scores: by variant; the first one is the reference. Documents without a question are
+                (), so that document i is the same text in every cell.
         """
         reference, *others = scores
         by_document = scores[reference]
@@ -51,11 +59,12 @@ class Cell:
             task=task,
             length=length,
             setting=dict(setting),
-            documents=len(by_document),
+            documents=sum(map(bool, by_document)),
             questions=sum(map(len, by_document)),
             scores={name: mean_score(own) for name, own in scores.items()},
             differences={name: paired_difference(scores[name], by_document) for name in others},
             attended=dict(attended or {}),
+            by_document=dict(scores),
         )
 
 
@@ -86,7 +95,10 @@ class EvalReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for json.dumps."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        found = asdict(self)
+        for cell in found["cells"]:
+            del cell["by_document"]
+        return {"format_version": FORMAT_VERSION, **found}
 
 
 def averages(cells: Sequence[Cell]) -> tuple[Average, ...]:
@@ -104,50 +116,54 @@ def averages(cells: Sequence[Cell]) -> tuple[Average, ...]:
 def task_average(task: str, length: int, cells: Sequence[Cell]) -> Average:
     """One task at one length over all its settings."""
     own = [cell for cell in cells if cell.task == task and cell.length == length]
-    return Average(
-        name=task,
-        length=length,
-        tasks=(task,),
-        scores={name: average([c.scores[name] for c in own]) for name in own[0].scores},
-        differences={
-            name: average([c.differences[name] for c in own]) for name in own[0].differences
-        },
-    )
+    return _average(task, length, (task,), own)
 
 
 def _groups(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Averages to show: all of RULER, the paper's columns, code facts, traces."""
+    """Averages to show: all of RULER, the paper's columns, code facts, traces; and retrieval.
+
+    That is every task whose answer stands in its text, one or several times, of whatever kind.
+    """
     ruler = tuple(task for task in tasks if task in RULER_TASKS)
     groups = {"ruler": ruler}
     if len(ruler) == len(RULER_TASKS):
         groups["ruler, columns of the paper"] = tuple(PAPER_COLUMNS)
     for family in ("code", "trace"):
         groups[family] = tuple(task for task in tasks if task.startswith(family + "_"))
+    answered = {*ruler, *groups["code"], *GRID_TASKS, "kv"} - AGGREGATION
+    groups["retrieval"] = tuple(task for task in tasks if task in answered)
     return groups
 
 
 def _average(name: str, length: int, members: Sequence[str], cells: Sequence[Cell]) -> Average:
-    parts = [
-        _column(PAPER_COLUMNS[member], length, cells)
-        if member in PAPER_COLUMNS
-        else task_average(member, length, cells)
-        for member in members
-    ]
-    return _mean_of(name, length, members, parts)
-
-
-def _column(tasks: Sequence[str], length: int, cells: Sequence[Cell]) -> Average:
-    return _mean_of("", length, tasks, [task_average(task, length, cells) for task in tasks])
-
-
-def _mean_of(name: str, length: int, tasks: Sequence[str], parts: Sequence[Average]) -> Average:
-    first = parts[0]
+    weighted = _weighted(members, cells)
+    reference, *others = weighted[0][1].by_document
     return Average(
         name=name,
         length=length,
-        tasks=tuple(tasks),
-        scores={v: average([part.scores[v] for part in parts]) for v in first.scores},
+        tasks=tuple(members),
+        scores={
+            variant: average_score([Stratum(w, cell.by_document[variant]) for w, cell in weighted])
+            for variant in (reference, *others)
+        },
         differences={
-            v: average([part.differences[v] for part in parts]) for v in first.differences
+            variant: average_difference(
+                [
+                    Stratum(w, differences(cell.by_document[variant], cell.by_document[reference]))
+                    for w, cell in weighted
+                ]
+            )
+            for variant in others
         },
     )
+
+
+def _weighted(members: Sequence[str], cells: Sequence[Cell]) -> list[tuple[float, Cell]]:
+    """Cells with their weights: a member counts once, and so does a task of a paper's column."""
+    found: list[tuple[float, Cell]] = []
+    for member in members:
+        tasks = PAPER_COLUMNS.get(member, (member,))
+        for task in tasks:
+            own = [cell for cell in cells if cell.task == task]
+            found += [(1 / len(members) / len(tasks) / len(own), cell) for cell in own]
+    return found

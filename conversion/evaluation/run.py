@@ -162,9 +162,9 @@ class EvalRun:
                     advance()
                 edges = (self._window() // 4, self._window())
                 for group, scores in split_by_distance(traces, right, edges).items():
-                    groups.setdefault(group, {})[name] = [own for own in scores if own]
+                    groups.setdefault(group, {})[name] = scores
         for group, by_variant in groups.items():
-            if any(by_variant.values()):
+            if any(map(any, by_variant.values())):
                 yield Cell.of(task, length, {"distance": group}, by_variant)
 
     def _text(self, length: int) -> TextMeasure:
