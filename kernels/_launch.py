@@ -1,0 +1,229 @@
+"""The compiled kernels as Python callables: structs as in `csrc/args.h`, errors as exceptions.
+
+A launcher takes one struct and a stream, starts a kernel there and returns at once. Nothing here
+looks at shapes: the doors in `cuda_decode` and `cuda_ops` do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TILE_HEADS = 16
+MAX_ITEMS = 2048  # rows x group tiles of one launch
+MAX_BLOCKS = 65535  # of one sequence
+MAX_WINDOW = 2**30
+GROUP_WORDS = 4 + 2 * TILE_HEADS  # int32 of a group
+ENTRY_WORDS = 2  # int32 of a list entry
+
+DATA_TYPES = {torch.bfloat16: 0, torch.float32: 1}
+
+
+class KernelError(Exception):
+    """A kernel could not be launched; the message is one line."""
+
+
+class Table(ctypes.Structure):
+    """Block table of a pool: [R, B], rows `row_stride` apart."""
+
+    _fields_ = [("pages", c_void_p), ("row_stride", c_int64), ("is_64_bit", c_int64)]
+
+    @classmethod
+    def of(cls, tables_RB: Tensor) -> Table:
+        is_64_bit = tables_RB.dtype == torch.int64
+        return cls(tables_RB.data_ptr(), tables_RB.stride(0), is_64_bit)
+
+
+class SelectArgs(ctypes.Structure):
+    """Arguments of `index_select`, `select` and `list`; what each means stands in `csrc/args.h`."""
+
+    _fields_ = [
+        ("queries", c_void_p),
+        ("query_row_stride", c_int64),
+        ("query_head_stride", c_int64),
+        ("index_cache", c_void_p),
+        ("index_row", c_void_p),
+        ("index_rows", c_int64),
+        ("index_dim", c_int64),
+        ("data_type", c_int64),
+        ("table", Table),
+        ("context_lens", c_void_p),
+        ("rows", c_int64),
+        ("heads", c_int64),
+        ("block_tokens", c_int64),
+        ("log_mass", c_void_p),
+        ("width", c_int64),
+        ("top_p", c_void_p),
+        ("top_p_row_stride", c_int64),
+        ("top_p_head_stride", c_int64),
+        ("own_top_p", c_void_p),
+        ("dense_below", c_int64),
+        ("words", c_void_p),
+        ("words_width", c_int64),
+        ("mask", c_void_p),
+        ("attended", c_void_p),
+        ("head_done", c_void_p),
+        ("groups", c_void_p),
+        ("group_of_head", c_void_p),
+        ("group_count", c_int64),
+        ("group_done", c_void_p),
+        ("lists", c_void_p),
+        ("list_counts", c_void_p),
+        ("window", c_int64),
+        ("sinks", c_int64),
+        ("ctas", c_int64),
+    ]
+
+
+class DecodeArgs(ctypes.Structure):
+    """Arguments of `sparse_decode`; what each means stands in `csrc/args.h`."""
+
+    _fields_ = [
+        ("queries", c_void_p),
+        ("query_row_stride", c_int64),
+        ("query_head_stride", c_int64),
+        ("out", c_void_p),
+        ("out_row_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("keys", c_void_p * 2),
+        ("values", c_void_p * 2),
+        ("kv_rows", c_int64 * 2),
+        ("tables", Table * 2),
+        ("context_lens", c_void_p),
+        ("rows", c_int64),
+        ("groups", c_void_p),
+        ("group_count", c_int64),
+        ("block_tokens", c_int64),
+        ("head_dim", c_int64),
+        ("data_type", c_int64),
+        ("scale", c_double),
+        ("window", c_int64),
+        ("sinks", c_int64),
+        ("lists", c_void_p),
+        ("list_counts", c_void_p),
+        ("list_width", c_int64),
+        ("dense_below", c_int64),
+        ("partial", c_void_p),
+        ("partial_stats", c_void_p),
+        ("item_done", c_void_p),
+        ("ctas", c_int64),
+        ("warps", c_int64),
+        ("shared_bytes", c_int64),
+    ]
+
+
+class DecodePlan(ctypes.Structure):
+    """How a decode launch fills a device."""
+
+    _fields_ = [("ctas", c_int64), ("warps", c_int64), ("shared_bytes", c_int64)]
+
+
+class KernelLibrary:
+    """The launchers of one compiled library."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            KernelError: not a library of these kernels, or one of other sources.
+        """
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._declare()
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"{path.name}: {error}") from None
+        structs = ctypes.sizeof(SelectArgs), ctypes.sizeof(DecodeArgs)
+        sizes = (*structs, 4 * GROUP_WORDS, 4 * ENTRY_WORDS)
+        for which, size in enumerate(sizes):
+            if self._library.rtpurbo_struct_bytes(which) != size:
+                raise KernelError(f"{path.name}: built from other sources; build the kernels again")
+        self._plans: dict[tuple[int, torch.dtype, int], DecodePlan] = {}
+        self._select_ctas: dict[tuple[int, torch.dtype, int], int] = {}
+
+    def launch_select(
+        self, which: Literal["index_select", "select", "list"], args: SelectArgs, like: Tensor
+    ) -> None:
+        """Start a selection kernel on the current stream of the device of `like`."""
+        launcher = getattr(self._library, f"rtpurbo_{which}")
+        self._check(launcher(byref(args), stream_of(like.device)), which)
+
+    def launch_decode(self, args: DecodeArgs, like: Tensor) -> None:
+        """Start `sparse_decode` on the current stream of the device of `like`."""
+        self._check(
+            self._library.rtpurbo_sparse_decode(byref(args), stream_of(like.device)),
+            "sparse_decode",
+        )
+
+    def decode_plan(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodePlan:
+        """CTAs, warps and shared memory of a decode launch; asked of the device once.
+
+        Raises:
+            KernelError: no kernel for this dtype and head_dim, or the device refuses it.
+        """
+        key = (device.index or 0, dtype, head_dim)
+        if key not in self._plans:
+            plan = DecodePlan()
+            code = self._library.rtpurbo_decode_plan(
+                DATA_TYPES.get(dtype, -1), head_dim, byref(plan)
+            )
+            self._check(code, f"attention in {dtype} with head_dim {head_dim}")
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def select_ctas(self, device: torch.device, dtype: torch.dtype, index_dim: int) -> int:
+        """CTAs of an indexer launch; asked of the device once. Raises as `decode_plan`."""
+        key = (device.index or 0, dtype, index_dim)
+        if key not in self._select_ctas:
+            args = SelectArgs(data_type=DATA_TYPES.get(dtype, -1), index_dim=index_dim)
+            ctas = c_int64()
+            code = self._library.rtpurbo_select_ctas(byref(args), byref(ctas))
+            self._check(code, f"an index in {dtype} with index_dim {index_dim}")
+            self._select_ctas[key] = ctas.value
+        return self._select_ctas[key]
+
+    @property
+    def host(self) -> ctypes.CDLL:
+        """The kernels' arithmetic on the host, `rtpurbo_mass_bin` and so on, for tests."""
+        return self._library
+
+    def _check(self, code: int, what: str) -> None:
+        if code != 0:
+            name = self._library.rtpurbo_error_name(code).decode()
+            raise KernelError(f"{what}: {name} (CUDA error {code})")
+
+    def _declare(self) -> None:
+        lib = self._library
+        for which in ("index_select", "select", "list"):
+            getattr(lib, f"rtpurbo_{which}").argtypes = [POINTER(SelectArgs), c_void_p]
+        lib.rtpurbo_sparse_decode.argtypes = [POINTER(DecodeArgs), c_void_p]
+        lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, POINTER(DecodePlan)]
+        lib.rtpurbo_select_ctas.argtypes = [POINTER(SelectArgs), POINTER(c_int64)]
+        lib.rtpurbo_struct_bytes.argtypes = [c_int]
+        lib.rtpurbo_struct_bytes.restype = c_int64
+        lib.rtpurbo_error_name.argtypes = [c_int]
+        lib.rtpurbo_error_name.restype = c_char_p
+        lib.rtpurbo_mass_bin.argtypes = [c_float]
+        lib.rtpurbo_fixed_mass.argtypes = [c_float]
+        lib.rtpurbo_fixed_mass.restype = c_uint64
+        lib.rtpurbo_share_start.argtypes = [c_int64] * 3
+        lib.rtpurbo_share_start.restype = c_int64
+        lib.rtpurbo_share_owner.argtypes = [c_int64] * 3
+        lib.rtpurbo_share_owner.restype = c_int64
+        lib.rtpurbo_working_ctas.argtypes = [c_int64] * 3
+        lib.rtpurbo_working_ctas.restype = c_int64
+        lib.rtpurbo_item_of.argtypes = [POINTER(c_int), c_int, c_int64]
+        lib.rtpurbo_window_blocks.argtypes = [c_int64] * 4 + [POINTER(c_int)]
+
+
+def stream_of(device: torch.device) -> int:
+    """Handle of the current stream; 0 on the CPU, where tests run an emulation of the kernels."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element, or null."""
+    return None if tensor is None else tensor.data_ptr()

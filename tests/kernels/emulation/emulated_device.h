@@ -1,0 +1,410 @@
+// CUDA on the CPU, for tests: the kernels' sources compiled by a host compiler run here as they are.
+//
+// CTAs run one after the other in a random order. The threads of a CTA are fibers that run, in a
+// random order too, from one barrier to the next; a warp's collective operations are such barriers.
+// What is wrong on a GPU only at times is wrong here more often: shared memory starts as NaN, a
+// copy under way leaves NaN at its destination and is made as late as the program allows, threads
+// that disagree about a barrier end the launch with an error, and so does a write past the end of
+// the shared memory asked for. Interleaving of CTAs and the memory model are not emulated.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#define HOST_DEVICE inline
+#define DEVICE inline
+#define __global__ static
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(name) unsigned char* name = rtpurbo::emulation::shared_memory()
+
+struct uint2 { uint32_t x, y; };
+struct uint4 { uint32_t x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+using std::isnan;
+using std::max;
+using std::min;
+
+namespace rtpurbo::emulation {
+
+constexpr int kLanes = 32;
+constexpr int kStackBytes = 256 * 1024;
+constexpr int kGuardBytes = 4096;
+constexpr unsigned char kPoison = 0xff;  // NaN in bfloat16 and float32
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+};
+
+// Threads meet here; the last one to come opens it for all.
+struct Barrier {
+    int expected = 0, arrived = 0, count = 0, last_count = 0;
+    const char* operation = nullptr;
+    uint64_t generation = 0;
+};
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    Barrier* waits_at = nullptr;
+    uint64_t waits_for = 0;
+    uint64_t collectives = 0;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> committed;
+};
+
+struct Lane {
+    alignas(16) unsigned char bytes[64];
+};
+
+struct Machine {
+    std::mt19937 random{12345};
+    std::vector<Thread> threads;
+    std::vector<Barrier> warps;
+    std::vector<std::vector<Lane>> lanes[2];  // deposits of a collective, by parity and warp
+    Barrier cta;
+    std::vector<unsigned char> memory;
+    size_t shared_bytes = 0;
+    ucontext_t scheduler;
+    int current = 0;
+    const void* arguments = nullptr;
+    void (*body)(const void*) = nullptr;
+    std::string error;
+};
+
+inline Machine machine;
+
+inline unsigned char* shared_memory() {
+    auto address = reinterpret_cast<uintptr_t>(machine.memory.data());
+    return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+}
+
+inline void fail(const std::string& message) {
+    if (machine.error.empty()) machine.error = message;
+}
+
+inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
+    if (barrier.arrived == 0) {
+        barrier.operation = operation;
+        barrier.count = 0;
+    } else if (std::strcmp(barrier.operation, operation) != 0) {
+        fail(std::string("threads disagree: ") + barrier.operation + " and " + operation);
+    }
+    barrier.count += predicate != 0;
+    if (++barrier.arrived == barrier.expected) {
+        barrier.arrived = 0;
+        barrier.last_count = barrier.count;
+        ++barrier.generation;
+        return;
+    }
+    Thread& thread = machine.threads[machine.current];
+    thread.waits_at = &barrier;
+    thread.waits_for = barrier.generation + 1;
+    swapcontext(&thread.context, &machine.scheduler);
+}
+
+// Every lane gives a value and reads those of all.
+template <typename Value>
+std::vector<Lane>& exchange(const Value& value, const char* operation) {
+    static_assert(sizeof(Value) <= sizeof(Lane));
+    const int warp = machine.current / kLanes, lane = machine.current % kLanes;
+    // A lane is at most one collective ahead of another, so two sets of deposits are enough.
+    auto& deposits = machine.lanes[machine.threads[machine.current].collectives++ % 2][warp];
+    std::memcpy(deposits[lane].bytes, &value, sizeof(Value));
+    meet(machine.warps[warp], operation);
+    return deposits;
+}
+
+template <typename Value>
+Value read_lane(const std::vector<Lane>& deposits, int lane) {
+    Value value;
+    std::memcpy(&value, deposits[lane].bytes, sizeof(Value));
+    return value;
+}
+
+inline void run_body() {
+    machine.body(machine.arguments);
+    machine.threads[machine.current].done = true;
+    swapcontext(&machine.threads[machine.current].context, &machine.scheduler);
+}
+
+inline void run_cta(int threads, dim3 block) {
+    blockIdx = block;
+    std::fill(machine.memory.begin(), machine.memory.end(), kPoison);
+    machine.cta = Barrier{threads};
+    machine.warps.assign(threads / kLanes, Barrier{kLanes});
+    for (auto& set : machine.lanes) {
+        set.assign(threads / kLanes, std::vector<Lane>(kLanes));
+    }
+    machine.threads.resize(threads);
+    for (Thread& thread : machine.threads) {
+        auto stack = std::move(thread.stack);
+        thread = Thread{};
+        thread.stack = stack ? std::move(stack) : std::make_unique<char[]>(kStackBytes);
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = kStackBytes;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, run_body, 0);
+    }
+    std::vector<int> order(threads / kLanes);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    int left = threads;
+    while (left > 0 && machine.error.empty()) {
+        bool progress = false;
+        std::shuffle(order.begin(), order.end(), machine.random);
+        for (int warp : order) {
+            const int turn = static_cast<int>(machine.random() % kLanes);
+            for (int i = 0; i < kLanes; ++i) {
+                const int index = warp * kLanes + (i + turn) % kLanes;
+                Thread& thread = machine.threads[index];
+                if (thread.done) continue;
+                if (thread.waits_at != nullptr) {
+                    if (thread.waits_at->generation < thread.waits_for) continue;
+                    thread.waits_at = nullptr;
+                }
+                progress = true;
+                machine.current = index;
+                threadIdx = dim3(static_cast<unsigned>(index));
+                swapcontext(&machine.scheduler, &thread.context);
+                left -= thread.done;
+            }
+        }
+        if (!progress) fail("threads wait for others that never come");
+    }
+    for (const Thread& thread : machine.threads) {
+        bool pending = !thread.open.empty();
+        for (const auto& group : thread.committed) pending = pending || !group.empty();
+        if (pending) fail("a copy was still under way at the end");
+    }
+    const unsigned char* end = shared_memory() + machine.shared_bytes;
+    for (const unsigned char* byte = end; byte < end + kGuardBytes; ++byte) {
+        if (*byte != kPoison) fail("wrote past the end of shared memory");
+    }
+}
+
+}  // namespace rtpurbo::emulation
+
+// Collective operations.
+inline void __syncthreads() { rtpurbo::emulation::meet(rtpurbo::emulation::machine.cta, "cta"); }
+
+inline int __syncthreads_count(int predicate) {
+    auto& barrier = rtpurbo::emulation::machine.cta;
+    rtpurbo::emulation::meet(barrier, "count", predicate);
+    return barrier.last_count;
+}
+
+inline void __syncwarp() { rtpurbo::emulation::exchange(0, "syncwarp"); }
+
+template <typename Value>
+Value __shfl_xor_sync(uint32_t, Value value, int step) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all = rtpurbo::emulation::exchange(value, "shuffle xor");
+    return rtpurbo::emulation::read_lane<Value>(all, lane ^ step);
+}
+
+template <typename Value>
+Value __shfl_up_sync(uint32_t, Value value, int step) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all = rtpurbo::emulation::exchange(value, "shuffle up");
+    return rtpurbo::emulation::read_lane<Value>(all, lane < step ? lane : lane - step);
+}
+
+inline uint32_t __ballot_sync(uint32_t, bool predicate) {
+    const auto& all = rtpurbo::emulation::exchange(predicate, "ballot");
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        bits |= static_cast<uint32_t>(rtpurbo::emulation::read_lane<bool>(all, lane)) << lane;
+    }
+    return bits;
+}
+
+// Operations of one thread.
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline void __threadfence() {}
+template <typename Value>
+Value __ldcg(const Value* address) { return *address; }
+inline uint32_t atomicAdd(uint32_t* address, uint32_t amount) {
+    const uint32_t old = *address;
+    *address += amount;
+    return old;
+}
+
+namespace rtpurbo {
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline uint4 load_streaming(const uint4* address) { return *address; }
+
+inline uint32_t pack_bfloat16(float low, float high) {
+    const auto round = [](float value) -> uint32_t {
+        const uint32_t bits = float_to_bits(value);
+        if (std::isnan(value)) return 0x7fff;
+        return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
+    return round(low) | round(high) << 16;
+}
+
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+    std::memset(shared, emulation::kPoison, 16);
+    emulation::machine.threads[emulation::machine.current].open.push_back({shared, global, bytes});
+}
+
+inline void copy_async_commit() {
+    auto& thread = emulation::machine.threads[emulation::machine.current];
+    thread.committed.push_back(std::move(thread.open));
+    thread.open.clear();
+}
+
+template <int kPending>
+void copy_async_wait() {
+    auto& groups = emulation::machine.threads[emulation::machine.current].committed;
+    while (groups.size() > kPending) {
+        for (const auto& copy : groups.front()) {
+            std::memset(copy.to, 0, 16);
+            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+        }
+        groups.pop_front();
+    }
+}
+
+struct MatrixRow {
+    uint16_t values[8];
+};
+
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all = emulation::exchange(*static_cast<const MatrixRow*>(row), "load matrices");
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const auto from = emulation::read_lane<MatrixRow>(all, matrix * 8 + lane / 4);
+        const int column = lane % 4 * 2;
+        out[matrix] = from.values[column] | static_cast<uint32_t>(from.values[column + 1]) << 16;
+    }
+}
+
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all = emulation::exchange(*static_cast<const MatrixRow*>(row), "load transposed");
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const int first = matrix * 8 + lane % 4 * 2;
+        const uint32_t low = emulation::read_lane<MatrixRow>(all, first).values[lane / 4];
+        const uint32_t high = emulation::read_lane<MatrixRow>(all, first + 1).values[lane / 4];
+        out[matrix] = low | high << 16;
+    }
+}
+
+struct Fragments {
+    uint32_t a[4], b[2];
+};
+
+// Element (row, k) of a and (k, column) of b, from the lanes that hold them (PTX ISA, mma.m16n8k16).
+inline float element_a(const std::vector<emulation::Lane>& all, int row, int k) {
+    const auto from = emulation::read_lane<Fragments>(all, row % 8 * 4 + k % 8 / 2);
+    const uint32_t pair = from.a[row / 8 + k / 8 * 2];
+    return bits_to_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+}
+
+inline float element_b(const std::vector<emulation::Lane>& all, int k, int column) {
+    const auto from = emulation::read_lane<Fragments>(all, column * 4 + k % 8 / 2);
+    const uint32_t pair = from.b[k / 8];
+    return bits_to_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+}
+
+inline void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all =
+        emulation::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, "multiply");
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            c[i] += element_a(all, row, k) * element_b(all, k, column);
+        }
+    }
+}
+
+// Runs a kernel to its end. `stream` is the seed of the order of CTAs and threads.
+template <typename Args>
+int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args) {
+    static void (*current)(Args);
+    current = kernel;
+    auto& machine = emulation::machine;
+    machine.random.seed(static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream)) + 1);
+    machine.error.clear();
+    machine.shared_bytes = static_cast<size_t>(shared_bytes);
+    machine.memory.resize(machine.shared_bytes + 128 + emulation::kGuardBytes + 128);
+    machine.arguments = &args;
+    machine.body = [](const void* given) { current(*static_cast<const Args*>(given)); };
+    gridDim = grid;
+    blockDim = dim3(static_cast<unsigned>(threads));
+    std::vector<unsigned> order(grid.x * grid.y);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
+    std::shuffle(order.begin(), order.end(), machine.random);
+    for (unsigned cta : order) {
+        emulation::run_cta(threads, dim3(cta % grid.x, cta / grid.x));
+        if (!machine.error.empty()) return 719;  // cudaErrorLaunchFailure
+    }
+    return 0;
+}
+
+}  // namespace rtpurbo
+
+// The device: few multiprocessors, so that small inputs still give each several items.
+using cudaError_t = int;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaFuncAttributeMaxDynamicSharedMemorySize
+};
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 232448;
+    return 0;
+}
+template <typename Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) { return 0; }
+template <typename Kernel>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* ctas, Kernel, int, size_t) {
+    *ctas = 1;
+    return 0;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+    return rtpurbo::emulation::machine.error.c_str();
+}
