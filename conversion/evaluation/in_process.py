@@ -18,6 +18,8 @@ from conversion.evaluation.teacher_forced import (
     attended_fractions,
     right_answers,
 )
+from conversion.evaluation.trace_run import right_steps
+from conversion.evaluation.traces import Trace
 from conversion.sequence import CachedSequence
 
 Encoded = EncodedFacts | list[int]
@@ -52,6 +54,16 @@ class InProcess:
         fractions = attended_fractions(sequence)
         self.attended_fraction = sum(fractions) / len(fractions) if fractions else None
         return results
+
+    def right_steps(
+        self, traces: Sequence[Trace], advance: Callable[[], None] = lambda: None
+    ) -> list[list[bool]]:
+        """Which steps of each trace are answered exactly; `advance` as above."""
+        found = []
+        for trace in traces:
+            found.append(right_steps(self.variant, trace))
+            advance()
+        return found
 
     def _encode(self, sample: Sample) -> Encoded:
         if isinstance(sample, PromptSample):

@@ -102,13 +102,13 @@ class EvalReport:
 
 
 def averages(cells: Sequence[Cell]) -> tuple[Average, ...]:
-    """Per length: each group of tasks of which there are at least two."""
+    """Per length: each group of tasks of which there are at least two, and retrieval anyway."""
     found = []
     for length in sorted({cell.length for cell in cells}):
         here = [cell for cell in cells if cell.length == length]
         tasks = list(dict.fromkeys(cell.task for cell in here))
         for name, members in _groups(tasks).items():
-            if len(members) > 1:
+            if len(members) > 1 or (members and name == "retrieval"):
                 found.append(_average(name, length, members, here))
     return tuple(found)
 

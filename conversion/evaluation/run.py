@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from conversion.evaluation.sample_maker import SampleMaker
 from conversion.evaluation.samples import Sample
 from conversion.evaluation.teacher_forced import Variant
 from conversion.evaluation.text_agreement import Agreement, LossCurve, TextMeasure, TextPass
-from conversion.evaluation.trace_run import right_steps, split_by_distance
-from conversion.evaluation.traces import TRACE_TASKS, TraceTask
+from conversion.evaluation.trace_run import split_by_distance
+from conversion.evaluation.traces import TRACE_TASKS, Trace, TraceTask
 from conversion.evaluation.variants import load_variants
 from conversion.text_source import load_tokenizer
 
@@ -46,6 +46,17 @@ class Subject(Protocol):
 
     def scores(self, samples: Sequence[Sample], advance: Advance) -> list[tuple[float, ...]]:
         """Scores per sample, one per question."""
+        ...
+
+
+class LocalSubject(Subject, Protocol):
+    """One whose model is in this process."""
+
+    @property
+    def variant(self) -> Variant: ...
+
+    def right_steps(self, traces: Sequence[Trace], advance: Advance) -> list[list[bool]]:
+        """Which steps of each trace are answered exactly."""
         ...
 
 
@@ -70,10 +81,8 @@ def evaluate(
     variants = {} if options.urls else load_variants(model, options)
     maker = SampleMaker(tokenizer, options)
     notes = maker.prepare()
-    subjects: list[Subject] = [
-        InProcess(name, variant, tokenizer) for name, variant in variants.items()
-    ]
-    subjects += [
+    local = [InProcess(name, variant, tokenizer) for name, variant in variants.items()]
+    servers = [
         HttpEndpoint(
             name,
             url,
@@ -86,7 +95,7 @@ def evaluate(
         )
         for name, url in options.named_urls()
     ]
-    run = EvalRun(options, maker, subjects, variants, console)
+    run = EvalRun(options, maker, [*local, *servers], local, console)
     report = run.measure(model.resolve().name, notes)
     return replace(report, seconds=round(time.monotonic() - started, 1))
 
@@ -99,18 +108,22 @@ class EvalRun:
         options: EvalOptions,
         maker: SampleMaker,
         subjects: Sequence[Subject],
-        variants: Mapping[str, Variant],
+        local: Sequence[LocalSubject],
         console: Console,
+        window: int | None = None,
     ) -> None:
         """
         Args:
-            variants: by name, the subjects that are in process; empty for servers.
+            subjects: who is compared; the first one is the reference.
+            local: those of them that are in process.
+            window: tokens; parts the steps of traces. None: that of the first subject that has one.
         """
         self._options = options
         self._maker = maker
         self._subjects = subjects
-        self._variants = variants
+        self._local = local
         self._console = console
+        self._window = window or _window(local)
 
     def measure(self, model: str, notes: tuple[str, ...]) -> EvalReport:
         """Everything the options ask for."""
@@ -130,7 +143,7 @@ class EvalRun:
         return EvalReport(
             model=model,
             variants=tuple(subject.name for subject in self._subjects),
-            settings=_settings(self._options),
+            settings=settings_of(self._options),
             notes=notes,
             cells=tuple(cells),
             agreements=tuple(agreements),
@@ -154,40 +167,29 @@ class EvalRun:
         """One cell per group of distances that has steps."""
         traces = self._maker.traces(task, length)
         groups: dict[str, dict[str, list[tuple[float, ...]]]] = {}
-        with self._progress(f"{task} {length}", len(traces) * len(self._variants)) as advance:
-            for name, variant in self._variants.items():
-                right: list[list[bool]] = []
-                for trace in traces:
-                    right.append(right_steps(variant, trace))
-                    advance()
-                edges = (self._window() // 4, self._window())
+        with self._progress(f"{task} {length}", len(traces) * len(self._local)) as advance:
+            for subject in self._local:
+                right = subject.right_steps(traces, advance)
+                edges = (self._window // 4, self._window)
                 for group, scores in split_by_distance(traces, right, edges).items():
-                    groups.setdefault(group, {})[name] = scores
+                    groups.setdefault(group, {})[subject.name] = scores
         for group, by_variant in groups.items():
             if any(map(any, by_variant.values())):
                 yield Cell.of(task, length, {"distance": group}, by_variant)
 
     def _text(self, length: int) -> TextMeasure:
         """The reference, the others as served, and the sparse one behind a dense prompt."""
-        names = list(self._variants)
-        passes = [TextPass(name, variant) for name, variant in self._variants.items()]
+        passes = [TextPass(subject.name, subject.variant) for subject in self._local]
         passes += [
-            TextPass(name, self._variants[name], dense_prompt=True)
-            for name in names[1:]
-            if name == "sparse"
+            TextPass(subject.name, subject.variant, dense_prompt=True)
+            for subject in self._local[1:]
+            if subject.name == "sparse"
         ]
         texts = self._maker.texts(length)
         measure = TextMeasure(passes, length, self._options.decoded)
         with self._progress(f"{TEXT_TASK} {length}", len(texts)) as advance:
             measure.run(texts, advance)
         return measure
-
-    def _window(self) -> int:
-        """Of the first variant that has one."""
-        for variant in self._variants.values():
-            if variant.config.sparse is not None:
-                return variant.config.sparse.window_tokens
-        return DEFAULT_WINDOW
 
     @contextmanager
     def _progress(self, name: str, total: int) -> Iterator[Advance]:
@@ -204,7 +206,15 @@ class EvalRun:
             yield lambda: progress.advance(task)
 
 
-def _settings(options: EvalOptions) -> dict[str, Any]:
+def _window(local: Sequence[LocalSubject]) -> int:
+    """Of the first subject that has one, in tokens."""
+    for subject in local:
+        if subject.variant.config.sparse is not None:
+            return subject.variant.config.sparse.window_tokens
+    return DEFAULT_WINDOW
+
+
+def settings_of(options: EvalOptions) -> dict[str, Any]:
     """The options as JSON, without secrets."""
     return {
         name: str(value) if isinstance(value, Path) else value

@@ -107,7 +107,7 @@ def _share(interval: Interval) -> str:
 
 
 def _points(interval: Interval) -> str:
-    return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    return f"{100 * interval.value:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
 
 
 def _attended(cell: Cell) -> str:

@@ -152,7 +152,7 @@ def test_an_average_over_one_stratum_is_its_own_interval() -> None:
 def test_the_average_of_paired_differences_covers_the_truth() -> None:
     """1000 experiments: three tasks of 5 questions on the same 40 documents, one in ten of which
     loses half of its answers whatever the task. The truth is -0.05; without the documents as
-    clusters the interval would cover it in about 70 %."""
+    clusters the interval would cover it in half of them."""
     rng = random.Random(3)
     covered = 0
     for _ in range(1000):
