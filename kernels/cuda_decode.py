@@ -4,7 +4,7 @@
     sparse_decode   attention of retrieval and local heads, each block read once per KV head
 
 Both are capturable in a CUDA graph: grids are fixed, and what depends on context lengths and on the
-selection is found on the device. A layer whose retrieval heads have no indexer needs the second only.
+selection is found on the device. Without an indexer a layer needs the second only.
 
 Shapes: R decode rows, H query heads, S of them with an index, D head_dim, I index_dim, P pages,
 N KV heads in a cache, K tokens of a page, B block-table width, G tiles (`head_tiles`).
@@ -284,7 +284,7 @@ def index_args(
     tables_RB: Tensor,
     context_lens_R: Tensor,
 ) -> SelectArgs:
-    """The part of the arguments that scoring reads; `log_mass` and `ctas` are left to the caller."""
+    """The arguments of scoring; `log_mass` and `ctas` are left to the caller."""
     return SelectArgs(
         queries=qi_RSI.data_ptr(),
         query_row_stride=qi_RSI.stride(0),
@@ -343,7 +343,7 @@ def _check(
     for name, pool in (("full", full), ("window", window)):
         if pool is None:
             continue
-        of_pool = {name: sizes[name] for name in ("R", "D", "K") if name in sizes}
+        of_pool = {dim: sizes[dim] for dim in sizes if dim in "RDK"}
         check_shapes(
             of_pool,
             k_cache=(pool.k_cache, "P N K D"),

@@ -1,7 +1,7 @@
 """Query heads of a layer by the KV head they share, in the form that the CUDA kernels read.
 
-A tile is a KV head and at most 16 of the query heads that read it: its keys and values are read once
-for all of them, whatever their roles.
+A tile is a KV head and at most 16 of the query heads that read it: its keys and values are read
+once for all of them, whatever their roles.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 // the shared memory asked for. Interleaving of CTAs and the memory model are not emulated.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -68,8 +69,10 @@ struct Barrier {
 };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it starts; later switches are jumps, which need no system call
+    jmp_buf place;
     std::unique_ptr<char[]> stack;
+    bool started = false;
     bool done = false;
     Barrier* waits_at = nullptr;
     uint64_t waits_for = 0;
@@ -90,7 +93,7 @@ struct Machine {
     Barrier cta;
     std::vector<unsigned char> memory;
     size_t shared_bytes = 0;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     int current = 0;
     const void* arguments = nullptr;
     void (*body)(const void*) = nullptr;
@@ -106,6 +109,17 @@ inline unsigned char* shared_memory() {
 
 inline void fail(const std::string& message) {
     if (machine.error.empty()) machine.error = message;
+}
+
+inline void yield() {
+    if (_setjmp(machine.threads[machine.current].place) == 0) _longjmp(machine.scheduler, 1);
+}
+
+inline void resume(Thread& thread) {
+    if (_setjmp(machine.scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.context);
 }
 
 inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
@@ -125,7 +139,7 @@ inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
     Thread& thread = machine.threads[machine.current];
     thread.waits_at = &barrier;
     thread.waits_for = barrier.generation + 1;
-    swapcontext(&thread.context, &machine.scheduler);
+    yield();
 }
 
 // Every lane gives a value and reads those of all.
@@ -150,7 +164,7 @@ Value read_lane(const std::vector<Lane>& deposits, int lane) {
 inline void run_body() {
     machine.body(machine.arguments);
     machine.threads[machine.current].done = true;
-    swapcontext(&machine.threads[machine.current].context, &machine.scheduler);
+    yield();
 }
 
 inline void run_cta(int threads, dim3 block) {
@@ -191,7 +205,7 @@ inline void run_cta(int threads, dim3 block) {
                 progress = true;
                 machine.current = index;
                 threadIdx = dim3(static_cast<unsigned>(index));
-                swapcontext(&machine.scheduler, &thread.context);
+                resume(thread);
                 left -= thread.done;
             }
         }
