@@ -359,6 +359,34 @@ def inspect(
         _fail("--plot needs matplotlib: pip install 'rtpurbo[plot]'")
 
 
+@app.command("build-kernels")
+def build_kernels(
+    kernel_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of compiled kernels; default: ~/.cache/rtpurbo/kernels."),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute capabilities such as 80,90,120, or all; default: of the GPU at hand."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile the CUDA kernels ahead of time, for this host's GPU or for an image without nvcc."""
+    from rich.console import Console
+
+    from kernels._build import TARGETS, KernelBuildError, default_cache, find_library
+
+    chosen = TARGETS if targets == "all" else _names(targets or "")
+    try:
+        with Console(stderr=True).status("Compiling CUDA kernels, up to a minute per target"):
+            library = find_library(kernel_cache or default_cache(), chosen)
+    except KernelBuildError as error:
+        _fail(error)
+    print(json.dumps({"library": str(library)}) if as_json else library)
+
+
 @bench_app.command("serving")
 def bench_serving(
     model: ModelArgument = None,

@@ -28,6 +28,7 @@ FLAGS = {
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
         json lengths plots samples seed tasks teacher text-samples timeout url url-model""",
     "inspect": "gpu-gib json plot",
+    "build-kernels": "json kernel-cache targets",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
 }
 
@@ -161,6 +162,13 @@ def test_a_value_that_is_no_value_is_one_line(flag: str, value: str, message: st
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_kernels_that_cannot_be_built_are_one_line(tmp_path: Path) -> None:
+    code, _, error = run("build-kernels", "--targets", "hopper", "--kernel-cache", tmp_path)
+    assert code == 1
+    assert "'hopper' is not a target" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("value", ["0", "a", "1,,2", "-1"])
