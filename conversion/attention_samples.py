@@ -18,6 +18,7 @@ from torch import Tensor
 
 from conversion.calibration import NEEDLE_TOKENS, needle_document
 from conversion.code_facts import FACT_KINDS, fact_document
+from conversion.text_source import encode_plain
 
 FACT_COUNTS = (2, 4, 8, 16)  # per document, as far as there is room
 LONGEST_LINE = "assert HARBOR_FALCON_QUOTA == [40213, 51324, 62435]\n"
@@ -43,7 +44,7 @@ def planted_document(ids: list[int], tokenizer: Tokenizer, seed: int) -> Planted
     Raises:
         ConversionError: the text is too short even for a needle.
     """
-    line = 1.25 * len(_encode(tokenizer, LONGEST_LINE))
+    line = 1.25 * len(encode_plain(tokenizer, LONGEST_LINE))
     counts = [count for count in FACT_COUNTS if count * line <= ROOM_SHARE * len(ids)]
     if seed % 2 == 0 and counts:
         found = _with_facts(ids, tokenizer, counts, int(line), seed)
@@ -86,16 +87,14 @@ def _with_facts(
     facts = rng.choice(counts)
     room = len(ids) - (facts - 1) * line  # fact_document leaves room for one question itself
     found = fact_document(ids, tokenizer, rng.choice(FACT_KINDS), facts, room, seed)
-    made, answers = _encode(tokenizer, found.text), list[int]()
+    made, answers = encode_plain(tokenizer, found.text), list[int]()
     for question in rng.sample(found.questions, facts):
-        asked, answer = _encode(tokenizer, question.text), _encode(tokenizer, question.answer)
+        asked, answer = (
+            encode_plain(tokenizer, question.text),
+            encode_plain(tokenizer, question.answer),
+        )
         first = len(made) + len(asked) - 1
-        made += [*asked, *answer, *_encode(tokenizer, "\n")]
+        made += [*asked, *answer, *encode_plain(tokenizer, "\n")]
         answers += range(first, first + len(answer))
     # Lines longer than the longest known one are cut off with what they answer.
     return PlantedDocument(made[: len(ids)], [row for row in answers if row + 1 < len(ids)])
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids

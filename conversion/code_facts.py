@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from tokenizers import Tokenizer
 
-from conversion.text_source import TextSource
+from conversion.text_source import TextSource, encode_plain
 
 FactKind = Literal["constant", "dictionary", "list", "chain"]
 FACT_KINDS: tuple[FactKind, ...] = get_args(FactKind)
@@ -55,15 +55,15 @@ def fact_document(
     rng = random.Random(seed)
     drawn = plain_facts(kind, facts, rng.randrange(2**31))
     planted, questions = [lines for lines, _ in drawn], tuple(question for _, question in drawn)
-    tail = max(len(_encode(tokenizer, q.text + q.answer)) for q in questions)
+    tail = max(len(encode_plain(tokenizer, q.text + q.answer)) for q in questions)
     room = tokens - tail
-    spent = len(_encode(tokenizer, "".join(line for group in planted for line in group)))
+    spent = len(encode_plain(tokenizer, "".join(line for group in planted for line in group)))
     filler = room - spent
     places = [[rng.random() for _ in group] for group in planted]
     while True:
         lines = tokenizer.decode(source_ids[:filler]).splitlines(keepends=True)[:-1]
         text = _plant(lines, planted, places)
-        excess = len(_encode(tokenizer, text)) - room
+        excess = len(encode_plain(tokenizer, text)) - room
         if excess <= 0:
             return FactDocument(text, questions)
         filler -= excess
@@ -124,8 +124,3 @@ def _plant(lines: list[str], planted: list[list[str]], places: list[list[float]]
         for line, depth in zip(group, sorted(depths), strict=True):
             before.setdefault(int(depth * len(lines)), []).append(line)
     return "".join("".join(before.get(i, [])) + line for i, line in enumerate(lines))
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids

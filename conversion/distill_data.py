@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from conversion.code_facts import FACT_KINDS, fact_document
 from conversion.errors import ConversionError
-from conversion.text_source import TextSource
+from conversion.text_source import TextSource, encode_plain
 
 FACT_COUNTS = (2, 4, 8, 16)  # planted per sequence, as far as there is room
 QUESTION = "assert HARBOR_FALCON_LEVEL == [40213, 51324, 62435]\n"  # one of the longest kind
@@ -46,7 +46,7 @@ def text_samples(
 ) -> Iterator[Sample]:
     """Sequences of exactly `tokens` tokens for as long as there is text."""
     rng = random.Random(seed)
-    line = int(len(_encode(tokenizer, QUESTION)) * SAFETY)
+    line = int(len(encode_plain(tokenizer, QUESTION)) * SAFETY)
     counts = [count for count in FACT_COUNTS if count * line <= tokens // 8]
 
     def make(number: int, ids: list[int], facts: int) -> Sample:
@@ -73,9 +73,9 @@ def _with_facts(
     tokens = len(source_ids)
     room = tokens - (facts - 1) * line  # fact_document itself leaves room for one question
     document = fact_document(source_ids, tokenizer, kind, facts, room, seed)
-    ids = _encode(tokenizer, document.text)
+    ids = encode_plain(tokenizer, document.text)
     for question in rng.sample(document.questions, facts):
-        asked = _encode(tokenizer, f"{question.text}{question.answer}\n")
+        asked = encode_plain(tokenizer, f"{question.text}{question.answer}\n")
         if len(ids) + len(asked) > tokens:
             break
         ids += asked
@@ -144,10 +144,10 @@ def _tokens(
 ) -> tuple[list[int], int]:
     """Token ids of a row and how many of them are response."""
     if len(row) == 1:
-        return _encode(tokenizer, row[0])[:tokens], response
+        return encode_plain(tokenizer, row[0])[:tokens], response
     # A prompt begins as the server begins it.
     prompt = tokenizer.encode(row[0]).ids
-    answer = _encode(tokenizer, row[1])
+    answer = encode_plain(tokenizer, row[1])
     return [*prompt, *answer][-tokens:], min(response, len(answer))
 
 
@@ -165,8 +165,3 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[str, ...]:
     raise ConversionError(
         f'{path} line {number}: needs "prompt" and "response", or "text", as strings'
     )
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from conversion.code_facts import FactDocument
+from conversion.text_source import encode_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +51,4 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def continued_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of text in the middle of a sequence."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return encode_plain(tokenizer, text)
