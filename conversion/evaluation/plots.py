@@ -8,7 +8,7 @@ from typing import Any
 
 from conversion.errors import ConversionError
 from conversion.evaluation.options import GRID_TASKS
-from conversion.evaluation.report import Average, EvalReport, task_average
+from conversion.evaluation.report import Average, EvalReport
 
 PANELS_PER_ROW = 4
 PANEL_INCHES = (3.2, 2.6)
@@ -23,7 +23,7 @@ def plot_report(report: EvalReport, folder: Path) -> list[Path]:
         ConversionError: matplotlib is missing, or the folder cannot be written.
     """
     figures: dict[str, Any] = {}
-    if report.cells:
+    if report.by_task:
         figures["accuracy.png"] = accuracy_figure(report)
     if report.curves:
         figures["loss.png"] = loss_figure(report)
@@ -41,11 +41,12 @@ def plot_report(report: EvalReport, folder: Path) -> list[Path]:
 
 def accuracy_figure(report: EvalReport) -> Any:
     """Score by length, a panel per task, a line per variant with its interval."""
-    tasks = list(dict.fromkeys(cell.task for cell in report.cells))
+    tasks = list(dict.fromkeys(line.name for line in report.by_task))
     figure = _figure(len(tasks))
     for axes, task in zip(_panels(figure, len(tasks)), tasks, strict=True):
-        lengths = sorted({cell.length for cell in report.cells if cell.task == task})
-        points = [task_average(task, length, report.cells) for length in lengths]
+        own = {line.length: line for line in report.by_task if line.name == task}
+        lengths = sorted(own)
+        points = [own[length] for length in lengths]
         for number, name in enumerate(report.variants):
             # A little apart, so that equal scores do not hide one another.
             _score_line(axes, name, [length * 1.03**number for length in lengths], points)

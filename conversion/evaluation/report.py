@@ -92,6 +92,7 @@ class EvalReport:
     curves: tuple[LossCurve, ...] = ()
     seconds: float = 0.0
     averages: tuple[Average, ...] = field(default=())
+    by_task: tuple[Average, ...] = ()  # each task over its settings, by length
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for json.dumps."""
@@ -111,6 +112,12 @@ def averages(cells: Sequence[Cell]) -> tuple[Average, ...]:
             if len(members) > 1 or (members and name == "retrieval"):
                 found.append(_average(name, length, members, here))
     return tuple(found)
+
+
+def task_averages(cells: Sequence[Cell]) -> tuple[Average, ...]:
+    """Each task at each length over all its settings, in the order of the cells."""
+    places = dict.fromkeys((cell.task, cell.length) for cell in cells)
+    return tuple(task_average(task, length, cells) for task, length in places)
 
 
 def task_average(task: str, length: int, cells: Sequence[Cell]) -> Average:

@@ -23,7 +23,7 @@ from rich.progress import (
 from conversion.evaluation.http_endpoint import HttpEndpoint
 from conversion.evaluation.in_process import InProcess
 from conversion.evaluation.options import TEXT_TASK, EvalOptions
-from conversion.evaluation.report import Cell, EvalReport, averages
+from conversion.evaluation.report import Cell, EvalReport, averages, task_averages
 from conversion.evaluation.sample_maker import SampleMaker
 from conversion.evaluation.samples import Sample
 from conversion.evaluation.teacher_forced import Variant
@@ -149,6 +149,7 @@ class EvalRun:
             agreements=tuple(agreements),
             curves=tuple(curves),
             averages=averages(cells),
+            by_task=task_averages(cells),
         )
 
     def _answers(self, task: str, length: int) -> Iterator[Cell]:

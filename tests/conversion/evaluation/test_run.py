@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,12 @@ def test_rulers_columns_weigh_its_variants_together() -> None:
     columns = found["ruler, columns of the paper"]
     assert columns.tasks == ("S", "mK", "mV", "mQ", "VT", "CWE", "FWE")
     assert columns.scores["sparse"].value == pytest.approx((1 + 6 * 0.3) / 7)
+
+
+def test_the_json_has_every_task_over_its_settings(report: EvalReport) -> None:
+    """A reader of the JSON has no scores by document, which an average's interval is made of."""
+    found = {(line["name"], line["length"]): line for line in report.as_dict()["by_task"]}
+    assert set(found) == {(cell.task, cell.length) for cell in report.cells}
+    for (task, length), line in found.items():
+        expected = task_average(task, length, report.cells).scores
+        assert line["scores"] == {name: asdict(score) for name, score in expected.items()}
