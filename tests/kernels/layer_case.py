@@ -145,7 +145,7 @@ class LayerCase:
         out_RHD = torch.full_like(self.q_RHD, torch.nan)
         attended_RS = None
         if self.selection is not None:
-            attended_RS = torch.full(self.selection.qi_RSI.shape[:2], -1).to(self.lens_R)
+            attended_RS = self.lens_R.new_full(self.selection.qi_RSI.shape[:2], -1)
         used = {role.pool for role in self.roles}
         attend(
             workspace,
