@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from conversion.distil_memory import estimate_memory
@@ -29,6 +28,7 @@ from conversion.distill_data import JsonlRows, Sample, text_samples
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks, joined
+from conversion.progress_bar import progress_bar
 from conversion.state import model_digest, read_json, write_json
 from conversion.stop_rule import best
 from conversion.student import Student
@@ -138,12 +138,11 @@ def _fill(
     console: Console,
 ) -> None:
     limit = options.sequences + options.validation_sequences
-    columns = (TextColumn("teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = 0
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=limit)
-        for done in cache.fill(student, samples, options.micro_tokens, limit):
-            bar.update(task, completed=done)
+    with progress_bar(console, "teacher", limit) as advance:
+        for filled in cache.fill(student, samples, options.micro_tokens, limit):
+            advance(pieces=filled - done)
+            done = filled
     if done < limit:
         console.print(f"the text gave {done} of {limit} sequences")
 

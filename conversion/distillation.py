@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -22,6 +21,7 @@ from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.micro_batches import Shape, micro_batches
 from conversion.parallel import Ranks
+from conversion.progress_bar import progress_bar
 from conversion.stop_rule import Gap, StopRule, best
 from conversion.student import Student
 from conversion.student_attention import StudentAttention, StudentLayers
@@ -62,20 +62,12 @@ class Distillation:
         self._student.round_weights()
         if not progress.curve:
             self._check_point(progress, state, console)
-        columns = (
-            TextColumn("distil"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=self._options.steps, completed=progress.step)
+        with progress_bar(console, "distil", self._options.steps, progress.step) as advance:
             while progress.stopped is None:
                 loss = self.step(progress.step)
                 progress.losses.append(loss)
                 progress.step += 1
-                bar.update(task, advance=1, description=f"KL {loss:.5f}")
+                advance(f"KL {loss:.5f}")
                 at_end = progress.step == self._options.steps
                 if at_end or progress.step % self._options.validate_every == 0:
                     self._check_point(progress, state, console)

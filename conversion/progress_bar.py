@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Advance = Callable[..., None]  # with a word to show beside the bar, if there is news
+Advance = Callable[..., None]  # see `advance` below
 
 
 @contextmanager
-def progress_bar(console: Console, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+def progress_bar(
+    console: Console, name: str, total: int, done: int = 0, *, transient: bool = False
+) -> Iterator[Advance]:
     """A bar on `console`; call what is yielded once for each of `total` pieces.
 
     Args:
+        total: may be a guess: at the end, the pieces that there were are all.
         done: pieces that an earlier run has done.
+        transient: the bar goes when it ends, and only terminals show it.
     """
     columns = (
         TextColumn(name),
@@ -25,11 +29,13 @@ def progress_bar(console: Console, name: str, total: int, done: int = 0) -> Iter
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console) as progress:
+    hidden = transient and not console.is_terminal
+    with Progress(*columns, console=console, transient=transient, disable=hidden) as progress:
         task = progress.add_task("", total=total, completed=done)
 
-        def advance(news: str = "") -> None:
-            progress.update(task, advance=1, description=news)
+        def advance(news: str = "", pieces: int = 1) -> None:
+            """`pieces` more are done; `news` is a word to show beside the bar."""
+            progress.update(task, advance=pieces, description=news)
 
         yield advance
-        progress.update(task, completed=total)  # where the total was a guess
+        progress.update(task, total=progress.tasks[0].completed)
