@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from conversion.evaluation.http_endpoint import HttpEndpoint
 from conversion.evaluation.in_process import InProcess
@@ -31,6 +23,7 @@ from conversion.evaluation.text_agreement import Agreement, LossCurve, TextMeasu
 from conversion.evaluation.trace_run import split_by_distance
 from conversion.evaluation.traces import TRACE_TASKS, Trace, TraceTask
 from conversion.evaluation.variants import load_variants
+from conversion.progress_bar import progress_bar
 from conversion.text_source import load_tokenizer
 
 Advance = Callable[[], None]
@@ -192,19 +185,8 @@ class EvalRun:
             measure.run(texts, advance)
         return measure
 
-    @contextmanager
-    def _progress(self, name: str, total: int) -> Iterator[Advance]:
-        columns = (
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        hidden = not self._console.is_terminal
-        with Progress(*columns, console=self._console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda: progress.advance(task)
+    def _progress(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        return progress_bar(self._console, name, total, transient=True)
 
 
 def _window(local: Sequence[LocalSubject]) -> int:
