@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from conversion.evaluation.intervals import (
@@ -100,6 +100,19 @@ class EvalReport:
         for cell in found["cells"]:
             del cell["by_document"]
         return {"format_version": FORMAT_VERSION, **found}
+
+
+def joined_reports(reports: Sequence[EvalReport]) -> EvalReport:
+    """Reports of the same variants at different lengths as one; settings are those of the first."""
+    return replace(
+        reports[0],
+        cells=tuple(cell for report in reports for cell in report.cells),
+        agreements=tuple(line for report in reports for line in report.agreements),
+        curves=tuple(curve for report in reports for curve in report.curves),
+        averages=tuple(line for report in reports for line in report.averages),
+        by_task=tuple(line for report in reports for line in report.by_task),
+        seconds=sum(report.seconds for report in reports),
+    )
 
 
 def averages(cells: Sequence[Cell]) -> tuple[Average, ...]:

@@ -36,7 +36,10 @@ READS_DATA = frozenset({*CODE_TASKS, "code_passkey", "text"})
 class SampleMaker:
     """Makes the samples of an evaluation; the same options give the same samples."""
 
-    def __init__(self, tokenizer: Tokenizer, options: EvalOptions) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: EvalOptions, *, keep: bool = False) -> None:
+        """`keep`: remember the samples of `cells`, for an evaluation that asks more than once."""
+        self._kept: dict[tuple[str, int], list[tuple[Mapping[str, str], list[Sample]]]] = {}
+        self._keep = keep
         self._tokenizer = tokenizer
         self._options = options
         self._count_tokens = TokenCounter(tokenizer)
@@ -80,6 +83,14 @@ class SampleMaker:
         Raises:
             ConversionError: too little text, or the length is too short.
         """
+        if not self._keep:
+            yield from self._made(task, length)
+            return
+        if (task, length) not in self._kept:
+            self._kept[task, length] = list(self._made(task, length))
+        yield from self._kept[task, length]
+
+    def _made(self, task: str, length: int) -> Iterator[tuple[Mapping[str, str], list[Sample]]]:
         count, seed = self._options.samples, self._options.seed
         if task in CODE_TASKS:
             for facts in self._facts(task, length):

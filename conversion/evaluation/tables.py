@@ -66,7 +66,7 @@ def _agreements(report: EvalReport) -> Table:
             line.prompt,
             str(line.tokens),
             *kl,
-            _share(line.top1),
+            share_text(line.top1),
         )
     return table
 
@@ -97,16 +97,18 @@ def _add_variants(table: Table, variants: Sequence[str]) -> None:
 def _score_cells(
     variants: Sequence[str], scores: Mapping[str, Interval], differences: Mapping[str, Interval]
 ) -> list[str]:
-    return [_share(scores[name]) for name in variants] + [
-        _points(differences[name]) for name in variants[1:]
+    return [share_text(scores[name]) for name in variants] + [
+        points_text(differences[name]) for name in variants[1:]
     ]
 
 
-def _share(interval: Interval) -> str:
+def share_text(interval: Interval) -> str:
+    """A score and its interval in %."""
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _points(interval: Interval) -> str:
+def points_text(interval: Interval) -> str:
+    """A difference and its interval in points."""
     return f"{100 * interval.value:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
 
 

@@ -13,6 +13,7 @@ from conversion.evaluation.options import EvalOptions
 from conversion.evaluation.teacher_forced import Variant
 from engine.errors import CheckpointError
 from engine.model.checkpoint import preflight
+from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder
 
@@ -30,35 +31,47 @@ def load_variants(folder: Path, options: EvalOptions) -> dict[str, Variant]:
     )
     if "sparse" in wanted and config.sparse is None:
         raise ConversionError(f"{folder} is a dense model: it has no sparse attention to measure")
-    if max(options.lengths) > config.max_position_embeddings:
-        raise ConversionError(
-            f"length {max(options.lengths)} is beyond the model's "
-            f"{config.max_position_embeddings} tokens"
-        )
-    decoder = _load(folder, options)
+    refuse_length(options, config)
+    decoder = load_weights(folder, options)
     variants: dict[str, Variant] = {}
     if options.teacher is not None:
-        teacher = _load(options.teacher, options)
+        teacher = load_weights(options.teacher, options)
         if teacher.config.vocab_size != config.vocab_size:
             raise ConversionError(
                 f"teacher {options.teacher}: its vocabulary has {teacher.config.vocab_size} "
                 f"tokens, the model's {config.vocab_size}"
             )
-        variants["teacher"] = _dense(teacher)
+        variants["teacher"] = dense_variant(teacher)
     if "dense" in wanted:
-        variants["dense"] = _dense(decoder)
+        variants["dense"] = dense_variant(decoder)
     if "sparse" in wanted:
         variants["sparse"] = Variant(decoder, decoder.config, decoder.indexers)
     return variants
 
 
-def _dense(decoder: Decoder) -> Variant:
+def refuse_length(options: EvalOptions, config: ModelConfig) -> None:
+    """Raises ConversionError if a length is more than the model was made for."""
+    if max(options.lengths) > config.max_position_embeddings:
+        raise ConversionError(
+            f"length {max(options.lengths)} is beyond the model's "
+            f"{config.max_position_embeddings} tokens"
+        )
+
+
+def dense_variant(decoder: Decoder) -> Variant:
+    """The weights with full attention in every head."""
     return Variant(
         decoder, replace(decoder.config, sparse=None), [None] * decoder.config.num_layers
     )
 
 
-def _load(folder: Path, options: EvalOptions) -> Decoder:
+def load_weights(folder: Path, options: EvalOptions) -> Decoder:
+    """The model of a folder on the device and in the dtype of the options.
+
+    Raises:
+        CheckpointError: the folder is unusable, or the weights do not fit.
+        ConversionError: the device is not there.
+    """
     on_cuda = options.device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
         raise ConversionError(f"device {options.device} is not there")

@@ -27,6 +27,7 @@ FLAGS = {
         sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
         json lengths plots samples seed tasks teacher text-samples timeout url url-model""",
+    "ablate": "data decoded device facts lengths samples seed tasks teacher text-samples work",
     "inspect": "gpu-gib json plot",
     "build-kernels": "json kernel-cache targets",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
@@ -52,7 +53,9 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("path", ["", "serve", "convert", "eval", "inspect", "bench serving"])
+@pytest.mark.parametrize(
+    "path", ["", "serve", "convert", "eval", "ablate", "inspect", "bench serving"]
+)
 def test_help_teaches_every_flag(path: str) -> None:
     code, text, _ = run(*path.split(), "--help")
     assert code == 0
