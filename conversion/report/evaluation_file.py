@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -87,7 +88,7 @@ def parse_evaluation(value: Any, where: str) -> EvalReport:
     report: EvalReport = validated(EvalReport, _with_documents(value), where)
     for problem in _problems(report):
         raise ConversionError(f"{where}: {problem}")
-    return report
+    return report if report.by_task else replace(report, by_task=tuple(_bounds(report.cells)))
 
 
 def parse_ablations(value: Any, where: str) -> Ablations:
@@ -121,6 +122,33 @@ def _with_documents(value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         return dict(value)
     return {**value, "cells": [{**cell, "by_document": {}} for cell in cells]}
+
+
+def _bounds(cells: Sequence[Cell]) -> Iterator[Average]:
+    """Tasks over their settings from a file that does not have them.
+
+    The scores by document are gone, so the settings count as if they were asked of the very same
+    text: their intervals' bounds are averaged, which is never too narrow.
+    """
+
+    def mean(intervals: Sequence[Interval]) -> Interval:
+        return Interval(
+            fmean(own.value for own in intervals),
+            fmean(own.low for own in intervals),
+            fmean(own.high for own in intervals),
+        )
+
+    for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
+        own = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
+        yield Average(
+            name=task,
+            length=length,
+            tasks=(task,),
+            scores={name: mean([cell.scores[name] for cell in own]) for name in own[0].scores},
+            differences={
+                name: mean([cell.differences[name] for cell in own]) for name in own[0].differences
+            },
+        )
 
 
 def _problems(report: EvalReport) -> Iterator[str]:
