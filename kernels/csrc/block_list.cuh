@@ -9,7 +9,6 @@ namespace rtpurbo {
 constexpr int kListThreads = 256;
 
 struct ListScratch {
-    uint32_t words[kTileHeads * kListThreads];
     int sums[kListThreads / 32];
 };
 
@@ -25,19 +24,21 @@ DEVICE int write_list(const SelectedWords& selected, const Group& group, WindowB
                       ListEntry* list, ListScratch& scratch) {
     const int thread = threadIdx.x;
     const int words = ceil_div(window.blocks, 32);
-    const bool has_local = group.retrieval != (1 << group.heads) - 1;
+    const uint32_t retrieval = static_cast<uint32_t>(group.retrieval);
+    const bool has_local = retrieval != (1u << group.heads) - 1;
     int before = 0;
     for (int base = 0; base < words; base += kListThreads) {
         const int word = base + thread;
-        uint32_t read = 0;  // blocks of this word that the group reads
-        for (int slot = 0; slot < group.heads; ++slot) {
-            uint32_t bits = 0;
-            if (word < words && (group.retrieval >> slot & 1)) {
-                bits = __ldcg(selected.row + group.selected[slot] * selected.width + word);
-            }
-            scratch.words[slot * kListThreads + thread] = bits;
-            read |= bits;
+        uint32_t bits[kTileHeads];  // of each slot; all loads are under way together
+#pragma unroll
+        for (int slot = 0; slot < kTileHeads; ++slot) {
+            const bool selects = word < words && (retrieval >> slot & 1);
+            bits[slot] = selects ? __ldcg(selected.row + group.selected[slot] * selected.width + word)
+                                 : 0;
         }
+        uint32_t read = 0;  // blocks of this word that the group reads
+#pragma unroll
+        for (int slot = 0; slot < kTileHeads; ++slot) read |= bits[slot];
         if (has_local && word < words) {
             for (int bit = 0; bit < 32; ++bit) {
                 if (window.holds(word * 32 + bit)) read |= 1u << bit;
@@ -49,9 +50,8 @@ DEVICE int write_list(const SelectedWords& selected, const Group& group, WindowB
         for (; read != 0; read &= read - 1) {
             const int bit = __ffs(read) - 1;
             uint32_t heads = 0;
-            for (int slot = 0; slot < group.heads; ++slot) {
-                heads |= (scratch.words[slot * kListThreads + thread] >> bit & 1u) << slot;
-            }
+#pragma unroll
+            for (int slot = 0; slot < kTileHeads; ++slot) heads |= (bits[slot] >> bit & 1u) << slot;
             list[place++] = ListEntry{word * 32 + bit, heads};
         }
         before += total;

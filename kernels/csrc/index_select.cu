@@ -20,6 +20,7 @@ constexpr int kThreads = 256;  // one a bin
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksAtOnce = 4;
 constexpr int kLoadsAtOnce = 4;  // 16 bytes a lane and block
+constexpr int kMassesAtOnce = 16;  // log masses that a thread reads before it uses them
 constexpr int kReplicas = 8;     // of the histogram, so that few lanes meet in one bin
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -169,13 +170,32 @@ struct Threshold {
     float most;
 };
 
+// Calls use(block, log mass) for all blocks, thread t with blocks t, t + kThreads and so on; threads
+// stay together, and get no mass past the end. Loads go in batches: this is one CTA's work while the
+// others are done, so latency is all that counts.
+template <typename Use>
+DEVICE void for_each_mass(const float* log_mass, int blocks, Use use) {
+    for (int base = 0; base < blocks; base += kThreads * kMassesAtOnce) {
+        float masses[kMassesAtOnce];
+#pragma unroll
+        for (int i = 0; i < kMassesAtOnce; ++i) {
+            const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
+            masses[i] = block < blocks ? finite_or_none(__ldcg(log_mass + block)) : -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < kMassesAtOnce; ++i) {
+            if (base + i * kThreads < blocks) {
+                use(base + i * kThreads + static_cast<int>(threadIdx.x), masses[i]);
+            }
+        }
+    }
+}
+
 DEVICE Threshold find_threshold(const float* log_mass, int blocks, float top_p,
                                 SelectScratch& scratch) {
     const int thread = threadIdx.x;
     float most = -FLT_MAX;
-    for (int block = thread; block < blocks; block += kThreads) {
-        most = fmaxf(most, finite_or_none(__ldcg(log_mass + block)));
-    }
+    for_each_mass(log_mass, blocks, [&](int, float mass) { most = fmaxf(most, mass); });
     most = cta_max(most, scratch.most);
 
     Histogram& histogram = scratch.histogram;
@@ -184,15 +204,15 @@ DEVICE Threshold find_threshold(const float* log_mass, int blocks, float top_p,
         histogram.low[i] = 0;
     }
     __syncthreads();
-    for (int block = thread; block < blocks; block += kThreads) {
-        const float below = most - finite_or_none(__ldcg(log_mass + block));
+    for_each_mass(log_mass, blocks, [&](int, float log_mass_of_block) {
+        const float below = most - log_mass_of_block;
         const uint64_t mass = fixed_mass(below);
         if (mass != 0) {
             const int place = mass_bin(below) * kReplicas + thread % kReplicas;
             atomicAdd(&histogram.high[place], static_cast<uint32_t>(mass >> 16));
             atomicAdd(&histogram.low[place], static_cast<uint32_t>(mass & 0xffffu));
         }
-    }
+    });
     __syncthreads();
     uint64_t cumulative = 0;
     for (int i = 0; i < kReplicas; ++i) {
@@ -218,19 +238,18 @@ DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, SelectScra
 
     uint32_t* words = args.words + at * args.words_width;
     uint8_t* mask = args.mask == nullptr ? nullptr : args.mask + at * args.width;
-    const int end = mask == nullptr ? blocks : static_cast<int>(args.width);
     uint64_t kept_blocks = 0;
-    for (int base = 0; base < end; base += kThreads) {
-        const int block = base + thread;
-        bool keep = false;
-        if (block < blocks) {
-            const float below = threshold.most - finite_or_none(__ldcg(log_mass + block));
-            keep = mass_bin(below) <= threshold.bin || is_forced(block, blocks);
-        }
+    for_each_mass(log_mass, blocks, [&](int block, float mass) {
+        const bool inside = block < blocks;
+        const bool keep = inside && (mass_bin(threshold.most - mass) <= threshold.bin ||
+                                     is_forced(block, blocks));
         const uint32_t word = __ballot_sync(kAllLanes, keep);
-        if (lane == 0 && block < blocks) words[block / 32] = word;
+        if (lane == 0 && inside) words[block / 32] = word;
         if (lane == 0) kept_blocks += __popc(word);
-        if (mask != nullptr && block < end) mask[block] = keep;
+        if (inside && mask != nullptr) mask[block] = keep;
+    });
+    if (mask != nullptr) {
+        for (int64_t block = blocks + thread; block < args.width; block += kThreads) mask[block] = 0;
     }
     uint64_t total = 0;
     cta_running_sum(kept_blocks, scratch.sums, total);
