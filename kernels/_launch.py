@@ -7,6 +7,7 @@ looks at shapes: the doors in `cuda_decode` and `cuda_ops` do.
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Literal
@@ -149,14 +150,14 @@ class KernelLibrary:
     ) -> None:
         """Start a selection kernel on the current stream of the device of `like`."""
         launcher = getattr(self._library, f"rtpurbo_{which}")
-        self._check(launcher(byref(args), stream_of(like.device)), which)
+        with on_device(like.device):
+            self._check(launcher(byref(args), stream_of(like.device)), which)
 
     def launch_decode(self, args: DecodeArgs, like: Tensor) -> None:
         """Start `sparse_decode` on the current stream of the device of `like`."""
-        self._check(
-            self._library.rtpurbo_sparse_decode(byref(args), stream_of(like.device)),
-            "sparse_decode",
-        )
+        launcher = self._library.rtpurbo_sparse_decode
+        with on_device(like.device):
+            self._check(launcher(byref(args), stream_of(like.device)), "sparse_decode")
 
     def decode_plan(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodePlan:
         """CTAs, warps and shared memory of a decode launch; asked of the device once.
@@ -167,9 +168,10 @@ class KernelLibrary:
         key = (device.index or 0, dtype, head_dim)
         if key not in self._plans:
             plan = DecodePlan()
-            code = self._library.rtpurbo_decode_plan(
-                DATA_TYPES.get(dtype, -1), head_dim, byref(plan)
-            )
+            with on_device(device):
+                code = self._library.rtpurbo_decode_plan(
+                    DATA_TYPES.get(dtype, -1), head_dim, byref(plan)
+                )
             self._check(code, f"attention in {dtype} with head_dim {head_dim}")
             self._plans[key] = plan
         return self._plans[key]
@@ -180,7 +182,8 @@ class KernelLibrary:
         if key not in self._select_ctas:
             args = SelectArgs(data_type=DATA_TYPES.get(dtype, -1), index_dim=index_dim)
             ctas = c_int64()
-            code = self._library.rtpurbo_select_ctas(byref(args), byref(ctas))
+            with on_device(device):
+                code = self._library.rtpurbo_select_ctas(byref(args), byref(ctas))
             self._check(code, f"an index in {dtype} with index_dim {index_dim}")
             self._select_ctas[key] = ctas.value
         return self._select_ctas[key]
@@ -217,6 +220,13 @@ class KernelLibrary:
         lib.rtpurbo_working_ctas.restype = c_int64
         lib.rtpurbo_item_of.argtypes = [POINTER(c_int), c_int, c_int64]
         lib.rtpurbo_window_blocks.argtypes = [c_int64] * 4 + [POINTER(c_int)]
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, if it is not: launches go to the current device."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def stream_of(device: torch.device) -> int:

@@ -161,7 +161,7 @@ def attend(
     """
     _check(tiles, q_RHD, out_RHD, full, window, context_lens_R)
     if selection is not None:
-        selection = _check_selection(selection, tiles, attended_RS, context_lens_R)
+        selection = _check_selection(selection, tiles, full, attended_RS, context_lens_R)
     rows, step = len(context_lens_R), MAX_ITEMS // tiles.count
     for start in range(0, rows, step):
         part = slice(start, start + step)
@@ -363,10 +363,17 @@ def _check(
 
 
 def _check_selection(
-    selection: Selection, tiles: HeadTiles, attended_RS: Tensor | None, context_lens_R: Tensor
+    selection: Selection,
+    tiles: HeadTiles,
+    full: PagedPool | None,
+    attended_RS: Tensor | None,
+    context_lens_R: Tensor,
 ) -> Selection:
     """The selection with its queries in a layout that can be read."""
+    if full is None:
+        raise ValueError("selection needs the full pool, whose pages the index keys share")
     sizes = {"R": len(context_lens_R), "S": len(tiles.tile_of_selected_S)}
+    sizes["P"], _, sizes["K"], _ = full.k_cache.shape
     check_shapes(
         sizes,
         qi=(selection.qi_RSI, "R S I"),
@@ -378,6 +385,16 @@ def _check_selection(
         check_shapes(sizes, attended=(attended_RS, "R S"))
         if attended_RS.dtype != torch.int64 or not attended_RS.is_contiguous():
             raise ValueError("attended must be int64 and contiguous")
+    wanted = {
+        "index_row": (selection.index_row_S, torch.int64),
+        "top_p": (selection.top_p_S, torch.float32),
+        "own_top_p": (selection.own_top_p_R, torch.float32),
+    }
+    for name, (tensor, dtype) in wanted.items():
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
+            raise ValueError(f"{name} must be {dtype} and contiguous")
+    if selection.own_top_p_R is not None:
+        check_shapes(sizes, own_top_p=(selection.own_top_p_R, "R"))
     if selection.qi_RSI.dtype != selection.index_cache.dtype:
         raise ValueError("index queries and index keys must be of one dtype")
     if not selection.index_cache.is_contiguous():

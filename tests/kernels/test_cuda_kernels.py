@@ -5,12 +5,17 @@ What an emulation cannot show (speed, interleaving of CTAs, the compiler's code)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from kernels import indexer, reference
 from kernels._launch import KernelError, KernelLibrary
+from kernels.cuda_decode import PagedPool
 from kernels.cuda_ops import CudaOps
 from tests.kernels.emulation.library import build_emulation, compiler
 from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
@@ -177,3 +182,41 @@ def test_a_missing_shape_is_named(library: KernelLibrary) -> None:
     case = LayerCase.make([20], dim=96)
     with pytest.raises(KernelError, match="head_dim 96"):
         case.workspace(library)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"q_RHD": c.q_RHD.double()}, "of one dtype"),
+        (lambda c: {"q_RHD": c.q_RHD[:, :3]}, "H=12, got 3"),
+        (lambda c: {"lens_R": c.lens_R.int()}, "context_lens must be int64"),
+        (lambda c: {"full": _with_cache(c.full, c.full.k_cache[:, :, :8])}, "contiguous"),
+        (lambda c: {"full": _with_cache(c.full, torch.zeros(9, 2, 8, 64))}, "multiple of 16"),
+        (lambda c: {"selection": replace(c.selection, top_p_S=torch.ones(2))}, "S=3, got 2"),
+        (lambda c: {"selection": replace(c.selection, qi_RSI=c.q_RHD[:, :3, :16])}, None),
+    ],
+    ids=["dtype", "heads", "lens", "strides", "page", "top_p", "a-view-is-fine"],
+)
+def test_the_door_names_what_is_wrong(
+    library: KernelLibrary,
+    change: Callable[[LayerCase], dict[str, Any]],
+    message: str | None,
+) -> None:
+    case = LayerCase.make([70, 20])
+    workspace = case.workspace(library)
+    case = replace(case, **change(case))
+    if message is None:
+        case.run(workspace)
+        return
+    with pytest.raises(ValueError, match=message):
+        case.run(workspace)
+
+
+def test_a_workspace_that_is_too_small_is_refused(library: KernelLibrary) -> None:
+    workspace = LayerCase.make([70]).workspace(library)
+    with pytest.raises(ValueError, match="2 rows; the workspace was made for 1"):
+        LayerCase.make([70, 70]).run(workspace)
+
+
+def _with_cache(pool: PagedPool, cache: torch.Tensor) -> PagedPool:
+    return PagedPool(cache, cache, pool.tables_RB)

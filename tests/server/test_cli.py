@@ -54,7 +54,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "path", ["", "serve", "convert", "eval", "ablate", "inspect", "bench serving"]
+    "path", ["", "serve", "convert", "eval", "ablate", "inspect", "build-kernels", "bench serving"]
 )
 def test_help_teaches_every_flag(path: str) -> None:
     code, text, _ = run(*path.split(), "--help")
