@@ -15,16 +15,9 @@ from torch import Tensor
 
 from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary, SelectArgs
-from kernels.cuda_decode import (
-    DecodeWorkspace,
-    PagedPool,
-    WindowRule,
-    _attend,
-    aligned_queries,
-    attend,
-    check_tables,
-    index_args,
-)
+from kernels.cuda_decode import attend, attend_listed, index_args
+from kernels.decode_inputs import PagedPool, WindowRule, aligned_queries, check_tables
+from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
 from kernels.window_plan import WindowPlan
 
@@ -126,7 +119,7 @@ class CudaOps:
         )
         self._library.launch_select("list", args, q_RHD)
         out_RHD = torch.empty_like(q_RHD)
-        _attend(
+        attend_listed(
             workspace,
             tiles,
             q_RHD,

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kernels import decode, indexer
 from kernels._launch import KernelLibrary
-from kernels.cuda_decode import DecodeWorkspace, PagedPool, Selection, WindowRule, attend
+from kernels.cuda_decode import attend
 from kernels.cuda_ops import CudaOps
+from kernels.decode_inputs import PagedPool, Selection, WindowRule
+from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
 
 HEAD_MAPS: dict[str, list[HeadRole]] = {

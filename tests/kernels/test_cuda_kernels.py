@@ -15,8 +15,8 @@ from hypothesis import given, settings
 
 from kernels import indexer, reference
 from kernels._launch import KernelError, KernelLibrary
-from kernels.cuda_decode import PagedPool
 from kernels.cuda_ops import CudaOps
+from kernels.decode_inputs import PagedPool
 from tests.kernels.emulation.library import build_emulation, compiler
 from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
 from tests.kernels.paged_case import PagedCase, random_tensor
