@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from conversion.evaluation.intervals import Interval
 from conversion.evaluation.report import Average, EvalReport
 from conversion.report.attended import attended_points
 from conversion.report.evaluation_file import Ablation, Ablations
 
+KV_SETTING = "kv_bytes_per_token"  # of the settings of an ablation
 PREFERRED = "retrieval"  # the average to compare by, if there is one
 
 
@@ -26,6 +28,7 @@ class AblationLine:
     kl: float | None  # nats per decoded token, behind the model's own prompt
     top1: Interval | None  # share of decoded tokens with the reference's best guess
     loss: float | None  # nats per decoded token
+    kv_bytes: int | None  # per token of context, with the windows, in bfloat16
 
 
 def ablation_lines(ablations: Ablations) -> list[AblationLine]:
@@ -61,7 +64,16 @@ def _line(own: Ablation, length: int) -> AblationLine:
         kl=None if agreement is None else agreement.kl_mean,
         top1=None if agreement is None else agreement.top1,
         loss=next((curve.decoded_mean for curve in curves), None),
+        kv_bytes=_kv_bytes(report, length),
     )
+
+
+def _kv_bytes(report: EvalReport, length: int) -> int | None:
+    """As the settings of an ablation say; other evaluations do not."""
+    found: Any = report.settings.get(KV_SETTING)
+    for key in (str(length), report.variants[-1]):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if type(found) is int else None
 
 
 def _average(report: EvalReport, length: int) -> Average | None:

@@ -39,21 +39,28 @@ def kept_mass_figure(indexer: IndexerFacts) -> Any:
 def blocks_figure(indexer: IndexerFacts) -> Any:
     """Blocks selected against those the true attention needs; KL before and after training."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(8.0, 3.8), layout="constrained")
     blocks, kl = figure.subplots(1, 2)
-    most = 1.0
+    least, most = 1e6, 1.0
     for queries, name, colour in KINDS:
         own = [getattr(head, queries) for head in indexer.heads]
         before = [getattr(head.closed_form, queries) for head in indexer.heads]
         needed = [quality.teacher_blocks for quality in own]
         taken = [quality.blocks for quality in own]
-        most = max(most, *(quality.context_blocks for quality in own))
+        least = min(least, *needed, *taken)
+        most = max(most, *needed, *taken)
         style = {"color": colour, "s": 24, "alpha": 0.85, "label": name, "zorder": 3}
         blocks.scatter(needed, taken, **style)
         kl.scatter([quality.kl for quality in before], [quality.kl for quality in own], **style)
     _ratio_lines(blocks)
-    blocks.set(xlim=(0.9, 1.1 * most), ylim=(0.9, 1.3 * most), xscale="log", yscale="log")
+    limits = (0.8 * least, 1.25 * most)
+    blocks.set(xlim=limits, ylim=limits, xscale="log", yscale="log")
+    for axis in (blocks.xaxis, blocks.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")  # powers of ten need formulas, which are off
+    blocks.minorticks_off()
     blocks.set(xlabel="blocks the teacher needs", ylabel="blocks selected")
     kl.axline((0, 0), slope=1, color="#888888", linestyle=":")
     kl.set(xlabel="KL of the closed form, nats", ylabel="KL after training, nats")

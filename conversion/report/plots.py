@@ -17,6 +17,7 @@ from conversion.report.attended_plot import attended_figure
 from conversion.report.contents import Contents
 from conversion.report.head_map_plot import head_map_figure
 from conversion.report.indexer_plot import blocks_figure, kept_mass_figure
+from conversion.report.loss_gap_plot import loss_gap_figure, loss_gaps
 from conversion.report.score_plot import score_figure
 from conversion.report.training_plot import training_figure
 
@@ -93,6 +94,8 @@ def _of_evaluation(number: int, report: EvalReport) -> Iterator[tuple[str, Calla
         yield numbered("accuracy", number), partial(accuracy_figure, report)
     if report.curves:
         yield numbered("loss", number), partial(loss_figure, report)
+    if gaps := loss_gaps(report):
+        yield numbered("loss-gap", number), partial(loss_gap_figure, gaps, report.variants[0])
     for task in GRID_TASKS:
         if any(cell.task == task for cell in report.cells):
             yield numbered(task, number), partial(grid_figure, report, task)

@@ -68,6 +68,8 @@ def score_figure(model: ModelFacts, heads: HeadScores) -> Any:
             rank_list, least, most = zip(*spans, strict=True)
             axes.vlines(rank_list, least, most, color=colour, linewidth=1.0, alpha=0.8)
     axes.set(yscale="log", ylim=(LEAST_SHOWN * 0.8, 1.3))
+    axes.yaxis.set_major_formatter("{x:g}")  # powers of ten need formulas, which are off
+    axes.minorticks_off()
     axes.set(xlabel="rank of the head", ylabel="needle score")
     axes.legend(loc="upper right")
     return figure

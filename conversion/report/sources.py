@@ -27,7 +27,7 @@ from conversion.report.facts import DistilFacts, HeadScores, IndexerFacts, Model
 from conversion.state import model_digest, read_json
 from engine.model.checkpoint import Checkpoint, preflight
 
-REPORT_VERSION = 1
+REPORT_FOLDER, REPORT_FILE, REPORT_VERSION = "report", "report.json", 1
 Part = TypeVar("Part")
 
 
@@ -74,7 +74,7 @@ class Sources:
         self._tell = tell
         self._digest = model_digest(self._checkpoint)
         self._section = self._calibration()
-        self._earlier = self._read_earlier(out / "report" / "report.json")
+        self._earlier = self._read_earlier(out / REPORT_FOLDER / REPORT_FILE)
         self._run: ConversionRun | None = None
         if self._is_of_state():
             self._run = self._checked(ConversionRun, self._state("run.json"), "run.json")

@@ -28,6 +28,7 @@ def training_figure(indexer: IndexerFacts | None, distil: DistilFacts | None) ->
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
