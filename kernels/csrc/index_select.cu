@@ -96,18 +96,18 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
         float largest[kBlocksAtOnce], sum[kBlocksAtOnce];
 #pragma unroll
         for (int u = 0; u < kBlocksAtOnce; ++u) {
-            const int index = base + u * kWarps;
-            place[u] = 0;
-            valid[u] = 0;
+            // Always a load, so that all are under way together; past the end any will do.
+            const int index = min(base + u * kWarps, count - 1);
+            const int64_t page = page_of(args.table, row, first + index);
+            place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
             largest[u] = -INFINITY;
             sum[u] = 0.0f;
-            if (index < count) {
-                const int64_t block = first + index;
-                const int64_t page = page_of(args.table, row, block);
-                place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
-                const int64_t left = context - block * block_tokens;
-                valid[u] = left < block_tokens ? static_cast<int>(left) : block_tokens;
-            }
+        }
+#pragma unroll
+        for (int u = 0; u < kBlocksAtOnce; ++u) {
+            const int index = base + u * kWarps;
+            const int64_t left = context - static_cast<int64_t>(first + index) * block_tokens;
+            valid[u] = index >= count ? 0 : left < block_tokens ? static_cast<int>(left) : block_tokens;
         }
         for (int load = 0; load < loads; load += kLoadsAtOnce) {
             uint4 raw[kBlocksAtOnce][kLoadsAtOnce];
@@ -116,7 +116,6 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
                 const uint4* keys = cache + static_cast<int64_t>(place[u]) * block_tokens * kLanes;
 #pragma unroll
                 for (int i = 0; i < kLoadsAtOnce; ++i) {
-                    // Always a load, so that all are under way together; past the end any will do.
                     const int token = (load + i) * kTokens + lane / kLanes;
                     raw[u][i] = load_streaming(keys + (token < valid[u] ? (load + i) * 32 + lane : 0));
                 }
@@ -180,12 +179,13 @@ DEVICE void for_each_mass(const float* log_mass, int blocks, Use use) {
 #pragma unroll
         for (int i = 0; i < kMassesAtOnce; ++i) {
             const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
-            masses[i] = block < blocks ? finite_or_none(__ldcg(log_mass + block)) : -INFINITY;
+            masses[i] = __ldcg(log_mass + min(block, blocks - 1));
         }
 #pragma unroll
         for (int i = 0; i < kMassesAtOnce; ++i) {
+            const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
             if (base + i * kThreads < blocks) {
-                use(base + i * kThreads + static_cast<int>(threadIdx.x), masses[i]);
+                use(block, block < blocks ? finite_or_none(masses[i]) : -INFINITY);
             }
         }
     }

@@ -36,11 +36,6 @@ HOST_DEVICE WindowBlocks window_blocks(int64_t context, int64_t block_tokens, in
     return found;
 }
 
-// Whether a local head at the end of `context` tokens sees position `token` < context.
-HOST_DEVICE bool in_window(int64_t token, int64_t context, int64_t window, int64_t sinks) {
-    return context - 1 - token < window || token < sinks;
-}
-
 // CTAs that get work: a share is never empty, and never smaller than `least` if it can be helped.
 HOST_DEVICE int64_t working_ctas(int64_t total, int64_t ctas, int64_t least) {
     const int64_t useful = (total + least - 1) / least;
@@ -73,10 +68,10 @@ HOST_DEVICE int item_of(const Start* starts, int count, int64_t unit) {
     return low - 1;
 }
 
+// Page of a row's logical block. Pages fit into 32 bits: of an int64 the lower half is read.
 DEVICE int64_t page_of(const Table& table, int64_t row, int64_t block) {
     const int64_t place = row * table.row_stride + block;
-    return table.is_64_bit ? static_cast<const int64_t*>(table.pages)[place]
-                           : static_cast<const int32_t*>(table.pages)[place];
+    return static_cast<const int32_t*>(table.pages)[table.is_64_bit ? 2 * place : place];
 }
 
 }  // namespace rtpurbo

@@ -56,6 +56,7 @@ struct Item {
     WindowBlocks window;
     const ListEntry* list;  // or null
     int count;              // blocks
+    uint32_t local;         // bit per slot: under the window rule
 
     DEVICE Item(const DecodeArgs& args, int64_t item) : index(item) {
         row = item / args.group_count;
@@ -68,6 +69,7 @@ struct Item {
         count = listed                  ? args.list_counts[item]
                 : group->retrieval != 0 ? window.blocks
                                         : window.count();
+        local = ((1u << group->heads) - 1) & ~static_cast<uint32_t>(group->retrieval);
     }
 
     DEVICE ListEntry entry(int place) const {
@@ -75,24 +77,40 @@ struct Item {
         if (group->retrieval != 0) return {place, static_cast<uint32_t>(group->retrieval)};
         return {window.at(place), 0};
     }
-
-    DEVICE uint32_t local() const {
-        return ((1u << group->heads) - 1) & ~static_cast<uint32_t>(group->retrieval);
-    }
 };
+
+// A strip and where it lies.
+struct Target {
+    int first;        // position of its first token, -1: nobody sees it
+    uint32_t heads;   // slots that selected its block
+    int64_t token;    // of the pool: (page * kv_rows + kv_row) * block_tokens + place
+};
+
+// The strip that begins at token `place` of an item's block number `index`.
+DEVICE Target find_strip(const DecodeArgs& args, const Item& item, int index, int place) {
+    const ListEntry entry = item.entry(index);
+    const int pool = item.group->pool;
+    // Looked up even if nobody sees the strip: the two loads do not wait for the answer.
+    const int64_t page = page_of(args.tables[pool], item.row, entry.block);
+    const int64_t first = entry.block * args.block_tokens + place;
+    // The window sees the strip if it sees the strip's newest token.
+    const int64_t last = min(first + kStripTokens, item.context) - 1;
+    const bool near = first < args.sinks || item.context - 1 - last < args.window;
+    const bool seen =
+        first < item.context && (entry.heads != 0 || (item.local != 0 && near));
+    return {seen ? static_cast<int>(first) : -1, entry.heads,
+            (page * args.kv_rows[pool] + item.group->kv_row) * args.block_tokens + place};
+}
 
 // Copies a warp's strip of keys and values; tokens past the context become zeros, since memory that
 // was never written may hold NaN, which a weight of zero does not silence.
 template <typename Strip, int kDim>
-DEVICE void copy_strip(const DecodeArgs& args, const Item& item, int64_t block, int place,
-                       int64_t first, unsigned char* stage) {
+DEVICE void copy_strip(const DecodeArgs& args, const Item& item, const Target& target,
+                       unsigned char* stage) {
     using Element = typename Strip::Element;
     constexpr int kHalfBytes = Layout<Strip, kDim>::kHalfBytes;
     const int pool = item.group->pool;
-    const int64_t page = page_of(args.tables[pool], item.row, block);
-    const int64_t token = (page * args.kv_rows[pool] + item.group->kv_row) * args.block_tokens +
-                          place * kStripTokens;
-    const int64_t offset = token * kDim * static_cast<int64_t>(sizeof(Element));
+    const int64_t offset = target.token * kDim * static_cast<int64_t>(sizeof(Element));
     const unsigned char* keys = static_cast<const unsigned char*>(args.keys[pool]) + offset;
     const unsigned char* values = static_cast<const unsigned char*>(args.values[pool]) + offset;
     const int lane = threadIdx.x % 32;
@@ -105,7 +123,7 @@ DEVICE void copy_strip(const DecodeArgs& args, const Item& item, int64_t block, 
             const int row = chunk / Strip::kChunks, column = chunk % Strip::kChunks;
             const int to = row * Strip::kChunks + (column ^ (row % 8));
             copy_async_16(stage + half * kHalfBytes + to * 16, source + chunk * 16,
-                          first + row < item.context ? 16 : 0);
+                          target.first + row < item.context ? 16 : 0);
         }
     }
 }
@@ -124,36 +142,30 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
         reinterpret_cast<float*>(shared + Layout::kScratch) + warp * Strip::kScratchFloats;
     const int per_block = static_cast<int>(args.block_tokens) / kStripTokens;
     const int strips = (end - begin) * per_block;
-    const uint32_t local = item.local();
 
     Strip strip;
     strip.begin(static_cast<const Element*>(args.queries) + item.row * args.query_row_stride,
                 args.query_head_stride, *item.group, scratch);
+    const auto find = [&](int index) -> Target {
+        if (index >= strips) return {-1, 0, 0};
+        return find_strip(args, item, begin + index / per_block, index % per_block * kStripTokens);
+    };
     // Every call closes a group of copies, empty or not, so that waiting can count them.
-    const auto copy = [&](int index, int stage) {
-        if (index < strips) {
-            const ListEntry entry = item.entry(begin + index / per_block);
-            const int place = index % per_block;
-            const int64_t first = entry.block * args.block_tokens + place * kStripTokens;
-            // The window sees the strip if it sees the strip's newest token.
-            const int64_t last =
-                first + kStripTokens < item.context ? first + kStripTokens - 1 : item.context - 1;
-            const bool seen =
-                first < item.context &&
-                (entry.heads != 0 || (local != 0 && (first < args.sinks || in_window(last,
-                                                     item.context, args.window, args.sinks))));
-            if (seen) {
-                copy_strip<Strip, kDim>(args, item, entry.block, place, first,
-                                        ring + stage * 2 * Layout::kHalfBytes);
-            }
-            if (lane == 0) in_flight[stage] = {seen ? static_cast<int>(first) : -1, entry.heads};
+    const auto copy = [&](const Target& target, int stage) {
+        if (target.first >= 0) {
+            copy_strip<Strip, kDim>(args, item, target, ring + stage * 2 * Layout::kHalfBytes);
         }
+        if (lane == 0) in_flight[stage] = {target.first, target.heads};
         copy_async_commit();
     };
+    Target ahead[kStages];
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) copy(warp + stage * warps, stage);
+    for (int stage = 0; stage < kStages; ++stage) ahead[stage] = find(warp + stage * warps);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) copy(ahead[stage], stage);
     int stage = 0;
     for (int index = warp; index < strips; index += warps) {
+        const Target next = find(index + kStages * warps);
         copy_async_wait<kStages - 1>();
         __syncwarp();
         const InFlight now = in_flight[stage];
@@ -161,7 +173,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
             const unsigned char* keys = ring + stage * 2 * Layout::kHalfBytes;
             const Sight sight{now.first,
                               now.selected,
-                              local,
+                              item.local,
                               static_cast<int>(item.context),
                               static_cast<int>(args.window),
                               static_cast<int>(args.sinks)};
@@ -169,7 +181,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
                        static_cast<float>(args.scale) * kLog2E, scratch);
         }
         __syncwarp();
-        copy(index + kStages * warps, stage);
+        copy(next, stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     copy_async_wait<0>();
