@@ -27,8 +27,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.is_byte_level = _ends_with_byte_level(json.loads(backend.to_str())["decoder"])
-        self.fallback_bytes = self._read_fallback_bytes()
+        decoder = json.loads(backend.to_str())["decoder"]
+        self.is_byte_level = _ends_with_byte_level(decoder)
+        self.fallback_bytes = self._read_fallback_bytes(decoder)
         self.longest_token_bytes = max(map(self._length, self._text_of), default=1)
 
     @classmethod
@@ -83,10 +84,9 @@ class Tokenizer:
         text = self._text_of.get(token_id, "")
         return bytes(_BYTE_OF[letter] for letter in text if letter in _BYTE_OF)
 
-    def _read_fallback_bytes(self) -> dict[int, int]:
+    def _read_fallback_bytes(self, decoder: Any) -> dict[int, int]:
         """Ids of `<0x00>` to `<0xFF>` with their byte if these spell rare characters, else {}."""
-        decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
-        if '"ByteFallback"' not in decoder:
+        if '"ByteFallback"' not in json.dumps(decoder):
             return {}
         names = {f"<0x{byte:02X}>": byte for byte in range(256)}
         found = {i: names[text] for i, text in self._text_of.items() if text in names}
