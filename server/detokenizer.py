@@ -64,9 +64,12 @@ class WindowDetokenizer:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        # Stands for a run of bytes: a decoder that trims a first space must see text before it.
+        self._anchor = [i for i, byte in tokenizer.fallback_bytes.items() if byte == ord("A")]
         self._ids: list[int] = []
         for token_id in context[-_CONTEXT_TOKENS:]:
-            self._ids = [*self._ids, token_id] if self._byte(token_id) is None else self._anchor()
+            is_text = self._byte(token_id) is None
+            self._ids = [*self._ids, token_id] if is_text else list(self._anchor)
         self._emitted = len(self._decode())
         self._held = 0
 
@@ -74,7 +77,7 @@ class WindowDetokenizer:
         byte = self._byte(token_id)
         if byte is not None:
             text = self._settle()
-            self._ids = self._anchor()
+            self._ids = list(self._anchor)
             self._emitted = len(self._decode())
             return text + self._bytes.decode(bytes([byte]))
         before = self._bytes.decode(b"", final=True)
@@ -90,10 +93,6 @@ class WindowDetokenizer:
 
     def _byte(self, token_id: int) -> int | None:
         return self._tokenizer.fallback_bytes.get(token_id)
-
-    def _anchor(self) -> list[int]:
-        """Stands for a run of bytes: a decoder that trims a first space must see text before it."""
-        return [next(i for i, byte in self._tokenizer.fallback_bytes.items() if byte == ord("A"))]
 
     def _settle(self) -> str:
         """What is held back of the window."""
