@@ -287,10 +287,12 @@ def evaluate(
     from rich.console import Console
 
     from conversion.evaluation.options import EvalOptions
+    from conversion.evaluation.plots import plot_report
     from conversion.evaluation.run import evaluate as run_evaluation
     from conversion.evaluation.tables import print_report
     from engine.embedded import embedded_model_path
     from engine.errors import EngineError
+    from server.key_file import read_keys
 
     try:
         options = EvalOptions(
@@ -307,9 +309,7 @@ def evaluate(
             data=data,
             urls=tuple(url or ()),
             url_model=url_model,
-            api_key=None
-            if api_key_file is None
-            else api_key_file.read_text().split("\n")[0].strip(),
+            api_key=None if api_key_file is None else read_keys(api_key_file)[0],
             concurrency=concurrency,
             timeout=timeout,
             seed=seed,
@@ -317,18 +317,19 @@ def evaluate(
             dtype=dtype,
         )
         report = run_evaluation(model or embedded_model_path(), options, Console(stderr=True))
-        if plots is not None:
-            from conversion.evaluation.plots import plot_report
-
-            plot_report(report, plots)
     except EngineError as error:
         _fail(error)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")
     if as_json:
-        print(json.dumps(report.as_dict()))
+        print(json.dumps(report.as_dict()), flush=True)
     else:
         print_report(report, Console())
+    if plots is not None:  # last, so that a plot that fails does not take the results with it
+        try:
+            plot_report(report, plots)
+        except EngineError as error:
+            _fail(error)
 
 
 @app.command()
@@ -392,6 +393,35 @@ def ablate(
     except EngineError as error:
         _fail(error)
     print_ablations(content, Console())
+
+
+@app.command("report")
+def make_report(
+    out: Annotated[Path, typer.Argument(help="Converted model folder.")],
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="File of `eval --json`, instead of earlier ones; again: more."),
+    ] = None,
+    ablations: Annotated[Path | None, typer.Option(help="File that `ablate` wrote.")] = None,
+) -> None:
+    """Make OUT/report again: head map, indexer, training, and what evaluations have found.
+
+    What is not given anew is kept from the report that is there.
+    """
+    from rich.console import Console
+
+    from conversion.report.report_folder import make_report as run_report
+    from engine.errors import EngineError
+
+    console = Console(stderr=True)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        print(run_report(out, tell, evaluations=evaluations or (), ablations=ablations))
+    except EngineError as error:
+        _fail(error)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engine.config import AttentionMode, EngineConfig
 from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
+from server.key_file import read_keys
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -108,14 +109,7 @@ class ServerConfig(BaseSettings):
             ConfigError: the file cannot be read or holds no key.
         """
         if self.api_key_file is not None:
-            try:
-                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError):
-                raise ConfigError(f"api_key_file: cannot read {self.api_key_file}") from None
-            keys = tuple(line.strip() for line in lines if line.strip())
-            if not keys:
-                raise ConfigError(f"api_key_file: {self.api_key_file} holds no key")
-            return keys
+            return read_keys(self.api_key_file)
         return (self.api_key.get_secret_value(),) if self.api_key is not None else ()
 
     def engine(self) -> EngineConfig:
