@@ -1,4 +1,4 @@
-"""`rtpurbo convert`: calibrate, fit, distil, export; each step leaves its result on disk.
+"""`rtpurbo convert`: calibrate, fit, distil, export, report; each leaves its result on disk.
 
 State lies beside the output in OUT.work:
 
@@ -35,6 +35,7 @@ from conversion.fit_step import FitStep, quality_line, quality_table
 from conversion.head_roles import read_heads
 from conversion.indexer_training import CHUNK_SCORES
 from conversion.parallel import Ranks, joined
+from conversion.report.report_folder import make_report
 from conversion.state import model_digest, read_json, read_tensors, write_json, write_tensors
 from conversion.text_source import TextSource, load_tokenizer
 from engine.model.checkpoint import Checkpoint, preflight
@@ -63,6 +64,7 @@ def convert(model: Path, out: Path, options: ConvertOptions, console: Console) -
         run.fit()
         run.distil()
         run.export()
+        run.report()
 
 
 class ConvertRun:
@@ -222,6 +224,16 @@ class ConvertRun:
             export_model(self.checkpoint, self.out, self._sparse(), indexers, calibration, trained)
         self._ranks.wait()
         self._console.print(f"made {self.out}")
+
+    def report(self) -> None:
+        """Write OUT/report; `rtpurbo report` makes it again."""
+        if self._ranks.is_first:
+            page = make_report(self.out, self._tell, converting=True)
+            self._tell(str(page))
+        self._ranks.wait()
+
+    def _tell(self, line: str) -> None:
+        self._console.print(f"report: {line}", markup=False, highlight=False, soft_wrap=True)
 
     def _wanted(self) -> SparseAttentionConfig:
         """The section for the chosen heads, with the same top_p for all."""

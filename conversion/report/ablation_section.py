@@ -32,12 +32,13 @@ def ablation_section(contents: Contents) -> Section:
     blocks.append(
         Table(
             (
-                "variant", "context, tokens", "score, %", "from the reference, points",
-                "attended", "KV, bytes a token", "mean KL, nats", "same best guess, %",
-                "loss decoded, nats",
+                "variant", "context, tokens", "score, %", "difference, points",
+                "attended", "KV, B/token", "KL", "same best guess, %",
+                "loss",
             ),
             [_row(line) for line in lines],
-            "One part changed at a time; the first one is the model as converted",
+            "One part changed at a time; the first one is the model as converted. Difference from "
+            "the dense reference; KL and loss of decoded text in nats",
         )
     )  # fmt: skip
     blocks.append(

@@ -39,7 +39,7 @@ def attended_figure(points: Sequence[AttendedPoint]) -> Any:
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
         axes.set_xlabel("context in tokens")
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     tokens.set_ylabel("tokens attended per retrieval head")
     shares.set_ylabel("share of the context, %")
     tokens.legend(loc="upper left")

@@ -32,7 +32,7 @@ def unmeasured(contents: Contents) -> list[str]:
         lines.append("Stage 2: the weights are those of the dense model, nothing was distilled.")
     if not contents.ablations.variants:
         lines.append("What each part of the method is worth: no ablations were run.")
-    lines.append("Speed and memory when serving: `rtpurbo bench serving` measures them.")
+    lines.append("Speed and memory when serving; rtpurbo bench serving measures them.")
     return lines
 
 
@@ -44,7 +44,7 @@ def _of_evaluations(contents: Contents, groups: Sequence[EvalReport]) -> Iterato
     if not cells:
         yield "Accuracy: no task with answers was run."
     if not texts:
-        yield f"Agreement with the dense model on text: the task `{TEXT_TASK}` was not run."
+        yield f"Agreement with the dense model on text: the task {TEXT_TASK} was not run."
     if lengths and lengths[-1] <= model.window_tokens + model.sink_tokens:
         yield (
             f"Contexts longer than the window of {model.window_tokens:,} tokens: local heads saw "
@@ -64,7 +64,7 @@ def _of_evaluations(contents: Contents, groups: Sequence[EvalReport]) -> Iterato
     if contents.distil is not None and not any("teacher" in own.variants for own in groups):
         yield (
             "The source model itself: the reference is the distilled weights with full attention "
-            "(`--teacher` measures the source beside them)."
+            "(rtpurbo eval --teacher measures the source beside them)."
         )
     if not any(own.variants[0] in REFERENCES for own in groups):
         yield "A dense reference: every evaluation was of servers or of one kind of attention."

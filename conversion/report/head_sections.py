@@ -86,8 +86,8 @@ def score_section(contents: Contents) -> Section:
 def _how(heads: HeadScores) -> str:
     parts = ["The share of a head's attention that lies on a repeated needle's first place"]
     if heads.documents is not None and heads.lengths:
-        lengths = ", ".join(f"{length:,}" for length in heads.lengths)
-        parts.append(f"over {counted(heads.documents, 'document')} of {lengths} tokens each")
+        lengths = " and of ".join(f"{length:,} tokens" for length in heads.lengths)
+        parts.append(f"over {counted(heads.documents, 'document')} of {lengths}")
     if heads.text is not None:
         parts.append(f"(text: {heads.text})")
     return " ".join(parts) + "." + _rule(heads.chosen_by)

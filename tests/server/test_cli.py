@@ -28,6 +28,7 @@ FLAGS = {
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
         json lengths plots samples seed tasks teacher text-samples timeout url url-model""",
     "ablate": "data decoded device facts lengths samples seed tasks teacher text-samples work",
+    "report": "ablations eval",
     "inspect": "gpu-gib json plot",
     "build-kernels": "json kernel-cache targets",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
@@ -54,7 +55,18 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "path", ["", "serve", "convert", "eval", "ablate", "inspect", "build-kernels", "bench serving"]
+    "path",
+    [
+        "",
+        "serve",
+        "convert",
+        "eval",
+        "ablate",
+        "report",
+        "inspect",
+        "build-kernels",
+        "bench serving",
+    ],
 )
 def test_help_teaches_every_flag(path: str) -> None:
     code, text, _ = run(*path.split(), "--help")
