@@ -235,7 +235,7 @@ def run() -> dict[str, Any]:
     """All shapes and shares; the figures as one JSON object."""
     library = KernelLibrary(find_library(default_cache()))
     bandwidth = copy_bandwidth()
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=120)  # the table, where nobody has a terminal either
     records = []
     for rows, context in track(SHAPES, "decode attention", console=console, transient=True):
         dense = dense_microseconds(rows, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -20,11 +20,18 @@ def describe_hardware() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "rtpurbo": version("rtpurbo"),
+        "rtpurbo": _own_version(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def _own_version() -> str:
+    try:
+        return version("rtpurbo")
+    except PackageNotFoundError:  # run from the sources
+        return "sources"
 
 
 def _cpu_name() -> str:

@@ -5,6 +5,11 @@
     indexer    project_index, score_blocks, select_blocks, count_attended
     decode     decode_sparse, decode_windowed, decode_dense (window_plan: what a step shares)
 
+On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_launch`):
+
+    cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace)
+    cuda_ops       the ops of indexer and decode on the same kernels, one at a time
+
 Nothing is imported here: Hugging Face has a distribution of the same name, and `transformers`
 probes it by version. `__version__` tells it that this one is not for use.
 """
