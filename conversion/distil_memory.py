@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conversion.distil_options import DistilOptions
+from engine.model.byte_size import shown_bytes
 from engine.model.checkpoint import Checkpoint
 from engine.model.config import ModelConfig, SparseAttentionConfig
 
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments
-MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,11 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = (self.total, self.training, self.compute, self.activations)
-        total, training, compute, activations = map(_shown, parts)
+        total, training, compute, activations = map(shown_bytes, parts)
         return (
             f"about {total} per device: {training} for weights, gradients and moments, "
             f"{compute} to compute with, {activations} for activations"
         )
-
-
-def _shown(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
 def estimate_memory(
@@ -49,15 +45,9 @@ def estimate_memory(
     """Of training on `world` processes, each with a device of its own."""
     config = checkpoint.config
     item = 4 if options.device == "cpu" else 2
-    weights = [
-        (name, stored.num_bytes, stored.dtype) for name, stored in checkpoint.tensors.items()
-    ]
-    count = sum(size // (4 if dtype == "F32" else 2) for _, size, dtype in weights)
-    in_layers = sum(
-        size // (4 if dtype == "F32" else 2)
-        for name, size, dtype in weights
-        if name.startswith("model.layers.")
-    )
+    counts = {name: stored.count for name, stored in checkpoint.tensors.items()}
+    count = sum(counts.values())
+    in_layers = sum(own for name, own in counts.items() if name.startswith("model.layers."))
     if world > 1:  # what lies outside the layers, and two layers at a time
         compute = item * (count - in_layers + 2 * in_layers // config.num_layers)
     else:

@@ -6,11 +6,11 @@ grows with the document's length and never with its square. Torch-free.
 
 from __future__ import annotations
 
+from engine.model.byte_size import shown_bytes
 from engine.model.checkpoint import Checkpoint
 from engine.model.config import ModelConfig
 
 CHUNK_BUFFERS = 6  # float32 tensors of a chunk of scores that are alive at once
-GIB = 2**30
 
 
 def reading_bytes(checkpoint: Checkpoint, tokens: int, item: int, chunk_scores: int) -> int:
@@ -20,19 +20,14 @@ def reading_bytes(checkpoint: Checkpoint, tokens: int, item: int, chunk_scores: 
         item: bytes of a weight or activation.
         chunk_scores: attention scores that are held at once.
     """
-    stored = checkpoint.tensors.values()
-    weights = sum(one.num_bytes // (4 if one.dtype == "F32" else 2) for one in stored) * item
+    weights = checkpoint.weight_count * item
     scores = max(chunk_scores, tokens) * 4 * CHUNK_BUFFERS
     return weights + tokens * _token_bytes(checkpoint.config, item) + scores
 
 
 def describe(count: int, tokens: int, process_bytes: int) -> str:
     """One line for people."""
-    size = (
-        f"{process_bytes / GIB:.1f} GiB"
-        if process_bytes >= GIB
-        else f"{process_bytes / 2**20:.0f} MiB"
-    )
+    size = shown_bytes(process_bytes)
     return f"{count} documents of up to {tokens} tokens, about {size} per process"
 
 

@@ -18,6 +18,7 @@ from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.head_layout import model_heads
+from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
 from engine.model.weights import load_decoder
 from engine.scheduler import Scheduler
@@ -26,7 +27,6 @@ from engine.worker import ModelRunner
 
 logger = logging.getLogger(__name__)
 
-DENSE_BLOCK_TOKENS = 64  # page size of a model without a sparse section
 FIRST_STEP_BYTES = 2**25  # what torch's CPU libraries take for themselves in the first steps
 
 
@@ -42,9 +42,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     stored = preflight(Path(config.model))
-    block_tokens = DENSE_BLOCK_TOKENS
-    if stored.config.sparse is not None:
-        block_tokens = stored.config.sparse.block_tokens
+    block_tokens = block_tokens_of(stored.config)
     checkpoint = _as_served(stored, config)
     _check_fit(checkpoint, device, dtype)
     decoder = load_decoder(checkpoint, device, dtype)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
+from engine.model.byte_size import shown_bytes
 from engine.model.config import ModelConfig
-from engine.model.head_layout import model_heads
+from engine.model.kv_bytes import dense_token_bytes, page_bytes
 
 CPU_CACHE_LIMIT = 2**30  # a server on a laptop does not take half of it unasked
 CPU_SHARE = 0.5  # of the memory that is free, for the cache
@@ -56,7 +57,7 @@ class MemoryPlan:
         """The plan as text, one line per fact."""
         tokens = "unlimited" if self.tokens is None else f"{self.tokens:,}"
         full, window = (
-            f"{_size((pages + 1) * size)} in {pages:,} pages of {self.block_tokens} tokens"
+            f"{shown_bytes((pages + 1) * size)} in {pages:,} pages of {self.block_tokens} tokens"
             if size
             else "none"
             for pages, size in (
@@ -65,12 +66,12 @@ class MemoryPlan:
             )
         )
         lines = {
-            "process": _size(self.process_bytes) if self.process_bytes else "not counted",
-            "weights": _size(self.weight_bytes),
+            "process": shown_bytes(self.process_bytes) if self.process_bytes else "not counted",
+            "weights": shown_bytes(self.weight_bytes),
             "full pool": full,
             "window pool": window,
-            "workspace": f"about {_size(self.workspace_bytes)}",
-            "total": _size(self.total_bytes),
+            "workspace": f"about {shown_bytes(self.workspace_bytes)}",
+            "total": shown_bytes(self.total_bytes),
             "KV per token": f"{self.bytes_per_token:,} B, dense {self.bytes_per_token_dense:,} B",
             "tokens that fit": f"{tokens}, dense {self.tokens_dense:,}",
             "longest request": f"{self.max_model_len:,} tokens",
@@ -120,12 +121,13 @@ def plan_memory(
     if smallest > cache_bytes:
         if max_model_len is not None or not full_page:
             raise ConfigError(
-                f"a request of max_model_len {wanted_len} needs {_size(smallest)} of KV cache, "
-                f"there are {_size(cache_bytes)}; lower max_model_len or raise kv_cache_bytes"
+                f"a request of max_model_len {wanted_len} needs {shown_bytes(smallest)} of KV "
+                f"cache, there are {shown_bytes(cache_bytes)}; lower max_model_len or raise "
+                "kv_cache_bytes"
             )
         room = (cache_bytes - nulls - live * window_page) // full_page
         if room < 1:
-            raise ConfigError(f"{_size(cache_bytes)} of KV cache do not hold a single page")
+            raise ConfigError(f"{shown_bytes(cache_bytes)} of KV cache do not hold a single page")
         wanted_len = room * block_tokens
 
     window_pages = 0
@@ -150,20 +152,8 @@ def plan_memory(
         window_page_bytes=window_page,
         max_model_len=wanted_len,
         bytes_per_token=full_page // block_tokens,
-        bytes_per_token_dense=_dense_bytes(config, item_bytes),
+        bytes_per_token_dense=dense_token_bytes(config, item_bytes),
     )
-
-
-def page_bytes(config: ModelConfig, item_bytes: int, block_tokens: int) -> tuple[int, int]:
-    """Bytes of one page of the full pool (index keys included) and of the window pool."""
-    index_dim = 0
-    if config.sparse is not None and config.sparse.index_dim is not None:
-        index_dim = config.sparse.index_dim
-    full = window = 0
-    for heads in model_heads(config):
-        full += 2 * len(heads.full_kv) * config.head_dim + heads.index_rows * index_dim
-        window += 2 * len(heads.windowed_kv) * config.head_dim
-    return full * item_bytes * block_tokens, window * item_bytes * block_tokens
 
 
 def default_cache_bytes(
@@ -176,13 +166,8 @@ def default_cache_bytes(
     """
     if on_cuda:
         return int(free_bytes * CUDA_SHARE)
-    one_request = int(1.2 * smallest_tokens * _dense_bytes(config, item_bytes))
+    one_request = int(1.2 * smallest_tokens * dense_token_bytes(config, item_bytes))
     return min(int(free_bytes * CPU_SHARE), max(CPU_CACHE_LIMIT, one_request))
-
-
-def _dense_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """KV bytes per token of all heads of all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
 def _workspace_bytes(
@@ -195,13 +180,3 @@ def _workspace_bytes(
     per_token = (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
     gathered = 2 * model_len * config.head_dim * item_bytes
     return batch_tokens * per_token + gathered + num_seqs * config.vocab_size * 4 * 2
-
-
-def _size(count: int) -> str:
-    """Bytes for people: 3 significant digits, powers of 1024."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB"

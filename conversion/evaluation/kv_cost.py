@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.memory_plan import page_bytes
 from engine.model.config import ModelConfig
+from engine.model.kv_bytes import page_bytes
 
 BFLOAT16_BYTES = 2
 

@@ -12,10 +12,10 @@ from conversion.head_roles import Scores
 from conversion.index_quality import IndexQuality
 from conversion.indexer_fit import CurvePoint, HeadSetting
 from conversion.stop_rule import Gap
-from engine.memory_plan import page_bytes
 from engine.model.checkpoint import Checkpoint
 from engine.model.config import ModelConfig
 from engine.model.head_layout import model_heads
+from engine.model.kv_bytes import page_bytes
 
 SHORTEST_CONTEXT = 1024  # tokens, of the table of KV bytes
 

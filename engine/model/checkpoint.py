@@ -5,7 +5,6 @@ Torch-free, so that the front end checks a folder in milliseconds and names the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Checkpoint:
     @property
     def weight_count(self) -> int:
         """Numbers in everything that is loaded."""
-        return sum(math.prod(tensor.shape) for tensor in self._loaded())
+        return sum(tensor.count for tensor in self._loaded())
 
     def _loaded(self) -> tuple[StoredTensor, ...]:
         return (*self.tensors.values(), *self.indexer.values())

@@ -37,6 +37,11 @@ class StoredTensor:
     offset: int  # of its first byte in the file
     num_bytes: int
 
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Tensors of one file by name.

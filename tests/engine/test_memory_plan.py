@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.memory_plan import MemoryPlan, page_bytes, plan_memory
+from engine.memory_plan import MemoryPlan, plan_memory
 from engine.model.config import ModelConfig
+from engine.model.kv_bytes import page_bytes
 from tests.engine.paged_driver import make_model
 
 KV_HEAD = 2 * 8 * 4  # bytes of one token's K and V of one head of make_model, in float32
