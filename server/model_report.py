@@ -9,8 +9,10 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.memory_plan import CUDA_SHARE, MemoryPlan, plan_memory
+from engine.model.byte_size import shown_bytes
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.head_layout import model_heads
+from engine.model.kv_bytes import block_tokens_of, dense_token_bytes, page_bytes
 
 BFLOAT16_BYTES = 2
 RETRIEVAL, LOCAL_ON_FULL, LOCAL = "#", "+", "."
@@ -34,7 +36,7 @@ def device_plan(checkpoint: Checkpoint, device_bytes: int) -> MemoryPlan:
         max_model_len=None,
         max_num_seqs=defaults.max_num_seqs,
         max_batch_tokens=defaults.max_batch_tokens,
-        block_tokens=checkpoint.config.sparse.block_tokens if checkpoint.config.sparse else 64,
+        block_tokens=block_tokens_of(checkpoint.config),
     )
 
 
@@ -46,11 +48,15 @@ def model_report(folder: Path, device_bytes: int) -> dict[str, Any]:
         ConfigError: the device is too small.
     """
     checkpoint = preflight(folder)
+    return _facts(checkpoint, device_plan(checkpoint, device_bytes), device_bytes)
+
+
+def _facts(checkpoint: Checkpoint, plan: MemoryPlan, device_bytes: int) -> dict[str, Any]:
     config, sparse = checkpoint.config, checkpoint.config.sparse
     heads = model_heads(config)
-    plan = device_plan(checkpoint, device_bytes)
+    elements, _ = page_bytes(config, item_bytes=1, block_tokens=1)
     return {
-        "model": folder.resolve().name,
+        "model": checkpoint.folder.resolve().name,
         "family": config.family,
         "layers": config.num_layers,
         "query_heads": config.num_layers * config.num_heads,
@@ -64,11 +70,8 @@ def model_report(folder: Path, device_bytes: int) -> dict[str, Any]:
         "dense_below": None if sparse is None else sparse.dense_below,
         "max_position_embeddings": config.max_position_embeddings,
         "weight_bytes": checkpoint.weight_bytes,
-        "kv_elements_per_token": _elements(checkpoint),
-        "kv_elements_per_token_dense": 2
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim,
+        "kv_elements_per_token": elements,
+        "kv_elements_per_token_dense": dense_token_bytes(config, item_bytes=1),
         "memory_plan": {
             "device_bytes": device_bytes,
             **asdict(plan),
@@ -101,8 +104,9 @@ def render_head_map(report: dict[str, Any], heads_per_layer: int, group: int) ->
 
 def render_report(folder: Path, device_bytes: int) -> str:
     """The report for people; raises as `model_report`."""
-    report = model_report(folder, device_bytes)
-    config = preflight(folder).config
+    checkpoint = preflight(folder)
+    plan = device_plan(checkpoint, device_bytes)
+    report = _facts(checkpoint, plan, device_bytes)
     chosen = sum(len(layer) for layer in report["retrieval_heads"])
     total = report["query_heads"]
     sparse, dense = report["kv_elements_per_token"], report["kv_elements_per_token_dense"]
@@ -111,7 +115,7 @@ def render_report(folder: Path, device_bytes: int) -> str:
         "model": f"{report['model']} ({report['family']}, {report['attention']} attention)",
         "retrieval heads": f"{chosen} of {total} ({chosen / total:.1%})",
         "KV per token": f"{2 * sparse:,} B in bfloat16, dense {2 * dense:,} B ({saving:.1f}x)",
-        "weights": f"{report['weight_bytes'] / 2**20:,.1f} MiB",
+        "weights": shown_bytes(report["weight_bytes"]),
         "context": f"{report['max_position_embeddings']:,} tokens",
     }
     if report["attention"] == "sparse":
@@ -122,10 +126,10 @@ def render_report(folder: Path, device_bytes: int) -> str:
             else f"{report['index_dim']} dimensions, dense below {report['dense_below']:,} tokens"
         )
     lines = [f"{name:>16}  {value}" for name, value in facts.items()]
+    config = checkpoint.config
     head_map = render_head_map(report, config.num_heads, config.group_size)
-    plan = device_plan(preflight(folder), device_bytes).render()
-    title = f"memory plan for a GPU of {device_bytes / 2**30:,.3g} GiB in bfloat16"
-    return "\n".join([*lines, "", head_map, "", title, plan])
+    title = f"memory plan for a GPU of {shown_bytes(device_bytes)} in bfloat16"
+    return "\n".join([*lines, "", head_map, "", title, plan.render()])
 
 
 def plot_head_map(folder: Path, file: Path) -> None:
@@ -153,13 +157,3 @@ def plot_head_map(folder: Path, file: Path) -> None:
         title=f"{folder.resolve().name}: retrieval heads (dark), local heads on kept KV (light)",
     )
     figure.savefig(file, dpi=120)
-
-
-def _elements(checkpoint: Checkpoint) -> int:
-    """Elements of the full pool per token: keys, values and index keys."""
-    config = checkpoint.config
-    index_dim = config.sparse.index_dim if config.sparse is not None else None
-    return sum(
-        2 * len(layer.full_kv) * config.head_dim + layer.index_rows * (index_dim or 0)
-        for layer in model_heads(config)
-    )
