@@ -98,7 +98,7 @@ class Layer:
 
 
 def head_tiles() -> HeadTiles:
-    """Roles of the benchmark's layer."""
+    """Roles of the benchmark's layer, in tiles of their own."""
     roles = [
         HeadRole(
             "full",
@@ -108,7 +108,7 @@ def head_tiles() -> HeadTiles:
         )
         for head in range(HEADS)
     ]
-    return HeadTiles.make(roles, torch.device("cuda"))
+    return HeadTiles.make(roles, torch.device("cuda"), split_roles=True)
 
 
 def graph_microseconds(calls: Sequence[Callable[[], object]]) -> float:
@@ -159,6 +159,17 @@ def dense_microseconds(rows: int, context: int) -> dict[str, float]:
         except RuntimeError as error:
             print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
+
+
+def blocks_needed(space: DecodeWorkspace, rows: int, context: int, tiles: int) -> int:
+    """Blocks of all rows and KV heads that some head attends to, each once."""
+    block_RGB = space.lists.view(rows, tiles, context // BLOCK, 2)[..., 0]
+    counts_RG1 = space.list_counts.view(rows, tiles, 1)
+    listed_RGB = torch.arange(context // BLOCK, device="cuda") < counts_RG1
+    first = max(0, context - RULE.window) // BLOCK
+    outside_RGB = (block_RGB > 0) & (block_RGB < first)
+    window = context // BLOCK - first + (first > 0)
+    return int((listed_RGB & outside_RGB).sum()) + rows * KV_HEADS * window
 
 
 def sparse_figures(
@@ -216,8 +227,8 @@ def sparse_figures(
         return graph_microseconds([partial(call, *pair) for pair in pairs])
 
     both = measure(whole)
-    read = sum(int(space.list_counts.sum()) for space in workspaces) / count
-    index_bytes, kv_bytes = layer_bytes, read * BLOCK * DIM * 4
+    needed = statistics.fmean(blocks_needed(s, rows, context, tiles.count) for s in workspaces)
+    index_bytes, kv_bytes = layer_bytes, needed * BLOCK * DIM * 4
     select_us, attention_us = measure(select), measure(attention)
     attended = [float(layer.attended_RS.float().mean()) for layer in layers]
     return {

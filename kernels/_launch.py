@@ -115,13 +115,19 @@ class DecodeArgs(ctypes.Structure):
         ("ctas", c_int64),
         ("warps", c_int64),
         ("shared_bytes", c_int64),
+        ("overlap", c_int64),
     ]
 
 
 class DecodePlan(ctypes.Structure):
     """How a decode launch fills a device."""
 
-    _fields_ = [("ctas", c_int64), ("warps", c_int64), ("shared_bytes", c_int64)]
+    _fields_ = [
+        ("ctas", c_int64),
+        ("warps", c_int64),
+        ("shared_bytes", c_int64),
+        ("overlap", c_int64),
+    ]
 
 
 class KernelLibrary:

@@ -4,7 +4,8 @@
     sparse_decode   attention of retrieval and local heads, each block read once per KV head
 
 Both are capturable in a CUDA graph: grids are fixed, and what depends on context lengths and on the
-selection is found on the device. Without an indexer a layer needs the second only.
+selection is found on the device. Without an indexer a layer needs the second only. With one, the
+second starts before the first has ended, on tiles that need no list, where the GPU can do that.
 
 Shapes: R decode rows, H query heads, S of them with an index, D head_dim, I index_dim, P pages,
 N KV heads in a cache, K tokens of a page, B block-table width, G tiles (`head_tiles`).
@@ -90,7 +91,17 @@ def attend(
             list_blocks(workspace, tiles, full, context_lens_R, rule, selection, attended_RS)
         listed_from = None if selection is None else selection.dense_below
         attend_listed(
-            workspace, tiles, q_RHD, out_RHD, full, window, context_lens_R, rule, scale, listed_from
+            workspace,
+            tiles,
+            q_RHD,
+            out_RHD,
+            full,
+            window,
+            context_lens_R,
+            rule,
+            scale,
+            listed_from,
+            overlap=selection is not None,
         )
 
 
@@ -139,11 +150,14 @@ def attend_listed(
     rule: WindowRule,
     scale: float,
     listed_from: int | None,
+    overlap: bool = False,
 ) -> None:
     """`sparse_decode` alone, arguments as `attend`.
 
     Args:
         listed_from: shortest context that has lists in the workspace; None: there are none.
+        overlap: the lists are being made by the launch before this one on the stream; tiles
+            without one need not wait for it. Wrong after anything but `index_select`.
     """
     plan = workspace.plan
     args = DecodeArgs(
@@ -168,6 +182,7 @@ def attend_listed(
         ctas=plan.ctas,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
+        overlap=overlap and plan.overlap,
     )
     for index, pool in enumerate((full, window)):
         if pool is not None:

@@ -62,7 +62,7 @@ def decode_sparse(
             wanted = block_RM[:, None].expand(-1, len(heads), -1)
             chosen_RGM = mask_RHB[part][:, heads].gather(-1, wanted)
             seen_RGS = (chosen_RGM[..., None] & inside_RMK[:, None]).flatten(2)
-            out_RHD[part, heads] = _attend(q_RHD[part, heads], k_RSD, v_RSD, seen_RGS, scale)
+            out_RHD[part, heads] = _attend(q_RHD[part, heads], k_RSD, v_RSD, ~seen_RGS, scale)
     return out_RHD
 
 
@@ -132,10 +132,7 @@ def _decode_plan(
             unseen_RNS = plan.unseen_RS[part, None].expand(-1, count, -1)
             _clear_unseen(v_ZSD.view(*unseen_RNS.shape, dim), unseen_RNS, block_tokens)
             q_ZGD = q_RHD[part, heads].reshape(len(pages_ZM), -1, dim)
-            scores_ZGS = torch.bmm(q_ZGD, k_ZSD.transpose(1, 2)).float() * scale
-            scores_RNGS = scores_ZGS.view(*unseen_RNS.shape[:2], -1, unseen_RNS.shape[2])
-            scores_RNGS.masked_fill_(unseen_RNS[:, :, None], float("-inf"))
-            out_ZGD = torch.bmm(scores_ZGS.softmax(-1).to(v_ZSD.dtype), v_ZSD)
+            out_ZGD = _attend(q_ZGD, k_ZSD, v_ZSD, unseen_RNS[:, :, None], scale)
             out_RHD[part, heads] = out_ZGD.view(-1, len(members), dim)
     return out_RHD
 
@@ -147,16 +144,18 @@ def _gather(cache: Tensor, pages_ZM: Tensor) -> Tensor:
     return flat.index_select(0, pages_ZM.flatten()).view(len(pages_ZM), -1, dim)
 
 
-def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, seen_ZGS: Tensor, scale: float) -> Tensor:
+def _attend(q_ZGD: Tensor, k_ZSD: Tensor, v_ZSD: Tensor, unseen: Tensor, scale: float) -> Tensor:
     """Masked softmax attention of G queries of each batch entry over its S keys: [Z, G, D].
 
-    `seen_ZGS` may have one row for all queries of an entry.
-
     Keys that are not seen may hold anything, NaN included; such values must be finite.
+
+    Args:
+        unseen: bool [..., G or 1, S], the leading dimensions together Z.
     """
     scores_ZGS = torch.bmm(q_ZGD, k_ZSD.transpose(1, 2)).float() * scale
-    weights_ZGS = scores_ZGS.masked_fill_(~seen_ZGS, float("-inf")).softmax(-1)
-    return torch.bmm(weights_ZGS.to(v_ZSD.dtype), v_ZSD)
+    scores = scores_ZGS.view(*unseen.shape[:-2], -1, unseen.shape[-1])
+    scores.masked_fill_(unseen, float("-inf"))
+    return torch.bmm(scores_ZGS.softmax(-1).to(v_ZSD.dtype), v_ZSD)
 
 
 def _clear_unseen(v_RNSD: Tensor, unseen_RNS: Tensor, block_tokens: int) -> None:

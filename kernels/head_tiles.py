@@ -1,7 +1,7 @@
 """Query heads of a layer by the KV head they share, in the form that the CUDA kernels read.
 
 A tile is a KV head and at most 16 of the query heads that read it: its keys and values are read
-once for all of them, whatever their roles.
+once for all of them, whatever their roles. Or roles have tiles of their own, see `make`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,24 @@ class HeadTiles:
     num_heads: int
 
     @classmethod
-    def make(cls, roles: Sequence[HeadRole], device: torch.device) -> HeadTiles:
+    def make(
+        cls, roles: Sequence[HeadRole], device: torch.device, *, split_roles: bool = False
+    ) -> HeadTiles:
         """
         Args:
             roles: of query heads 0, 1, ... of the layer.
+            split_roles: heads of both roles on one KV head go to tiles of their own. The few blocks
+                that both read are read twice; in return local heads need not wait for a selection.
 
         Raises:
             ValueError: no heads, or those that select are not numbered 0, 1, ...
         """
         if not roles:
             raise ValueError("a layer needs query heads")
-        by_kv: dict[tuple[Pool, int], list[int]] = {}
+        by_kv: dict[tuple[Pool, int, bool], list[int]] = {}
         for head, role in enumerate(roles):
-            by_kv.setdefault((role.pool, role.kv_row), []).append(head)
+            key = (role.pool, role.kv_row, split_roles and role.retrieval)
+            by_kv.setdefault(key, []).append(head)
         tiles = [
             heads[start : start + TILE_HEADS]
             for heads in by_kv.values()

@@ -100,12 +100,13 @@ struct DecodeArgs {
     const int32_t* list_counts;
     int64_t list_width;
     int64_t dense_below;  // rows of shorter contexts take no list
-    float* partial;       // [ctas, 2, 16, D]
-    float* partial_stats; // [ctas, 2, 16, 2] maximum and sum
+    float* partial;       // [ctas, 4, 16, D]
+    float* partial_stats; // [ctas, 4, 16, 2] maximum and sum
     uint32_t* item_done;  // [R, G] zeros, and zeros again afterwards
     int64_t ctas;
     int64_t warps;
     int64_t shared_bytes;
+    int64_t overlap;  // 1: straight after index_select on the stream; start before it has ended
 };
 
 // How a decode launch fits the current device.
@@ -113,6 +114,7 @@ struct DecodePlan {
     int64_t ctas;
     int64_t warps;
     int64_t shared_bytes;
+    int64_t overlap;  // 1: the device can start a kernel before the one before it has ended
 };
 
 }  // namespace rtpurbo

@@ -84,12 +84,38 @@ DEVICE uint4 load_streaming(const uint4* address) {
     return value;
 }
 
+// Programmatic dependent launch (compute capability 9.0): a kernel launched with `overlap` may start
+// as soon as all CTAs of the one before it on the stream have let it. What it does before it waits
+// may use only what was written before that earlier kernel began.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Until the kernel before has ended and its writes are seen; returns at once without `overlap`.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // All kernels take one struct by value. Returns a cudaError_t.
 template <typename Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args) {
+int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
+           bool overlap = false) {
     void* parameters[] = {&args};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), parameters,
-                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 }
 
 }  // namespace rtpurbo

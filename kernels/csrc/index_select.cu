@@ -288,6 +288,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     index_select_kernel(const __grid_constant__ SelectArgs args) {
     DYNAMIC_SHARED(dynamic);
     __shared__ SelectScratch scratch;
+    let_next_kernel_start();
     int64_t* starts = reinterpret_cast<int64_t*>(dynamic);
     const int rows = static_cast<int>(args.rows);
     fill_starts(starts, rows, [&](int row) { return scored_blocks(args, row) * args.heads; });

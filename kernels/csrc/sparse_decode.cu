@@ -7,6 +7,9 @@
 // CTA every warp attends to strips of its own (strip.cuh), three copies ahead. An item that lies in
 // several shares leaves partial results, and the CTA that completes it merges them in the order of
 // the shares: the same inputs give the same bits. Bound by memory bandwidth on keys and values.
+//
+// Items that need no list come first. After index_select the kernel may be started early
+// (`overlap`): it attends to those while blocks are still being chosen, and then waits for the lists.
 
 #include "args.h"
 #include "cta.cuh"
@@ -55,7 +58,6 @@ struct Item {
     int64_t context;
     WindowBlocks window;
     const ListEntry* list;  // or null
-    int count;              // blocks
     uint32_t local;         // bit per slot: under the window rule
 
     DEVICE Item(const DecodeArgs& args, int64_t item) : index(item) {
@@ -66,14 +68,20 @@ struct Item {
         const bool listed = args.lists != nullptr && group->retrieval != 0 && context > 0 &&
                             context >= args.dense_below;
         list = listed ? args.lists + item * args.list_width : nullptr;
-        count = listed                  ? args.list_counts[item]
-                : group->retrieval != 0 ? window.blocks
-                                        : window.count();
         local = ((1u << group->heads) - 1) & ~static_cast<uint32_t>(group->retrieval);
     }
 
+    // Blocks; of an item with a list only when the list is there.
+    DEVICE int count(const DecodeArgs& args) const {
+        if (list != nullptr) return __ldcg(args.list_counts + index);
+        return group->retrieval != 0 ? window.blocks : window.count();
+    }
+
     DEVICE ListEntry entry(int place) const {
-        if (list != nullptr) return list[place];
+        if (list != nullptr) {
+            const int2 found = __ldcg(reinterpret_cast<const int2*>(list) + place);
+            return {found.x, static_cast<uint32_t>(found.y)};
+        }
         if (group->retrieval != 0) return {place, static_cast<uint32_t>(group->retrieval)};
         return {window.at(place), 0};
     }
@@ -248,9 +256,11 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
     }
 }
 
-// A share's first item may have begun in an earlier share, its last may go on in a later one; so
-// each CTA leaves at most one part of either kind.
-DEVICE int64_t part_of(int64_t cta, bool begins_item) { return cta * 2 + begins_item; }
+// Where a CTA leaves its part of an item. A share's first item may have begun in an earlier share,
+// its last may go on in a later one: at most one of either kind, of items with and without lists.
+DEVICE int64_t part_of(int64_t cta, bool listed, bool begins_item) {
+    return cta * 4 + listed * 2 + begins_item;
+}
 
 // Merges the parts of an item that shares [first, last] hold, in their order.
 template <typename Strip, int kDim>
@@ -258,10 +268,11 @@ DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first,
                         unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
     const int heads = item.group->heads, parts = static_cast<int>(last - first + 1);
+    const bool listed = item.list != nullptr;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     float2* stats = reinterpret_cast<float2*>(shared + Layout::kRing);  // [parts, heads]
     for (int i = threadIdx.x; i < parts * heads; i += blockDim.x) {
-        const int64_t part = part_of(first + i / heads, i < heads);
+        const int64_t part = part_of(first + i / heads, listed, i < heads);
         stats[i] = __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + part * kTileHeads +
                           i % heads);
     }
@@ -286,7 +297,7 @@ DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first,
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (int j = 0; j < parts; ++j) {
-            const int64_t at = part_of(first + j, j == 0) * kTileHeads + slot;
+            const int64_t at = part_of(first + j, listed, j == 0) * kTileHeads + slot;
             add_scaled(total, stats[j * heads + slot].x,
                        __ldcg(reinterpret_cast<const float4*>(args.partial + at * kDim + column)));
         }
@@ -294,34 +305,36 @@ DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first,
     }
 }
 
-// Items with nothing to read give zeros.
 template <typename Strip, int kDim>
-DEVICE void clear_empty_items(const DecodeArgs& args, const int* starts, int items) {
-    for (int index = blockIdx.x; index < items; index += gridDim.x) {
-        if (starts[index] != starts[index + 1]) continue;
-        const Item item(args, index);
-        for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
-            store(out_of<typename Strip::Element>(args, item, i / (kDim / 4)) + i % (kDim / 4) * 4,
-                  make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        }
+DEVICE void clear(const DecodeArgs& args, const Item& item) {
+    for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
+        store(out_of<typename Strip::Element>(args, item, i / (kDim / 4)) + i % (kDim / 4) * 4,
+              make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     }
 }
 
+// All items that have a list, or all that have none.
 template <typename Strip, int kDim>
-__global__ void __launch_bounds__(kMaxWarps * 32)
-    sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
+DEVICE void attend_items(const DecodeArgs& args, bool listed, unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
-    DYNAMIC_SHARED(shared);
     int* starts = reinterpret_cast<int*>(shared + Layout::kStarts);
     int* flag = reinterpret_cast<int*>(shared + Layout::kFlag);
     const int items = static_cast<int>(args.rows * args.group_count);
-    fill_starts(starts, items, [&](int index) { return Item(args, index).count; });
-    clear_empty_items<Strip, kDim>(args, starts, items);
+    fill_starts(starts, items, [&](int index) {
+        const Item item(args, index);
+        return (item.list != nullptr) == listed ? item.count(args) : 0;
+    });
+    // Items with nothing to read give zeros.
+    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+        if (starts[index] != starts[index + 1]) continue;
+        const Item item(args, index);
+        if ((item.list != nullptr) == listed) clear<Strip, kDim>(args, item);
+    }
     const int64_t total = starts[items];
     const int64_t ctas = working_ctas(total, gridDim.x, kLeastBlocks);
-    if (blockIdx.x >= ctas) return;
-    int64_t unit = share_start(blockIdx.x, total, ctas);
-    const int64_t end = share_start(blockIdx.x + 1, total, ctas);
+    const bool works = blockIdx.x < ctas;
+    int64_t unit = works ? share_start(blockIdx.x, total, ctas) : 0;
+    const int64_t end = works ? share_start(blockIdx.x + 1, total, ctas) : 0;
     while (unit < end) {
         const int index = item_of(starts, items, unit);
         const Item item(args, index);
@@ -331,7 +344,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
                             static_cast<int>(until - start), shared);
         __syncthreads();
         const bool complete = unit == start && until == stop;
-        merge_warps<Strip, kDim>(args, item, complete, part_of(blockIdx.x, unit == start), shared);
+        merge_warps<Strip, kDim>(args, item, complete, part_of(blockIdx.x, listed, unit == start),
+                                 shared);
         if (!complete) {
             const int64_t first = share_owner(start, total, ctas);
             const int64_t last = share_owner(stop - 1, total, ctas);
@@ -341,6 +355,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
         }
         __syncthreads();  // the rings are free for the next item
         unit = until;
+    }
+    __syncthreads();
+}
+
+template <typename Strip, int kDim>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+    sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
+    DYNAMIC_SHARED(shared);
+    const int phases = args.lists == nullptr ? 1 : 2;
+#pragma unroll 1
+    for (int phase = 0; phase < phases; ++phase) {
+        if (phase == 1) wait_for_previous_kernel();
+        attend_items<Strip, kDim>(args, phase == 1, shared);
     }
 }
 
@@ -378,7 +405,7 @@ using namespace rtpurbo;
 extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, DecodePlan* plan) {
     const DecodeKernel kernel = find_kernel(data_type, head_dim);
     if (kernel.run == nullptr) return cudaErrorInvalidValue;
-    int device = 0, multiprocessors = 0, most_bytes = 0, resident = 0;
+    int device = 0, multiprocessors = 0, most_bytes = 0, resident = 0, major = 0;
     if (int error = cudaGetDevice(&device)) return error;
     if (int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                            device)) {
@@ -388,6 +415,10 @@ extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, DecodePl
                                            device)) {
         return error;
     }
+    if (int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
+        return error;
+    }
+    plan->overlap = major >= 9;
     const int warps = (most_bytes - kernel.fixed_bytes) / kernel.warp_bytes;
     if (warps < 1) return cudaErrorInvalidConfiguration;
     plan->warps = warps < kMaxWarps ? warps : kMaxWarps;
@@ -416,5 +447,5 @@ extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
     }
     return launch(kernel.run, dim3(static_cast<unsigned>(args->ctas)),
                   static_cast<int>(args->warps * 32), static_cast<int>(args->shared_bytes), stream,
-                  *args);
+                  *args, args->overlap != 0);
 }

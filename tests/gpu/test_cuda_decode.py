@@ -27,6 +27,7 @@ pytestmark = [
 DEVICE = "cuda"
 EDGES = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 400, 2047, 2048, 2049]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+SPLIT = pytest.mark.parametrize("split", [False, True], ids=["mixed-tiles", "split-tiles"])
 
 # A layer of Qwen3-30B-A3B: 32 query heads in groups of 8; five retrieval heads on two KV heads.
 RETRIEVAL = {1: 0, 3: 1, 6: 2, 12: 3, 15: 4}
@@ -46,10 +47,12 @@ def library() -> KernelLibrary:
     return KernelLibrary(find_library(default_cache()))
 
 
+@SPLIT
 @pytest.mark.parametrize("head_map", HEAD_MAPS)
 @DTYPES
-def test_a_layer(library: KernelLibrary, dtype: torch.dtype, head_map: str) -> None:
-    check_layer(LayerCase.make(EDGES, head_map, dtype=dtype, device=DEVICE), library)
+def test_a_layer(library: KernelLibrary, dtype: torch.dtype, head_map: str, split: bool) -> None:
+    case = LayerCase.make(EDGES, head_map, dtype=dtype, split_roles=split, device=DEVICE)
+    check_layer(case, library)
 
 
 @pytest.mark.parametrize("index_dim", [8, 16, 32])
@@ -94,16 +97,25 @@ def test_dense_padded_short_and_own_shares(library: KernelLibrary, dtype: torch.
     [[32768], [131071], [131072, 5, 8191, 8192, 8193, 70000, 8260, 40000], [1] * 300],
     ids=["1x32K", "1x128K", "8-ragged", "300-short"],
 )
+@SPLIT
 @DTYPES
 def test_production_shapes(
     library: KernelLibrary,
     dtype: torch.dtype,
+    split: bool,
     lens: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(HEAD_MAPS, "production", PRODUCTION)
     case = LayerCase.make(
-        lens, "production", dtype=dtype, dim=128, window=8192, top_p=0.2, device=DEVICE
+        lens,
+        "production",
+        dtype=dtype,
+        dim=128,
+        window=8192,
+        top_p=0.2,
+        split_roles=split,
+        device=DEVICE,
     )
     check_layer(case, library)
 
@@ -136,13 +148,20 @@ def test_selection_equals_the_twins_bit_for_bit(
     assert torch.equal(CudaOps(library).select_blocks(*args), indexer.select_blocks(*args))
 
 
+@SPLIT
 @DTYPES
 def test_ten_repeats_give_the_same_bits(
-    library: KernelLibrary, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    library: KernelLibrary, dtype: torch.dtype, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(HEAD_MAPS, "production", PRODUCTION)
     case = LayerCase.make(
-        [60000, 31, 9000], "production", dtype=dtype, dim=128, window=8192, device=DEVICE
+        [60000, 31, 9000],
+        "production",
+        dtype=dtype,
+        dim=128,
+        window=8192,
+        split_roles=split,
+        device=DEVICE,
     )
     workspace = case.workspace(library)
     out_RHD, attended_RS = case.run(workspace)
@@ -154,9 +173,11 @@ def test_ten_repeats_give_the_same_bits(
         assert torch.equal(counted_RS, attended_RS)
 
 
-def test_a_graph_replays_with_other_contents(library: KernelLibrary) -> None:
+@SPLIT
+def test_a_graph_replays_with_other_contents(library: KernelLibrary, split: bool) -> None:
     """Context lengths, pages, keys and queries change under the graph; the launches do not."""
     shape = {"dtype": torch.bfloat16, "dim": 128, "window": 1000, "device": DEVICE}
+    shape["split_roles"] = split
     longest = 20000
     first = LayerCase.make([longest, 300, 1], seed=1, **shape)  # type: ignore[arg-type]
     workspace = first.workspace(library)

@@ -71,6 +71,7 @@ class LayerCase:
         top_p: float = 0.5,
         dense_below: int = 0,
         indexed: bool = True,
+        split_roles: bool = False,
         device: str = "cpu",
         seed: int = 0,
     ) -> LayerCase:
@@ -119,7 +120,7 @@ class LayerCase:
             )
         return cls(
             roles=roles,
-            tiles=HeadTiles.make(roles, torch.device(device)),
+            tiles=HeadTiles.make(roles, torch.device(device), split_roles=split_roles),
             q_RHD=random(len(lens), len(roles), dim).to(dtype),
             full=pool("full", used_RB),
             window=pool("window", near_RB),

@@ -87,10 +87,11 @@ def test_selection_among_many_blocks(library: KernelLibrary) -> None:
     assert torch.equal(CudaOps(library).select_blocks(*args), indexer.select_blocks(*args))
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["mixed-tiles", "split-tiles"])
 @pytest.mark.parametrize("head_map", HEAD_MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_a_layer(library: KernelLibrary, dtype: torch.dtype, head_map: str) -> None:
-    check_layer(LayerCase.make(EDGES, head_map, dtype=dtype), library)
+def test_a_layer(library: KernelLibrary, dtype: torch.dtype, head_map: str, split: bool) -> None:
+    check_layer(LayerCase.make(EDGES, head_map, dtype=dtype, split_roles=split), library)
 
 
 @pytest.mark.parametrize("block", [16, 32, 128])

@@ -31,6 +31,7 @@
 #define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) unsigned char* name = rtpurbo::emulation::shared_memory()
 
+struct int2 { int32_t x, y; };
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; };
@@ -373,9 +374,14 @@ inline void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t
     }
 }
 
+// Kernels run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
 // Runs a kernel to its end. `stream` is the seed of the order of CTAs and threads.
 template <typename Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args) {
+int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
+           bool = false) {
     static void (*current)(Args);
     current = kernel;
     auto& machine = emulation::machine;
@@ -405,11 +411,14 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration
 enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
     cudaFuncAttributeMaxDynamicSharedMemorySize
 };
 inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 232448;
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                              : 232448;
     return 0;
 }
 template <typename Kernel>
