@@ -35,7 +35,7 @@ class Ablation:
     description: str
     config: ModelConfig
     build: Callable[[], Variant]
-    fixed_blocks: bool = False  # each head keeps as many blocks as in SHIPPED on average
+    fixed_blocks: bool = False  # each head keeps the mean number of blocks of SHIPPED
 
 
 class AblationPlan:
@@ -103,8 +103,8 @@ class AblationPlan:
     def _top_k(self) -> Ablation:
         shipped = self._own(
             "top-k",
-            "as converted, but each head keeps a fixed number of blocks at each length: the mean "
-            "of what top-p took on the same samples, rounded up",
+            "as converted, but each head keeps a fixed number of blocks, at each length and task "
+            "the mean of what top-p took on the same samples, rounded up",
             self._model.sparse,
         )
         return replace(shipped, fixed_blocks=True)

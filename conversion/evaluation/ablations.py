@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from conversion.evaluation.teacher_forced import Variant
 from conversion.evaluation.variants import dense_variant, refuse_length
 from conversion.state import read_json, write_json
 
-BLOCKS = "blocks_per_head"  # of the settings of a report: by length, layer and head
-Blocks = list[list[float]]  # by layer and retrieval head
+BLOCKS = "blocks_per_head"  # of the settings of a report: means while it was measured
+Blocks = dict[str, dict[str, list[list[float]]]]  # by length, task, layer and retrieval head
 
 
 def ablate(
@@ -107,25 +108,25 @@ class AblationRun:
         """One variant beside the reference, at every length."""
         started = time.monotonic()
         variant = ablation.build()
-        blocks: dict[str, Blocks] = {}
+        blocks: Blocks = {}
         reports = []
-        for length in self._options.lengths:
-            selections = self._selections(ablation, length)
-            reports.append(self._at(replace(variant, selections=selections), length))
+        for length, task in product(self._options.lengths, self._options.selected()):
+            selections = self._selections(ablation, length, task)
+            reports.append(self._part(replace(variant, selections=selections), length, task))
             counted = [own for own in selections if isinstance(own, CountedSelection)]
             if counted:
-                blocks[str(length)] = [own.means() for own in counted]
+                blocks.setdefault(str(length), {})[task] = [own.means() for own in counted]
         settings = {**self._settings(ablation), **({BLOCKS: blocks} if blocks else {})}
         seconds = round(time.monotonic() - started, 1)
         return replace(joined_reports(reports), settings=settings, seconds=seconds)
 
-    def _at(self, variant: Variant, length: int) -> EvalReport:
+    def _part(self, variant: Variant, length: int, task: str) -> EvalReport:
         subjects: list[LocalSubject] = [
             self._dense,
             InProcess("sparse", variant, self._model.tokenizer),
         ]
         run = EvalRun(
-            replace(self._options, lengths=(length,)),
+            replace(self._options, lengths=(length,), tasks=(task,)),
             self._maker,
             subjects,
             subjects,
@@ -144,17 +145,14 @@ class AblationRun:
         )
 
     def _selections(
-        self, ablation: Ablation, length: int
+        self, ablation: Ablation, length: int, task: str
     ) -> Sequence[CountedSelection | FixedBlocks]:
         """Per layer: the rule that serves, counted, or the fixed numbers that it came to."""
         if not ablation.fixed_blocks:
             return [CountedSelection() for _ in range(self._model.config.num_layers)]
-        return [FixedBlocks(means or [1.0]) for means in self._shipped_blocks()[str(length)]]
-
-    def _shipped_blocks(self) -> dict[str, Blocks]:
-        """What the model has taken as converted, which comes first in the plan."""
-        blocks: dict[str, Blocks] = self.content["variants"][SHIPPED]["report"]["settings"][BLOCKS]
-        return blocks
+        # What the model has taken as converted, which comes first in the plan.
+        taken: Blocks = self.content["variants"][SHIPPED]["report"]["settings"][BLOCKS]
+        return [FixedBlocks(means or [1.0]) for means in taken[str(length)][task]]
 
     def _settings(self, ablation: Ablation) -> dict[str, Any]:
         """What a report depends on, as JSON."""

@@ -103,14 +103,15 @@ class EvalReport:
 
 
 def joined_reports(reports: Sequence[EvalReport]) -> EvalReport:
-    """Reports of the same variants at different lengths as one; settings are those of the first."""
+    """Parts of one evaluation, by task and length, as one; settings are those of the first."""
+    cells = tuple(cell for report in reports for cell in report.cells)
     return replace(
         reports[0],
-        cells=tuple(cell for report in reports for cell in report.cells),
+        cells=cells,
         agreements=tuple(line for report in reports for line in report.agreements),
         curves=tuple(curve for report in reports for curve in report.curves),
-        averages=tuple(line for report in reports for line in report.averages),
-        by_task=tuple(line for report in reports for line in report.by_task),
+        averages=averages(cells),
+        by_task=task_averages(cells),
         seconds=sum(report.seconds for report in reports),
     )
 
