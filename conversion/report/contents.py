@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from conversion.evaluation.report import EvalReport, joined_reports
+from conversion.evaluation.report import EvalReport
 from conversion.report.ablation_lines import AblationLine, ablation_lines
 from conversion.report.attended import AttendedPoint, attended_points
 from conversion.report.evaluation_file import Ablations
 from conversion.report.facts import DistilFacts, HeadScores, IndexerFacts, ModelFacts
+from conversion.report.grouping import grouped
 from conversion.report.sources import REPORT_VERSION, Sources
 
 PACKAGES = (
@@ -73,17 +73,8 @@ class Contents:
         )
 
     def groups(self) -> list[EvalReport]:
-        """Evaluations to show as one: the same variants of the same model, nothing twice."""
-        groups: list[list[EvalReport]] = []
-        for report in self.evaluations:
-            for group in groups:
-                same = (group[0].model, group[0].variants) == (report.model, report.variants)
-                if same and not any(_places(own) & _places(report) for own in group):
-                    group.append(report)
-                    break
-            else:
-                groups.append([report])
-        return [joined_reports(group) for group in groups]
+        """Evaluations as they are shown."""
+        return grouped(self.evaluations)
 
     def attended(self) -> list[list[AttendedPoint]]:
         """Per group."""
@@ -142,14 +133,3 @@ def _means(indexer: IndexerFacts) -> dict[str, Any]:
         }
         for queries in ("anywhere", "answers")
     }
-
-
-def _places(report: EvalReport) -> set[str]:
-    """What was measured where, to tell whether two evaluations measured the same."""
-
-    def keys() -> Iterator[tuple[object, ...]]:
-        yield from (("cell", c.task, c.length, *sorted(c.setting.items())) for c in report.cells)
-        yield from (("text", a.variant, a.length, a.prompt) for a in report.agreements)
-        yield from (("loss", c.variant, c.length) for c in report.curves)
-
-    return {json.dumps(key) for key in keys()}

@@ -163,9 +163,13 @@ def _problems(report: EvalReport) -> Iterator[str]:
             yield f"averages.{number}: {problem}"
     for number, agreement in enumerate(report.agreements):
         values = (agreement.kl_mean, agreement.kl_median, agreement.kl_p99)
+        if agreement.variant not in report.variants:
+            yield f"agreements.{number}: of an unknown variant"
         if agreement.length < 1 or not all(map(math.isfinite, values)):
             yield f"agreements.{number}: length and KL must be numbers"
     for number, curve in enumerate(report.curves):
+        if curve.variant not in report.variants:
+            yield f"curves.{number}: of an unknown variant"
         rising = all(a < b for a, b in zip(curve.edges, curve.edges[1:], strict=False))
         if curve.length < 1 or not rising or len(curve.edges) != len(curve.losses) + 1:
             yield f"curves.{number}: edges must rise, one more than losses"
