@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from conversion.evaluation.intervals import Interval, ScoresByDocument
 from conversion.evaluation.report import Cell, EvalReport, averages, task_averages
 from conversion.evaluation.text_agreement import Agreement, LossCurve
+from engine.errors import EngineError
 
 RIGHT: ScoresByDocument = ((1.0, 1.0), (1.0, 0.0))
 WRONG: ScoresByDocument = ((1.0, 0.0), (0.0, 0.0))
@@ -64,6 +67,26 @@ def written(path: Path, value: Any) -> Path:
     """A JSON file."""
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
+
+
+def silent(line: str) -> None:
+    """Where nothing may be told."""
+    raise AssertionError(f"nothing was to be told, but: {line}")
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    """report.json of a converted folder."""
+    found: dict[str, Any] = json.loads((out / "report" / "report.json").read_text())
+    return found
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """The one line that is told."""
+    with pytest.raises(EngineError) as caught:
+        work()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 class Page:

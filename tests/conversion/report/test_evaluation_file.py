@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conversion.errors import ConversionError
 from conversion.report.evaluation_file import read_ablations, read_evaluation
-from tests.conversion.report.report_data import ablations, evaluation, written
+from tests.conversion.report.report_data import ablations, evaluation, refusal, written
 
 
 def test_an_evaluation_is_read_back_as_it_was(tmp_path: Path) -> None:
@@ -132,11 +130,3 @@ def test_what_is_no_file_of_ablations_is_refused(value: Any, message: str, tmp_p
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "nowhere.json" in refusal(lambda: read_evaluation(tmp_path / "nowhere.json"))
     assert str(tmp_path) in refusal(lambda: read_ablations(tmp_path))
-
-
-def refusal(work: Callable[[], object]) -> str:
-    with pytest.raises(ConversionError) as caught:
-        work()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message

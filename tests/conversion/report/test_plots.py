@@ -146,6 +146,7 @@ def test_bars_are_as_long_as_the_scores(tmp_path: Path) -> None:
 
 
 def test_a_persons_style_does_not_leak_in_or_out(contents: Contents) -> None:
+    contents = replace(contents, evaluations=(), distil=None)
     before = draw_pictures(contents)
     with mpl.rc_context({"axes.facecolor": "black", "font.size": 30}):
         assert draw_pictures(contents) == before
