@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from tokenizers import Tokenizer
 
+from conversion.side_by_side import side_by_side
 from conversion.text_source import TextSource, encode_plain
 
 FactKind = Literal["constant", "dictionary", "list", "chain"]
@@ -85,10 +86,12 @@ def fact_documents(
         ConversionError: too little text.
     """
     texts = source.documents(tokenizer, count, tokens, seed)
-    return [
-        fact_document(ids, tokenizer, kind, facts, tokens, seed=seed * 1_000_003 + number)
-        for number, ids in enumerate(texts)
-    ]
+
+    def make(number: int) -> FactDocument:
+        own = seed * 1_000_003 + number
+        return fact_document(texts[number], tokenizer, kind, facts, tokens, own)
+
+    return side_by_side(make, range(count))
 
 
 def plain_facts(kind: FactKind, count: int, seed: int) -> list[tuple[list[str], Question]]:

@@ -87,14 +87,23 @@ class TextSource:
         """Token ids of one file after the other, in an order drawn from `seed`."""
         files = list(self.files)
         random.Random(seed).shuffle(files)
-        least = MIN_FILE_CHARS if len(files) > 1 else 1
         for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                continue
-            if least <= len(text) and (len(text) <= MAX_FILE_CHARS or len(files) == 1):
-                yield encode_plain(tokenizer, text)
+            ids = self.file_ids(tokenizer, file)
+            if ids is not None:
+                yield ids
+
+    def file_ids(self, tokenizer: Tokenizer, file: Path) -> Sequence[int] | None:
+        """Token ids of one of the files; None if it is not read: no text, too short or too long."""
+        alone = len(self.files) == 1
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+        if len(text) < (1 if alone else MIN_FILE_CHARS):
+            return None
+        if len(text) > MAX_FILE_CHARS and not alone:
+            return None
+        return encode_plain(tokenizer, text)
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:

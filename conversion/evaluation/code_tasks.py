@@ -30,6 +30,7 @@ from conversion.code_facts import (
 )
 from conversion.errors import ConversionError
 from conversion.evaluation.samples import continued_ids, prompt_ids
+from conversion.side_by_side import side_by_side
 from conversion.text_source import TextSource
 
 CodeTask = Literal[
@@ -76,10 +77,12 @@ def code_documents(
     room = length - len(prompt_ids(tokenizer, ""))  # the tokenizer's own special tokens
     if task == "code_frequent":
         texts = source.documents(tokenizer, count, room, seed)
-        return [
-            _frequent_document(ids, tokenizer, facts, room, seed * 1_000_003 + number)
-            for number, ids in enumerate(texts)
-        ]
+
+        def make(number: int) -> FactDocument:
+            own = seed * 1_000_003 + number
+            return _frequent_document(texts[number], tokenizer, facts, room, own)
+
+        return side_by_side(make, range(count))
     if not has_room(task, tokenizer, facts, length):
         raise ConversionError(f"{task}: the length is too short for {facts} facts")
     documents = fact_documents(
@@ -119,13 +122,15 @@ def code_passkey_documents(
         ConversionError: too little text, or the length is too short.
     """
     room = length - len(prompt_ids(tokenizer, ""))
-    documents = []
-    for number, ids in enumerate(source.documents(tokenizer, count, room, seed)):
+    texts = source.documents(tokenizer, count, room, seed)
+
+    def make(number: int) -> FactDocument:
         ((line,), question) = plain_facts("constant", 1, seed * 1_000_003 + number)[0]
         tail = len(continued_ids(tokenizer, question.text + question.answer))
-        text = _plant(ids, tokenizer, [(depth, line)], room - tail)
-        documents.append(FactDocument(text, (question,)))
-    return documents
+        text = _plant(texts[number], tokenizer, [(depth, line)], room - tail)
+        return FactDocument(text, (question,))
+
+    return side_by_side(make, range(count))
 
 
 def _least_facts(task: CodeTask) -> int:

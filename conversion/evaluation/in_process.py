@@ -21,6 +21,7 @@ from conversion.evaluation.teacher_forced import (
 from conversion.evaluation.trace_run import right_steps
 from conversion.evaluation.traces import Trace
 from conversion.sequence import CachedSequence
+from conversion.side_by_side import side_by_side
 
 Encoded = EncodedFacts | list[int]
 
@@ -43,7 +44,7 @@ class InProcess:
         Args:
             advance: called after each sample.
         """
-        encoded = [self._encode(sample) for sample in samples]
+        encoded = side_by_side(self._encode, samples)
         branches = [ids.branch_tokens for ids in encoded if isinstance(ids, EncodedFacts)]
         capacity = max(map(_capacity, samples, encoded))
         sequence = self.variant.sequence(capacity, max(branches, default=0))

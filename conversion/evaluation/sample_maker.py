@@ -16,6 +16,7 @@ from conversion.evaluation.code_tasks import (
     has_room,
 )
 from conversion.evaluation.haystack import Haystack
+from conversion.evaluation.kept_source import KeptSource
 from conversion.evaluation.key_value import key_value_sample
 from conversion.evaluation.options import EvalOptions
 from conversion.evaluation.passkey import passkey_sample
@@ -167,4 +168,4 @@ class SampleMaker:
 
     @cached_property
     def _source(self) -> TextSource:
-        return TextSource.find(self._options.data)
+        return KeptSource.of(TextSource.find(self._options.data))

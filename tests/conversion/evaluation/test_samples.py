@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -19,6 +21,7 @@ from conversion.evaluation.code_tasks import (
     has_room,
 )
 from conversion.evaluation.haystack import Haystack, sentences
+from conversion.evaluation.kept_source import KeptSource
 from conversion.evaluation.key_value import key_value_sample
 from conversion.evaluation.passkey import passkey_sample
 from conversion.evaluation.ruler.niah import NOISE
@@ -222,3 +225,26 @@ def test_a_haystack_without_prose_is_refused(tmp_path: Path) -> None:
         Haystack.find(tmp_path / "none")
     with pytest.raises(ConversionError, match="0 words of prose"):
         Haystack.find(tmp_path)
+
+
+def test_files_are_encoded_once_and_documents_stay_the_same(tmp_path: Path) -> None:
+    class Counting:
+        """A tokenizer of characters that counts how often it is asked."""
+
+        asked = 0
+
+        def encode(self, text: str, add_special_tokens: bool) -> Any:
+            self.asked += 1
+            return SimpleNamespace(ids=[ord(character) for character in text])
+
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"line {number}\n" * 100)
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe" * 1000)
+    source, tokenizer = TextSource.find(tmp_path), Counting()
+    kept = KeptSource.of(source)
+    for tokens, seed in ((500, 0), (700, 0), (500, 1)):
+        found = kept.documents(tokenizer, 4, tokens, seed)  # type: ignore[arg-type]
+        assert found == source.documents(Counting(), 4, tokens, seed)  # type: ignore[arg-type]
+        assert all(type(token) is int for token in found[0])
+    assert tokenizer.asked == 4
