@@ -195,7 +195,6 @@ class PagedAttention:
         full = (cache.full_k, cache.full_v, metadata.decode_full_RB, lens)
         window = (cache.window_k, cache.window_v, metadata.decode_window_RB, lens)
         rule = (static.window, static.sinks, static.scale)
-        plan = self._plan()
         for group in _present(roles.retrieval):
             q = group.pick(q_RHD)
             mask_RHB = self._select(layer, group.pick(q_pre_RHD), cache)
@@ -207,13 +206,13 @@ class PagedAttention:
             )
         for group in _present(roles.local_on_full):
             q = group.pick(q_RHD)
-            group.place(decode_windowed(q, group.kv_row_H, *full, *rule, plan), out_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *full, *rule, self._plan()), out_RHD)
         for group in _present(roles.local_on_windowed):
             q = group.pick(q_RHD)
-            group.place(decode_windowed(q, group.kv_row_H, *window, *rule, plan), out_RHD)
+            group.place(decode_windowed(q, group.kv_row_H, *window, *rule, self._plan()), out_RHD)
 
     def _plan(self) -> WindowPlan:
-        """What the decode rows see through the window: the same in every layer."""
+        """What the decode rows see through the window: made once, the same in every layer."""
         if self._window_plan is None:
             self._window_plan = WindowPlan.of_window(
                 self.metadata.decode_lens_R,
