@@ -17,13 +17,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from conversion.code_facts import FACT_KINDS, fact_document
+from conversion.asked_facts import asked_facts
 from conversion.errors import ConversionError
 from conversion.text_source import TextSource, encode_plain
 
-FACT_COUNTS = (2, 4, 8, 16)  # planted per sequence, as far as there is room
-QUESTION = "assert HARBOR_FALCON_LEVEL == [40213, 51324, 62435]\n"  # one of the longest kind
-SAFETY = 1.25  # the longest line over this one
 AHEAD = 8  # sequences made at once
 
 
@@ -46,41 +43,28 @@ def text_samples(
 ) -> Iterator[Sample]:
     """Sequences of exactly `tokens` tokens for as long as there is text."""
     rng = random.Random(seed)
-    line = int(len(encode_plain(tokenizer, QUESTION)) * SAFETY)
-    counts = [count for count in FACT_COUNTS if count * line <= tokens // 8]
 
-    def make(number: int, ids: list[int], facts: int) -> Sample:
+    def make(number: int, ids: list[int], with_facts: bool) -> Sample:
         own = seed * 1_000_003 + number
-        return Sample(_with_facts(ids, tokenizer, facts, line, own) if facts else ids, response)
+        return Sample(_with_facts(ids, tokenizer, own) if with_facts else ids, response)
 
     with ThreadPoolExecutor(AHEAD) as pool:  # the tokenizer works outside of Python's lock
         made: deque[Future[Sample]] = deque()
         for number, ids in enumerate(source.stream(tokenizer, tokens, seed)):
-            with_facts = rng.random() < facts_share and bool(counts)
-            made.append(pool.submit(make, number, ids, rng.choice(counts) if with_facts else 0))
+            made.append(pool.submit(make, number, ids, rng.random() < facts_share))
             if len(made) > AHEAD:
                 yield made.popleft().result()
         while made:
             yield made.popleft().result()
 
 
-def _with_facts(
-    source_ids: list[int], tokenizer: Tokenizer, facts: int, line: int, seed: int
-) -> list[int]:
-    """Source text with planted facts and, at its end, a line for each that asks and answers."""
-    rng = random.Random(seed)
-    kind = rng.choice(FACT_KINDS)
-    tokens = len(source_ids)
-    room = tokens - (facts - 1) * line  # fact_document itself leaves room for one question
-    document = fact_document(source_ids, tokenizer, kind, facts, room, seed)
-    ids = encode_plain(tokenizer, document.text)
-    for question in rng.sample(document.questions, facts):
-        asked = encode_plain(tokenizer, f"{question.text}{question.answer}\n")
-        if len(ids) + len(asked) > tokens:
-            break
-        ids += asked
-    # What is missing is text that the document has not used, in front of it.
-    return source_ids[len(ids) :] + ids
+def _with_facts(source_ids: list[int], tokenizer: Tokenizer, seed: int) -> list[int]:
+    """As many tokens that end in questions and answers; the text as it is if there is no room."""
+    asked = asked_facts(source_ids, tokenizer, seed)
+    if asked is None:
+        return source_ids
+    # What is missing is text that the facts' document has not used, in front of it.
+    return source_ids[len(asked.ids) :] + asked.ids
 
 
 @dataclass(frozen=True, slots=True)
