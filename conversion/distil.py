@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from conversion.distil_data import JsonlRows, Sample, text_samples
 from conversion.distil_memory import estimate_memory
 from conversion.distil_options import DistilOptions
-from conversion.distill_data import JsonlRows, Sample, text_samples
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks, joined

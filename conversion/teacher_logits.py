@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from conversion.distill_data import Sample
+from conversion.distil_data import Sample
 from conversion.errors import ConversionError
 from conversion.micro_batches import Shape, micro_batches
 from conversion.parallel import Ranks

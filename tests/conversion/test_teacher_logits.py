@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conversion.distill_data import Sample
+from conversion.distil_data import Sample
 from conversion.errors import ConversionError
 from conversion.micro_batches import Shape
 from conversion.parallel import Ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from conversion.distill_data import JsonlRows, Sample, text_samples
+from conversion.distil_data import JsonlRows, Sample, text_samples
 from conversion.errors import ConversionError
 from conversion.text_source import TextSource
 from tests.engine.model.tiny_models import byte_tokenizer
