@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from conversion.chunk_sizes import chunk_sizes
 from engine.model.attention import AttentionLayers, BlockSelection, PagedAttention
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
@@ -33,7 +34,7 @@ class CachedSequence:
         config: ModelConfig,
         indexers: Sequence[Indexer | None],
         capacity: int,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int | None = None,
         branch_tokens: int = 0,
         selections: Sequence[BlockSelection] | None = None,
     ) -> None:
@@ -43,17 +44,17 @@ class CachedSequence:
             config: the head roles, which may be other ones than the decoder came with.
             indexers: per layer, as the config asks for.
             capacity: tokens; memory is that of a dense cache of this length at most.
-            chunk_tokens: tokens of one prefill step.
+            chunk_tokens: tokens of one prefill step; None: as suits the device.
             branch_tokens: longest continuation given to `branch`, 0: there is none.
             selections: per layer, how retrieval heads select; None: as in serving.
         """
         parameter = next(decoder.parameters())
         self.length = 0
-        self.attended: list[int] = []  # tokens, per decode row and retrieval head that selected
-        self.contexts: list[int] = []  # context length of each of these
         self._decoder = decoder
-        self._chunk = chunk_tokens
         self._device = parameter.device
+        self._chunk = chunk_tokens or chunk_sizes(self._device).prompt_tokens
+        self._counts: list[tuple[int, int]] = []  # attended tokens, context length
+        self._uncounted: list[Tensor] = []  # the same [2, X] of the latest steps, on the device
         self._block = 64 if config.sparse is None else config.sparse.block_tokens
         pages = -(-capacity // self._block)
         # A continuation that starts inside a page may need one page more.
@@ -69,6 +70,16 @@ class CachedSequence:
         self._layers = AttentionLayers(config, cache, indexers, self._device, selections)
         self._table_B = torch.arange(1, pages + 1, device=self._device)
         self._spare = range(pages + 1, pages + 1 + spare)
+
+    @property
+    def attended(self) -> list[int]:
+        """Tokens, per decode row and retrieval head that selected."""
+        return [attended for attended, _ in self._counted()]
+
+    @property
+    def contexts(self) -> list[int]:
+        """Context length of each of `attended`."""
+        return [context for _, context in self._counted()]
 
     def prefill(self, ids: Sequence[int], *, dense: bool = False) -> Tensor:
         """Append prompt tokens; hidden states [T, E] of the last chunk.
@@ -133,22 +144,20 @@ class CachedSequence:
         assert size, "branch_tokens exceeded"
         own = [self._spare[end - count : end] for end, count in zip(ends, counts, strict=True)]
         own = own[:size]
-        if inside:
-            last, firsts = shared + 1, [pages[0] for pages in own]  # page of block b is b + 1
-            for layer in self._layers.caches:
-                for cache in (
-                    layer.full_k,
-                    layer.full_v,
-                    layer.index,
-                    layer.window_k,
-                    layer.window_v,
-                ):
-                    cache[firsts] = cache[last].clone()
         widest = max(counts[:size])
-        rows = [[*pages, *[0] * (widest - len(pages))] for pages in own]
-        own_SB = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        own_SB = self._ints([[*pages, *[0] * (widest - len(pages))] for pages in own])
+        if inside:
+            self._copy_page(shared + 1, own_SB[:, 0])  # page of block b is b + 1
         shared_SB = self._table_B[:shared].expand(size, -1)
         return continuations[:size], torch.cat((shared_SB, own_SB), dim=1)
+
+    def _copy_page(self, page: int, to_S: Tensor) -> None:
+        """One page of every cache to others."""
+        for layer in self._layers.caches:
+            caches = (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v)
+            for cache in caches:
+                if cache.numel():
+                    cache[to_S] = cache[page].clone()
 
     @torch.no_grad()
     def _step(
@@ -163,19 +172,34 @@ class CachedSequence:
         attention = PagedAttention(layers, self._metadata(parts, tables_SB, decode))
         metadata = attention.metadata
         hidden_TE: Tensor = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
-        for attended_RH in attention.attended.values():
-            selected = attended_RH > 0
-            self.attended += attended_RH[selected].tolist()
-            contexts_RH = metadata.decode_lens_R[:, None].expand_as(attended_RH)
-            self.contexts += contexts_RH[selected].tolist()
+        counts = attention.attended.values()
+        if counts:
+            contexts = (metadata.decode_lens_R[:, None].expand_as(count_RH) for count_RH in counts)
+            pairs = [torch.stack(pair).flatten(1) for pair in zip(counts, contexts, strict=True)]
+            self._uncounted.append(torch.cat(pairs, dim=1))
         return hidden_TE
+
+    def _counted(self) -> list[tuple[int, int]]:
+        """Counts of all steps, brought to the host at once: each step would wait for its own."""
+        if self._uncounted:
+            attended, contexts = torch.cat(self._uncounted, dim=1).tolist()
+            self._uncounted.clear()
+            pairs = zip(attended, contexts, strict=True)
+            self._counts += [pair for pair in pairs if pair[0] > 0]
+        return self._counts
 
     def _metadata(
         self, parts: Sequence[Sequence[int]], tables_SB: Tensor, decode: bool
     ) -> AttentionMetadata:
         lens = [len(ids) for ids in parts]
-        positions_T = self._ints([self.length + i for count in lens for i in range(count)])
-        span_T = self._ints([span for span, count in enumerate(lens) for _ in range(count)])
+        # One copy to the device for all three.
+        ids_T, positions_T, span_T = self._ints(
+            [
+                [token for ids in parts for token in ids],
+                [self.length + i for count in lens for i in range(count)],
+                [span for span, count in enumerate(lens) for _ in range(count)],
+            ]
+        )
         pages_T = tables_SB[span_T, positions_T // self._block]
         slots_T = pages_T * self._block + positions_T % self._block
         rows = len(positions_T) if decode else 0
@@ -183,7 +207,7 @@ class CachedSequence:
         tables_RB = tables_SB.expand(rows, -1) if len(parts) == 1 else tables_SB[span_T[:rows]]
         spans = 0 if decode else len(parts)
         return AttentionMetadata(
-            token_ids_T=self._ints([token for ids in parts for token in ids]),
+            token_ids_T=ids_T,
             positions_T=positions_T,
             full_slots_T=slots_T,
             window_slots_T=slots_T,
@@ -193,9 +217,10 @@ class CachedSequence:
             top_p_R=torch.full((rows,), float("nan"), device=self._device),
             prefill_full_SB=tables_SB[:spans],
             prefill_window_SB=tables_SB[:spans],
-            prefill_starts=self._ints([0, *accumulate(lens[:spans])]),
-            prefill_lens_S=self._ints([self.length + count for count in lens[:spans]]),
+            # On the host, where every layer reads them as numbers.
+            prefill_starts=torch.tensor([0, *accumulate(lens[:spans])]),
+            prefill_lens_S=torch.tensor([self.length + n for n in lens[:spans]], dtype=torch.int64),
         )
 
-    def _ints(self, values: Sequence[int]) -> Tensor:
+    def _ints(self, values: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
