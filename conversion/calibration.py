@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from conversion.document_attention import LayerView, attention_rows, watch_document
 from conversion.errors import ConversionError
@@ -44,25 +45,25 @@ class NeedleDocument:
 
 @dataclass(slots=True)
 class NeedleProbe:
-    """Watches a dense run of a needle document; `scores[layer][head]` fills layer by layer."""
+    """Watches a dense run of a needle document; `layers` fills with scores [H], on the device."""
 
     document: NeedleDocument
     group_size: int
-    scores: list[list[float]] = field(default_factory=list)
+    layers: list[Tensor] = field(default_factory=list)
+
+    def scores(self) -> Tensor:
+        """Of all layers so far, float64 on the host."""
+        return torch.stack(self.layers).double().cpu()
 
     def __call__(self, view: LayerView) -> None:
         start, needle = self.document.early, self.document.needle
-        rows_R = torch.arange(self.document.late, len(self.document.ids)).to(view.q_THD.device)
-        self.scores.append(
-            [
-                attention_rows(view, head, rows_R, self.group_size)[:, start : start + needle]
-                .exp()
-                .sum(-1)
-                .mean()
-                .item()
-                for head in range(view.q_THD.shape[1])
-            ]
-        )
+        late, end = self.document.late, len(self.document.ids)
+        rows_R = torch.arange(late, end, device=view.q_THD.device)
+        shares = []
+        for head in range(view.q_THD.shape[1]):
+            log_RT = attention_rows(view, head, rows_R, self.group_size)
+            shares.append(log_RT[:, start : start + needle].exp().sum(-1).mean())
+        self.layers.append(torch.stack(shares))
 
 
 def needle_document(ids: list[int], tokenizer: Tokenizer, needle: int, seed: int) -> NeedleDocument:
@@ -107,7 +108,7 @@ def needle_scores(
     for number in range(ranks.rank, len(documents), ranks.world):
         probe = NeedleProbe(documents[number], dense.group_size)
         watch_document(decoder, dense, documents[number].ids, probe)
-        table_ZLH[number] = torch.tensor(probe.scores, dtype=torch.float64)
+        table_ZLH[number] = probe.scores()
         advance()
     scores: list[Scores] = ranks.summed(table_ZLH).tolist()
     return scores

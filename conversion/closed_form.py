@@ -33,7 +33,10 @@ RIDGE = 1e-6  # of the mean eigenvalue; directions without energy cannot be divi
 
 @dataclass(slots=True)
 class Moments:
-    """Running sums of vectors and of their outer products, float64."""
+    """Running sums of vectors and of their outer products, float64 on the host.
+
+    Sums over a document are made where its vectors are.
+    """
 
     count: float
     sum_D: Tensor
@@ -46,11 +49,11 @@ class Moments:
 
     def add(self, x_TD: Tensor, weight_T: Tensor | None = None) -> None:
         """Add vectors, each counted `weight_T` times (once if None)."""
-        x_TD = x_TD.double().cpu()
-        weighted_TD = x_TD if weight_T is None else x_TD * weight_T.double().cpu()[:, None]
+        x_TD = x_TD.double()
+        weighted_TD = x_TD if weight_T is None else x_TD * weight_T.double()[:, None]
         self.count += len(x_TD) if weight_T is None else float(weight_T.sum())
-        self.sum_D += weighted_TD.sum(0)
-        self.outer_DD += x_TD.T @ weighted_TD
+        self.sum_D += weighted_TD.sum(0).cpu()
+        self.outer_DD += (x_TD.T @ weighted_TD).cpu()
 
     @property
     def second(self) -> Tensor:

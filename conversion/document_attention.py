@@ -30,7 +30,6 @@ class LayerView:
     k_TND: Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class DocumentAttention:
     """Implements `engine.model.layers.Attention` for a document that is computed at once.
 
@@ -39,8 +38,14 @@ class DocumentAttention:
     to layer but what `watch` keeps.
     """
 
-    config: ModelConfig
-    watch: Callable[[LayerView], None]
+    def __init__(
+        self, config: ModelConfig, watch: Callable[[LayerView], None], device: torch.device
+    ) -> None:
+        self._config = config
+        self._watch = watch
+        self._order = [_head_order(config, layer) for layer in range(config.num_layers)]
+        # For all layers at once: a GPU would be waited for at every copy.
+        self._order_LH = torch.tensor(self._order, device=device)
 
     def attend(
         self,
@@ -51,32 +56,39 @@ class DocumentAttention:
         k_TND: Tensor,
         v_TND: Tensor,
     ) -> Tensor:
-        self.watch(LayerView(layer, q_pre_THD, k_pre_TND, q_THD, k_TND))
-        sparse, device = self.config.sparse, q_THD.device
-        heads = range(self.config.num_heads)
-        far = list(heads) if sparse is None else list(sparse.retrieval_heads[layer])
-        near = [head for head in heads if head not in far]
-        k_cache, v_cache = _pages(k_TND), _pages(v_TND)
-        tokens = len(q_THD)
-        view = (
-            k_cache,
-            v_cache,
-            torch.arange(len(k_cache), device=device).unsqueeze(0),
-            torch.tensor([0, tokens], device=device),
-            torch.tensor([tokens], device=device),
-        )
-        scale = self.config.head_dim**-0.5
+        self._watch(LayerView(layer, q_pre_THD, k_pre_TND, q_THD, k_TND))
+        sparse, scale = self._config.sparse, self._config.head_dim**-0.5
+        view = _whole_document(k_TND, v_TND)
+        kv_row_H = torch.tensor([head // self._config.group_size for head in self._order[layer]])
+        far = len(kv_row_H) if sparse is None else len(sparse.retrieval_heads[layer])
+        if far == len(kv_row_H):
+            return prefill_dense(q_THD, kv_row_H, *view, scale)
+        assert sparse is not None
+        rule = (sparse.window_tokens, sparse.sink_tokens, scale)
+        if far == 0:
+            return prefill_windowed(q_THD, kv_row_H, *view, *rule)
+        far_H, near_H = self._order_LH[layer, :far], self._order_LH[layer, far:]
         out_THD = torch.empty_like(q_THD)
-        if far:
-            out_THD[:, far] = prefill_dense(q_THD[:, far], self._kv_rows(far), *view, scale)
-        if near:
-            assert sparse is not None
-            rule = (sparse.window_tokens, sparse.sink_tokens, scale)
-            out_THD[:, near] = prefill_windowed(q_THD[:, near], self._kv_rows(near), *view, *rule)
+        out_THD[:, far_H] = prefill_dense(q_THD[:, far_H], kv_row_H[:far], *view, scale)
+        out_THD[:, near_H] = prefill_windowed(q_THD[:, near_H], kv_row_H[far:], *view, *rule)
         return out_THD
 
-    def _kv_rows(self, heads: list[int]) -> Tensor:
-        return torch.tensor([head // self.config.group_size for head in heads])
+
+def _head_order(config: ModelConfig, layer: int) -> list[int]:
+    """Query heads of a layer, retrieval heads first; without roles as they are."""
+    heads = range(config.num_heads)
+    far = () if config.sparse is None else config.sparse.retrieval_heads[layer]
+    return [*sorted(far), *(head for head in heads if head not in far)]
+
+
+def _whole_document(k_TND: Tensor, v_TND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Caches, block table, query starts and context length of one span that is all there is.
+
+    The last two are on the host: they are read as numbers.
+    """
+    tokens, (k_cache, v_cache) = len(k_TND), (_pages(k_TND), _pages(v_TND))
+    table_SB = torch.arange(len(k_cache), device=k_TND.device).unsqueeze(0)
+    return k_cache, v_cache, table_SB, torch.tensor([0, tokens]), torch.tensor([tokens])
 
 
 @torch.no_grad()
@@ -87,7 +99,7 @@ def watch_document(
     device = next(decoder.parameters()).device
     positions_T = torch.arange(len(ids), device=device)
     hidden_TE: Tensor = decoder(
-        torch.tensor(ids, device=device), positions_T, DocumentAttention(config, watch)
+        torch.tensor(ids, device=device), positions_T, DocumentAttention(config, watch, device)
     )
     return hidden_TE
 
