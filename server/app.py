@@ -16,7 +16,7 @@ from server.chat import chat_router
 from server.completions import completions_router
 from server.config import ServerConfig
 from server.edge import Edge
-from server.errors import ApiError, answer_error, to_api_error
+from server.errors import ApiError, answer_error, answer_unexpected, to_api_error
 from server.info_api import info_router
 from server.service import Service
 
@@ -46,4 +46,5 @@ def create_routes(service: Service) -> FastAPI:
     for kind in (ApiError, EngineError, HTTPException):
         app.add_exception_handler(kind, rejected)
     app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, answer_unexpected)
     return app

@@ -101,14 +101,23 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
-    """Exception handler of the application."""
+    """Exception handler of the application for errors that it knows."""
+    if to_api_error(error).code == "internal_error":
+        logger.exception("request %s failed", _request_id(request), exc_info=error)
+    return await answer_unexpected(request, error)
+
+
+async def answer_unexpected(request: Request, error: Exception) -> Response:
+    """The same for all others, which are raised again once answered; the edge logs them."""
     api_error = to_api_error(error)
     if api_error.status >= 500:
-        request_id = request.scope.get("state", {}).get("request_id", "-")
-        api_error.message = f"{api_error.message} (request {request_id})"
-        if api_error.code == "internal_error":
-            logger.exception("request %s failed", request_id, exc_info=error)
+        api_error.message = f"{api_error.message} (request {_request_id(request)})"
     return api_error.response()
+
+
+def _request_id(request: Request) -> str:
+    label: str = request.scope.get("state", {}).get("request_id", "-")
+    return label
 
 
 def _retry(error: QueueFullError | EngineUnavailableError) -> dict[str, str]:

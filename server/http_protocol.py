@@ -1,4 +1,4 @@
-"""uvicorn's h11 protocol with the limits that it lacks: connections, time to send a head, errors.
+"""uvicorn's h11 protocol with the limits that it lacks: connections, slow writers and readers.
 
 h11 itself bounds the bytes of a head (`h11_max_incomplete_event_size`).
 """
@@ -18,13 +18,21 @@ from server.errors import ApiError
 LINGER_SECONDS = 1.0  # for a refused client to finish sending and read why
 
 
-def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Protocol]:
+def limited_protocol(
+    max_connections: int, header_seconds: float, reader_seconds: float
+) -> type[H11Protocol]:
     """A protocol class with these limits, to give to `uvicorn.Config(http=...)`."""
 
     class LimitedH11Protocol(H11Protocol):
-        """One connection. A head must be complete `header_seconds` after its first byte."""
+        """One connection. A head must be complete `header_seconds` after its first byte.
+
+        A reader that takes nothing for `reader_seconds` loses its connection. Closing alone would
+        wait until all is written, that is for as long as the reader likes.
+        """
 
         _head_timer: asyncio.TimerHandle | None = None
+        _reader_timer: asyncio.TimerHandle | None = None
+        _unread = 0  # bytes in the write buffer when the timer was started
         _refused = False
 
         def connection_made(self, transport: Any) -> None:
@@ -46,7 +54,16 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._stop_reader_timer()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._start_reader_timer()
+
+        def resume_writing(self) -> None:
+            self._stop_reader_timer()
+            super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
             """Called while h11's error is handled: its hint tells 431 from 400."""
@@ -64,6 +81,22 @@ def limited_protocol(max_connections: int, header_seconds: float) -> type[H11Pro
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
+
+        def _start_reader_timer(self) -> None:
+            self._unread = self.transport.get_write_buffer_size()
+            self._reader_timer = self.loop.call_later(reader_seconds, self._reader_late)
+
+        def _stop_reader_timer(self) -> None:
+            if self._reader_timer is not None:
+                self._reader_timer.cancel()
+                self._reader_timer = None
+
+        def _reader_late(self) -> None:
+            """Give up on a reader that has not moved; one that is merely slow gets more time."""
+            if self.transport.get_write_buffer_size() < self._unread:
+                self._start_reader_timer()
+            else:
+                self.transport.abort()
 
         def _head_late(self) -> None:
             self._head_timer = None

@@ -17,7 +17,7 @@ from engine.process import EngineProcess
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
-from server.http_protocol import limited_protocol
+from server.http_protocol import LINGER_SECONDS, limited_protocol
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,12 @@ async def _load(engine: EngineProcess, config: ServerConfig, port: int) -> None:
 def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # an ASGI application
-        http=limited_protocol(config.max_connections, config.header_seconds),
+        http=limited_protocol(
+            config.max_connections,
+            config.header_seconds,
+            # A stream gives up first, and accounts why.
+            config.slow_reader_seconds + LINGER_SECONDS,
+        ),
         ws="none",
         lifespan="off",
         loop="uvloop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from server.answer import Answer
 from server.choice import Choice, Delta
 from server.errors import ApiError, to_api_error
 from server.event_stream import DONE, comment, event
+
+logger = logging.getLogger(__name__)
 
 
 class Chunks(Protocol):
@@ -48,6 +51,10 @@ async def stream_events(
         if usage is not None:
             yield event(usage)
     except (ApiError, EngineError) as error:
+        yield event(to_api_error(error).body())
+    except Exception as error:  # the status has left: only an event can still tell the client
+        logger.exception("a stream failed")
+        answer.close("error")
         yield event(to_api_error(error).body())
     yield DONE
 

@@ -1,0 +1,88 @@
+"""What nobody expected is answered in our envelope too, and no reader holds a place for ever."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from server.completions import CompletionCall
+from tests.server.fake_engine import EOS
+from tests.server.live_server import LiveServer, live_server
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a secret of ours")
+
+
+def test_a_bug_is_answered_in_the_envelope(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The framework answered in plain text before the edge could."""
+    monkeypatch.setattr(server.engine, "submit", broken)
+    answer = server.post(prompt="a")
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "secret" not in answer.text
+
+
+def test_a_bug_in_mid_stream_is_an_event_and_done(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompletionCall, "chunk", broken)
+    answer = server.post(prompt="a", stream=True)
+    *_, error, done, rest = answer.text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert (done, rest) == ("data: [DONE]", "")
+    assert not server.engine.live
+    page = httpx.get(server.url + "/metrics").text
+    assert 'requests_finished_total{model_name="toy",reason="error"} 1.0' in page
+
+
+ENDLESS = {
+    "prompt": "a",
+    "max_tokens": 200_000,
+    "stream": True,
+    "logprobs": 20,
+    "ignore_eos": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/detokenize", {"tokens": [EOS] * 1_000_000}), ("/v1/completions", ENDLESS)],
+    ids=["whole", "stream"],
+)
+def test_a_reader_that_takes_nothing_loses_its_connection(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    """Closing waited until all was written, so such readers used up the connections."""
+    with live_server(tmp_path, slow_reader_seconds=0.2, max_connections=1) as server:
+        info = server.engine.info
+        server.engine.info = msgspec.structs.replace(info, max_model_len=10**6)
+        content = json.dumps(body, separators=(",", ":")).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+
+        def others_get_in() -> bool:
+            try:
+                return httpx.get(server.url + "/health/live").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        with socket.socket() as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", server.port))
+            stalled.sendall(head.encode() + content)
+            assert b" 200 " in stalled.recv(100)
+            assert not others_get_in()
+            server.until(others_get_in)
