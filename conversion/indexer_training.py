@@ -6,8 +6,9 @@ from sampled query positions to every key before them (`conversion.index_loss`),
 with respect to W_Q and W_K is taken at once, so that no layer is kept. The loss is the sum over
 heads of the mean over queries; what is reported is the mean over heads.
 
-Memory: CHUNK_SCORES scores at a time and one projected key matrix, whatever the document's length.
-Several processes read different documents and average their gradients.
+Memory: one projected key matrix and a bounded number of scores (`conversion.chunk_sizes`) at a
+time, whatever the document's length. Several processes read different documents and average their
+gradients.
 
 Shapes: R sampled rows, T tokens, G query heads of a group, D head_dim, I index_dim.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from conversion.attention_samples import PlantedDocument, sample_rows
+from conversion.chunk_sizes import chunk_sizes
 from conversion.document_attention import LayerView, attention_rows, watch_document
 from conversion.fit_options import FitOptions
 from conversion.index_loss import index_loss
@@ -32,7 +34,6 @@ from conversion.state import read_snapshot, write_snapshot
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 
-CHUNK_SCORES = 2**22  # queries times keys at once; some six float32 tensors of it are alive
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Report = Callable[[int, float], None]  # steps taken, loss of the last one
@@ -135,7 +136,7 @@ class IndexerTraining:
     def _group_gradient(self, group: GroupWeights, view: LayerView, rows_R: Tensor) -> Tensor:
         """Sum over the group's heads of the mean loss over rows, float64."""
         total = torch.zeros((), dtype=torch.float64, device=rows_R.device)
-        chunk = max(1, CHUNK_SCORES // len(view.k_TND))
+        chunk = max(1, chunk_sizes(rows_R.device).scores // len(view.k_TND))
         for place, head in enumerate(group.group.heads):
             for part_R in torch.split(rows_R, chunk):
                 log_RT = attention_rows(view, head, part_R, self._config.group_size)

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from conversion.calibrate_step import DETAILS, CalibrateStep
+from conversion.chunk_sizes import chunk_sizes
 from conversion.convert_options import ConvertOptions
 from conversion.distil import REPORT_FILE, STUDENT_FILE, distil
 from conversion.document_feed import DocumentFeed
@@ -33,7 +34,6 @@ from conversion.export import export_model, refuse_existing
 from conversion.fit_memory import describe, reading_bytes
 from conversion.fit_step import FitStep, quality_line, quality_table
 from conversion.head_roles import read_heads
-from conversion.indexer_training import CHUNK_SCORES
 from conversion.parallel import Ranks, joined
 from conversion.report.report_folder import make_report
 from conversion.state import model_digest, read_json, read_tensors, write_json, write_tensors
@@ -143,7 +143,8 @@ class ConvertRun:
             self._console.print(f"fit: done before, {path}")
             return
         documents = options.held_out + options.steps * options.documents_per_step(self._ranks.world)
-        self._announce("fit", documents, self._tokens, CHUNK_SCORES)
+        scores = chunk_sizes(self._ranks.device).scores
+        self._announce("fit", documents, self._tokens, scores)
         seed = self.options.seed
         step = FitStep(
             self._decoder(),

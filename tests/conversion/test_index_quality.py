@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from conversion.chunk_sizes import SIZES
 from conversion.document_attention import hide_future
 from conversion.index_quality import IndexQuality, measure, selection_grid
 from kernels.reference import select_blocks
@@ -56,11 +59,12 @@ def test_a_perfect_index_keeps_what_it_is_asked_to() -> None:
     assert found == IndexQuality.from_values(found.values())
 
 
-@pytest.mark.parametrize("budget", [1, 2**23], ids=["row by row", "at once"])
+@pytest.mark.parametrize("budget", [1, 20_000, 2**23], ids=["row by row", "in parts", "at once"])
 def test_a_grid_is_every_measure_of_scaled_scores(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("conversion.index_quality.MAX_SELECTED", budget)
+    few = replace(SIZES["cpu"], selected=budget, trial_scores=budget)
+    monkeypatch.setitem(SIZES, "cpu", few)
     generator = torch.Generator().manual_seed(2)
     rows_R = torch.arange(30, TOKENS)
     true_RT, index_RT = (

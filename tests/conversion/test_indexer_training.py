@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from conversion.attention_samples import PlantedDocument, planted_document, sample_rows
+from conversion.chunk_sizes import SIZES
 from conversion.document_attention import LayerView, watch_document
 from conversion.errors import ConversionError
 from conversion.fit_options import FitOptions
@@ -108,7 +109,7 @@ def whole_loss(
 def test_gradients_equal_those_of_whole_matrices(
     scope: IndexScope, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("conversion.indexer_training.CHUNK_SCORES", chunk)
+    monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], scores=chunk))
     tiny = Tiny.make(tmp_path, scope)
     (document,) = documents(1)
     rows_R = sample_rows(document, 24, 0)
