@@ -84,6 +84,29 @@ def test_free_memory_respects_the_cgroup(
 
 
 @pytest.mark.parametrize(
+    ("limit", "used", "stat", "field"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_cached_files_of_the_cgroup_are_free_memory(
+    limit: str, used: str, stat: str, field: str, meminfo: Path, tmp_path: Path
+) -> None:
+    """Reading the weights filled the cache, and a second start found no memory for them."""
+    write(tmp_path / limit, "5000000\n")
+    write(tmp_path / used, "4500000\n")
+    write(tmp_path / stat, f"anon 500000\nactive_file 7\n{field} 4000000\n")
+    assert free_host_bytes(meminfo, tmp_path) == 4_500_000
+
+
+@pytest.mark.parametrize(
     ("limit", "value"),
     [("memory.max", "max"), ("memory/memory.limit_in_bytes", "9223372036854771712")],
 )
