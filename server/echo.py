@@ -22,9 +22,14 @@ class PromptText:
         detokenizer = make_detokenizer(tokenizer, skip_special_tokens=False)
         pieces = [detokenizer.push(token_id) for token_id in tokens]
         pieces.append(detokenizer.flush())
-        self.text = "".join(pieces) if text is None else text
+        decoded = "".join(pieces)
+        self.text = decoded if text is None else text
         self.tokens = tokens
-        self.offsets = list(accumulate(map(len, pieces), initial=0))
+        # A token that the tokenizer put before the client's text has no place in it.
+        added = len(decoded) - len(self.text) if decoded.endswith(self.text) else 0
+        self.offsets = [
+            max(offset - added, 0) for offset in accumulate(map(len, pieces), initial=0)
+        ]
 
 
 class EchoedPrompt:
