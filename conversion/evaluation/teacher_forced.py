@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from conversion.chunk_sizes import chunk_sizes
 from conversion.code_facts import FactDocument
 from conversion.evaluation.samples import continued_ids, prompt_ids
 from conversion.sequence import CachedSequence
@@ -51,6 +52,10 @@ class Variant:
         Without an indexer the two rules agree, and prefill computes many rows faster.
         """
         return sequence.decode(ids) if self.selects else sequence.prefill(ids)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
 
     @property
     def selects(self) -> bool:
@@ -147,13 +152,17 @@ class LossResult:
 
 @torch.no_grad()
 def decode_loss(
-    variant: Variant, documents: Sequence[Sequence[int]], decoded: int, chunk_rows: int = 128
+    variant: Variant,
+    documents: Sequence[Sequence[int]],
+    decoded: int,
+    chunk_rows: int | None = None,
 ) -> LossResult:
     """Loss on the last `decoded` tokens of each document as if the model had generated them.
 
     Args:
-        chunk_rows: decode rows of one step.
+        chunk_rows: decode rows of one step; None: as suits the device.
     """
+    chunk_rows = chunk_rows or chunk_sizes(variant.device).decode_rows
     total, count = 0.0, 0
     fractions: list[float] = []
     for ids in documents:

@@ -15,12 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from conversion.chunk_sizes import chunk_sizes
 from conversion.evaluation.intervals import Interval, mean_score
 from conversion.evaluation.teacher_forced import Variant
 from conversion.sequence import CachedSequence
 
-CHUNK_TOKENS = 2048  # of prompt in one step
-DECODE_ROWS = 128  # of one step
 LOGIT_ELEMENTS = 2**26  # of one slice: 256 MiB in float32
 POSITION_BINS = 16
 
@@ -170,10 +169,11 @@ class TextMeasure:
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         """Spans of one step; the last token is a target only."""
-        for start in range(0, self._prompt, CHUNK_TOKENS):
-            yield start, min(start + CHUNK_TOKENS, self._prompt)
-        for start in range(self._prompt, self._length - 1, DECODE_ROWS):
-            yield start, min(start + DECODE_ROWS, self._length - 1)
+        sizes = chunk_sizes(self._passes[0].variant.device)
+        for start in range(0, self._prompt, sizes.prompt_tokens):
+            yield start, min(start + sizes.prompt_tokens, self._prompt)
+        for start in range(self._prompt, self._length - 1, sizes.decode_rows):
+            yield start, min(start + sizes.decode_rows, self._length - 1)
 
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Parts of a span whose logits fit into memory."""

@@ -7,10 +7,9 @@ from itertools import pairwise
 
 import torch
 
+from conversion.chunk_sizes import chunk_sizes
 from conversion.evaluation.teacher_forced import Variant
 from conversion.evaluation.traces import Trace
-
-DECODE_ROWS = 128  # of one step
 
 
 @torch.no_grad()
@@ -22,8 +21,9 @@ def right_steps(variant: Variant, trace: Trace) -> list[bool]:
     begin = len(trace.prompt) - 1
     sequence.prefill(ids[:begin])
     guesses: list[int] = []
-    for start in range(begin, len(ids) - 1, DECODE_ROWS):
-        rows = ids[start : min(start + DECODE_ROWS, len(ids) - 1)]
+    at_once = chunk_sizes(variant.device).decode_rows
+    for start in range(begin, len(ids) - 1, at_once):
+        rows = ids[start : min(start + at_once, len(ids) - 1)]
         hidden_RE = variant.generate(sequence, rows)
         guesses += variant.decoder.logits(hidden_RE).argmax(-1).tolist()
     return [
