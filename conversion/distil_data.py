@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from tokenizers import Tokenizer
 
 from conversion.asked_facts import asked_facts
 from conversion.errors import ConversionError
+from conversion.side_by_side import ahead
 from conversion.text_source import TextSource, encode_plain
-
-AHEAD = 8  # sequences made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +41,13 @@ def text_samples(
     """Sequences of exactly `tokens` tokens for as long as there is text."""
     rng = random.Random(seed)
 
-    def make(number: int, ids: list[int], with_facts: bool) -> Sample:
+    def make(drawn: tuple[int, list[int], bool]) -> Sample:
+        number, ids, with_facts = drawn
         own = seed * 1_000_003 + number
         return Sample(_with_facts(ids, tokenizer, own) if with_facts else ids, response)
 
-    with ThreadPoolExecutor(AHEAD) as pool:  # the tokenizer works outside of Python's lock
-        made: deque[Future[Sample]] = deque()
-        for number, ids in enumerate(source.stream(tokenizer, tokens, seed)):
-            made.append(pool.submit(make, number, ids, rng.random() < facts_share))
-            if len(made) > AHEAD:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
+    numbered = enumerate(source.stream(tokenizer, tokens, seed))
+    return ahead(make, ((number, ids, rng.random() < facts_share) for number, ids in numbered))
 
 
 def _with_facts(source_ids: list[int], tokenizer: Tokenizer, seed: int) -> list[int]:

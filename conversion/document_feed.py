@@ -8,11 +8,13 @@ seed and its number, so a resumed run sees what an uninterrupted one would have.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from tokenizers import Tokenizer
 
 from conversion.attention_samples import PlantedDocument, planted_document
 from conversion.errors import ConversionError
+from conversion.side_by_side import ahead
 from conversion.text_source import TextSource
 
 
@@ -43,18 +45,19 @@ class DocumentFeed:
         Raises:
             ConversionError: all text is held out.
         """
-        number = 0
+        numbered = enumerate(self._texts())
+        wanted = islice(numbered, first, None, stride)
+        return ahead(lambda pair: self._plant(pair[1], self._held_out + pair[0]), wanted)
+
+    def _texts(self) -> Iterator[list[int]]:
+        """Texts that are not held out, again and again."""
         while True:
-            begun = number
-            for place, ids in enumerate(
-                self._source.stream(self._tokenizer, self.tokens, self._seed)
-            ):
-                if place < self._held_out:
-                    continue
-                if number >= first and (number - first) % stride == 0:
-                    yield self._plant(ids, self._held_out + number)
-                number += 1
-            if number == begun:
+            left = False
+            texts = self._source.stream(self._tokenizer, self.tokens, self._seed)
+            for ids in islice(texts, self._held_out, None):
+                left = True
+                yield ids
+            if not left:
                 raise ConversionError(
                     f"{self._source.description}: too little text, {self._held_out} documents of "
                     f"{self.tokens} tokens are held out and none is left to train on"

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from conversion.errors import ConversionError
+from conversion.side_by_side import ahead
 from engine.errors import CheckpointError
 
 MIN_FILE_CHARS = 500
@@ -87,10 +88,8 @@ class TextSource:
         """Token ids of one file after the other, in an order drawn from `seed`."""
         files = list(self.files)
         random.Random(seed).shuffle(files)
-        for file in files:
-            ids = self.file_ids(tokenizer, file)
-            if ids is not None:
-                yield ids
+        read = ahead(lambda file: self.file_ids(tokenizer, file), files)
+        return (ids for ids in read if ids is not None)
 
     def file_ids(self, tokenizer: Tokenizer, file: Path) -> Sequence[int] | None:
         """Token ids of one of the files; None if it is not read: no text, too short or too long."""
