@@ -76,7 +76,7 @@ def read_config(folder: Path) -> ModelConfig:
     family = _family(config)
     _refuse_unknown(config)
     model = _model(config, family)
-    model = replace(model, eos_token_ids=_eos_ids(config, folder))
+    model = replace(model, eos_token_ids=_eos_ids(config, folder, model.vocab_size))
     return replace(model, sparse=read_sparse_section(config, model))
 
 
@@ -190,10 +190,13 @@ def _moe(config: JsonObject, layers: int) -> MoeConfig:
     )
 
 
-def _eos_ids(config: JsonObject, folder: Path) -> tuple[int, ...]:
-    """Ids from config.json and, as generation uses them, from generation_config.json."""
+def _eos_ids(config: JsonObject, folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids from config.json and, as generation uses them, from generation_config.json.
+
+    Ids without a logit, which some tokenizers add, can never be generated and are left out.
+    """
     ids = config.integers("eos_token_id")
     path = folder / "generation_config.json"
     if path.exists():
         ids = ids + JsonObject(path, read_json_object(path)).integers("eos_token_id")
-    return tuple(dict.fromkeys(ids))
+    return tuple(token_id for token_id in dict.fromkeys(ids) if token_id < vocab_size)

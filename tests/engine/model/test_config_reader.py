@@ -189,6 +189,12 @@ def test_moe_layers_follow_both_lists(tmp_path: Path) -> None:
     assert "mlp_only_layers" in refusal(tmp_path, **{**moe, "mlp_only_layers": [-1]})
 
 
+def test_an_eos_id_without_a_logit_is_left_out(tmp_path: Path) -> None:
+    """Masking it before min_tokens indexed past the logits, and the engine died."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [319, 320]}')
+    assert read(tmp_path, eos_token_id=[400, 2]).eos_token_ids == (2, 319)
+
+
 def test_eos_ids_come_from_both_files_once_each(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2], "top_p": 0.8}')
     config = read(tmp_path, eos_token_id=2, bos_token_id=1)
