@@ -26,7 +26,8 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
     """The ASGI application of one server. The engine is started and stopped by the caller."""
     service = Service(engine, tokenizer, config)
-    return Edge(create_routes(service), config, KeyRing(config.keys()))
+    keys = KeyRing(config.keys())
+    return Edge(create_routes(service), config, keys, service.metrics.count_rejected)
 
 
 def create_routes(service: Service) -> FastAPI:
@@ -37,7 +38,7 @@ def create_routes(service: Service) -> FastAPI:
     app.include_router(info_router(service))
 
     async def rejected(request: Request, error: Exception) -> Response:
-        service.metrics.count_rejected(to_api_error(error).code or "invalid_request")
+        service.metrics.count_rejected(to_api_error(error).reason)
         return await answer_error(request, error)
 
     async def gone(_request: Request, _error: Exception) -> Response:

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,10 +30,18 @@ _CLOSE = {"Connection": "close"}
 class Edge:
     """Request id, header and body rules, keys, and the last resort for exceptions."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, keys: KeyRing) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        keys: KeyRing,
+        count_rejected: Callable[[str], None],
+    ) -> None:
+        """`count_rejected` is told the reason of every request that is refused here."""
         self._app = app
         self._config = config
         self._keys = keys
+        self._count_rejected = count_rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +67,7 @@ class Edge:
             logger.exception("request %s failed", request_id, exc_info=error)
             api_error.message = f"{api_error.message} (request {request_id})"
         if not answer.started:
+            self._count_rejected(api_error.reason)
             api_error.headers.setdefault("Connection", "close")  # the body may be unread
             await api_error.response()(scope, receive, answer.send)
 

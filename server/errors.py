@@ -42,6 +42,11 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers or {}
 
+    @property
+    def reason(self) -> str:
+        """The word for metrics."""
+        return self.code or "invalid_request"
+
     def body(self) -> dict[str, Any]:
         """The envelope."""
         return {

@@ -56,6 +56,26 @@ def test_every_documented_series_is_there(server: LiveServer) -> None:
                 assert sample.labels["model_name"] == "toy"
 
 
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"content-type": "text/plain"}, "unsupported_media_type"),
+        ({"host": "a b"}, "invalid_host"),
+    ],
+    ids=["media-type", "host"],
+)
+def test_what_the_edge_refuses_is_counted(
+    server: LiveServer, headers: dict[str, str], reason: str
+) -> None:
+    """Only what reached a route was."""
+    before = value(server, "rtpurbo_requests_rejected_total", reason=reason)
+    answer = httpx.post(server.url + "/v1/completions", content=b"{}", headers=headers)
+    assert answer.is_client_error
+    server.until(
+        lambda: value(server, "rtpurbo_requests_rejected_total", reason=reason) == before + 1
+    )
+
+
 def test_a_finished_request_is_accounted_once(server: LiveServer) -> None:
     def counts() -> dict[str, float]:
         return {
