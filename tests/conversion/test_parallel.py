@@ -45,11 +45,12 @@ def meet(rank: int, folder: Path) -> None:
 
 
 def leave() -> NoReturn:
-    """End this process without the interpreter's own shutdown.
+    """End this process without the interpreter's and the C library's own shutdown.
 
-    Rarely (twice in some 45 runs) a process died of a signal with no Python frame left on its
-    stack, which points to gloo's threads at exit; the cause is not established. Everything that is
-    tested comes before this: a crash or a failure there still fails the test.
+    `destroy_process_group` does not end a group whose mesh is still known, and torch's cache of
+    redistributions (DTensor) knows it for ever: gloo's threads go on while the libraries that they
+    use take themselves apart. Rarely (twice in some 45 runs) a process died of a signal there.
+    Everything that is tested comes before this: a crash or a failure there still fails the test.
     """
     dist.destroy_process_group()
     os._exit(0)
