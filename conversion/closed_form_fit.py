@@ -64,14 +64,15 @@ def closed_form_candidates(
         documents: every process takes its part of them.
         advance: called after each document of this process.
     """
+    device = next(decoder.parameters()).device
     moments = [GroupMoments.empty(group, config.head_dim) for group in index_groups(config)]
     for number in range(ranks.rank, len(documents), ranks.world):
-        rows_R = sample_rows(documents[number], SAMPLED_ROWS, seed * 1_000_003 + number)
+        rows_R = sample_rows(documents[number], SAMPLED_ROWS, seed * 1_000_003 + number).to(device)
 
         def watch(view: LayerView, rows_R: Tensor = rows_R) -> None:
             for group in moments:
                 if group.group.layer == view.layer:
-                    _add(group, view, rows_R.to(view.q_THD.device), config)
+                    _add(group, view, rows_R, config)
 
         watch_document(decoder, config, documents[number].ids, watch)
         advance()

@@ -64,8 +64,8 @@ def selection_grid(
     """
     device, sizes = rows_R.device, chunk_sizes(rows_R.device)
     teacher_RB = block_log_mass(log_attention_RT, block_tokens).exp()
-    factor_S11 = torch.tensor(temperatures, device=device)[:, None, None]
-    wanted_P = torch.tensor(top_p, device=device)
+    values = torch.tensor((*temperatures, *top_p), device=device)
+    factor_S11, wanted_P = values[: len(temperatures), None, None], values[len(temperatures) :]
     sums_2SP = torch.zeros(2, len(temperatures), len(top_p), dtype=torch.float64, device=device)
     per_row = len(top_p) * max(teacher_RB.shape[1], BINS)
     at_once = min(sizes.trial_scores // index_scores_RT.numel(), sizes.selected // per_row)

@@ -150,13 +150,15 @@ class IndexerFit:
     ) -> list[HeadQuality]:
         """Pass 4; lines in head order."""
         places = sorted(fitted.settings)
+        device = next(self._decoder.parameters()).device
         variants = (fitted, closed)
         width = 1 + len(CURVE_TOP_P)
         # [head, fitted or closed, anywhere or answers, own top_p or the curve's, quality]
         sums = torch.zeros(len(places), 2, 2, width, 5, dtype=torch.float64)
         for number in range(self._ranks.rank, len(documents), self._ranks.world):
             document = documents[number]
-            kinds = row_kinds(document, QUALITY_ROWS, self._seed * 1_000_003 + number)
+            rows = row_kinds(document, QUALITY_ROWS, self._seed * 1_000_003 + number)
+            kinds = [rows_R.to(device) for rows_R in rows]
             watch = partial(self._measure, kinds, variants, places, sums)
             watch_document(self._decoder, self.config, document.ids, watch)
             self._advance()
@@ -186,7 +188,7 @@ class IndexerFit:
 
     def _measure(
         self,
-        kinds: tuple[Tensor, Tensor],
+        kinds: Sequence[Tensor],
         variants: tuple[FittedIndex, FittedIndex],
         places: list[Place],
         sums: Tensor,
@@ -194,10 +196,9 @@ class IndexerFit:
     ) -> None:
         """Add every head of one layer to `sums`."""
         for (variant, fitted), (kind, rows_R) in product(enumerate(variants), enumerate(kinds)):
-            on_device = rows_R.to(view.q_THD.device)
             for _, group in fitted.weights.of_layer(view.layer):
                 for number, place in enumerate(group.group.places):
-                    found = self._head_quality(group, number, view, on_device, fitted)
+                    found = self._head_quality(group, number, view, rows_R, fitted)
                     values = torch.tensor([quality.values() for quality in found])
                     sums[places.index(place), variant, kind] += values.double()
 

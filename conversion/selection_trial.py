@@ -65,10 +65,12 @@ def try_selection(
         advance: called after each document of this process.
     """
     trial = _Trial(config, candidates, temperatures, adaptive)
+    device = next(decoder.parameters()).device
     for number in range(ranks.rank, len(documents), ranks.world):
-        kinds = row_kinds(documents[number], TRIAL_ROWS, seed * 1_000_003 + number)
+        rows = row_kinds(documents[number], TRIAL_ROWS, seed * 1_000_003 + number)
+        kinds = [rows_R.to(device) for rows_R in rows]
 
-        def watch(view: LayerView, kinds: tuple[Tensor, Tensor] = kinds) -> None:
+        def watch(view: LayerView, kinds: Sequence[Tensor] = kinds) -> None:
             trial.add(view, kinds)
 
         watch_document(decoder, config, documents[number].ids, watch)
@@ -107,18 +109,16 @@ class _Trial:
         self._kept = torch.zeros(shape, dtype=torch.float64)
         self._blocks = torch.zeros(shape, dtype=torch.float64)
 
-    def add(self, view: LayerView, kinds: tuple[Tensor, Tensor]) -> None:
-        """Tally every candidate on the sampled rows of one layer."""
-        device = view.q_THD.device
+    def add(self, view: LayerView, kinds: Sequence[Tensor]) -> None:
+        """Tally every candidate on the sampled rows of one layer, given where the view is."""
         for number, own in self._candidates[0].of_layer(view.layer):
             for place, head in enumerate(own.group.heads):
                 for kind, rows_R in enumerate(kinds):
-                    on_device = rows_R.to(device)
-                    log_RT = attention_rows(view, head, on_device, self._config.group_size)
+                    log_RT = attention_rows(view, head, rows_R, self._config.group_size)
                     for candidate, weights in enumerate(self._candidates):
                         group = weights.groups[number]
                         where = (kind, candidate, self._rows[view.layer, head])
-                        self._add(where, group, place, view, on_device, log_RT)
+                        self._add(where, group, place, view, rows_R, log_RT)
 
     def _add(
         self,
