@@ -21,6 +21,8 @@ from server.http_protocol import LINGER_SECONDS, limited_protocol
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 3  # after draining, for last words to reach clients that read them
+
 
 def run_server(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit code.
@@ -135,6 +137,7 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=int(config.idle_seconds),
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=config.max_header_bytes,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -11,9 +12,12 @@ import httpx
 import msgspec
 import pytest
 
+from server import runner
+from server.app import create_app
 from server.completions import CompletionCall
-from tests.server.fake_engine import EOS
-from tests.server.live_server import LiveServer, live_server
+from server.config import ServerConfig
+from tests.server.fake_engine import EOS, FakeEngine
+from tests.server.live_server import LiveServer, live_server, make_tokenizer
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -55,6 +59,15 @@ ENDLESS = {
 }
 
 
+def raw_post(path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body, separators=(",", ":")).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/detokenize", {"tokens": [EOS] * 1_000_000}), ("/v1/completions", ENDLESS)],
@@ -67,11 +80,6 @@ def test_a_reader_that_takes_nothing_loses_its_connection(
     with live_server(tmp_path, slow_reader_seconds=0.2, max_connections=1) as server:
         info = server.engine.info
         server.engine.info = msgspec.structs.replace(info, max_model_len=10**6)
-        content = json.dumps(body, separators=(",", ":")).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
 
         def others_get_in() -> bool:
             try:
@@ -82,7 +90,36 @@ def test_a_reader_that_takes_nothing_loses_its_connection(
         with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.connect(("127.0.0.1", server.port))
-            stalled.sendall(head.encode() + content)
+            stalled.sendall(raw_post(path, body))
             assert b" 200 " in stalled.recv(100)
             assert not others_get_in()
             server.until(others_get_in)
+
+
+def test_a_reader_that_takes_nothing_does_not_keep_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After draining, the server waited for it for as long as a slow reader is borne."""
+    monkeypatch.setattr(runner, "CLOSE_SECONDS", 0.1)
+    tokenizer = make_tokenizer(tmp_path)
+    config = ServerConfig.resolve({"model": tmp_path, "port": 0}, tmp_path)
+    engine = FakeEngine(tokenizer, max_model_len=10**6)
+
+    async def main() -> None:
+        listener = runner.bind(config.host, config.port)
+        app = create_app(engine, tokenizer, config)
+        server = runner._Server(runner._uvicorn_config(config, app))
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        host, port = listener.getsockname()
+        reader, writer = await asyncio.open_connection(host, port, limit=1024)
+        writer.write(raw_post("/v1/completions", ENDLESS))
+        await reader.readline()
+        server.should_exit = True
+        async with asyncio.timeout(30):
+            await serving
+        writer.close()
+
+    asyncio.run(main())
+    assert not engine.live
