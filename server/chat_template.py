@@ -1,7 +1,8 @@
 """Chat messages to a prompt, by the model's own template in a sandbox.
 
-A template comes from the model folder: it runs in jinja2's immutable sandbox, cannot reach Python
-objects, and `range` is bounded there, so a hostile template neither runs code nor fills memory.
+A template comes from the model folder: it runs in jinja2's immutable sandbox and cannot reach
+Python objects, so a hostile template runs no code. It may still waste time and memory: `range` is
+bounded there, nested loops and repeated texts are not.
 """
 
 from __future__ import annotations
