@@ -122,11 +122,9 @@ def test_calibration_in_float32_is_the_cpus(dense: Path, hosts: tuple[Host, Host
     for host in hosts:
         needles = [needle_document(ids, tokenizer, NEEDLE_TOKENS, 1) for ids in host.texts]
         scores = torch.tensor(needle_scores(host.decoder, needles))
-        losses = [
-            AnswerLoss(host.decoder, host.planted, 64, 4)(heads)
-            for heads in (HEADS, ((), (), ()), (range(6),) * 3)
-        ]
-        found.append((scores, torch.tensor(losses)))
+        roles = (HEADS, ((), (), ()), (range(6),) * 3)
+        loss = AnswerLoss(host.decoder, host.planted, 64, 4)
+        found.append((scores, torch.tensor([loss(heads) for heads in roles])))
     (on_cpu, losses), (on_cuda, cuda_losses) = found
     torch.testing.assert_close(on_cuda, on_cpu, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(cuda_losses, losses, atol=1e-3, rtol=1e-3)
