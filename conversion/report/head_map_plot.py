@@ -8,7 +8,7 @@ from conversion.report.facts import HeadScores, ModelFacts
 
 OUTLINE = "#d55e00"
 CELL_INCHES = 0.34
-LARGEST_INCHES = (13.0, 16.0)
+LARGEST_INCHES = (9.4, 12.0)  # what a page shows without shrinking it
 TICKS = 16  # at most, on each axis
 
 
@@ -41,7 +41,6 @@ def head_map_figure(model: ModelFacts, heads: HeadScores | None) -> Any:
     axes.set(xlabel="query head", ylabel="layer")
     axes.set_xticks(_ticks(model.query_heads))
     axes.set_yticks(_ticks(model.layers))
-    axes.grid(visible=False)
     if heads is not None:
         figure.colorbar(image, ax=axes, label="needle score (root scale)")
     return figure

@@ -55,9 +55,12 @@ def draw_pictures(contents: Contents) -> dict[str, bytes]:
         mpl.rcdefaults()  # a person's own matplotlibrc has no say here
         mpl.rcParams.update(STYLE)
         for name, figure in _figures(contents):
-            file = io.BytesIO()
+            drawn, file = figure(), io.BytesIO()
+            for axes in drawn.axes:
+                if axes.images:  # a heat map has its own raster
+                    axes.grid(visible=False)
             # No software version in the file: the same numbers give the same bytes.
-            figure().savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+            drawn.savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
             pictures[name] = file.getvalue()
     return pictures
 

@@ -8,6 +8,7 @@ then the earlier report has the details. What `rtpurbo report` is not given anew
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ class Sources:
     def _is_by_head(self, scores: Scores) -> bool:
         config = self._checkpoint.config
         return len(scores) == config.num_layers and all(
-            len(layer) == config.num_heads for layer in scores
+            len(layer) == config.num_heads and all(map(math.isfinite, layer)) for layer in scores
         )
 
     def _read_earlier(self, path: Path) -> Earlier:
