@@ -1,9 +1,10 @@
-"""Speed of the prefill kernel by tile configuration: one JSON line each, best last.
+"""Speed of the prefill kernels: one JSON line for each tile configuration, best last.
 
     python -m benchmarks.prefill_sweep [--tokens 65536] [--window 8192] [--dim 128]
 
 A layer of Qwen3-30B-A3B: its 27 local query heads over 4 KV heads, bfloat16, pages of 64, one whole
-prompt. TFLOP/s count the pairs of query and key that are not masked.
+prompt. TFLOP/s count the pairs of query and key that are not masked. A window of the prompt's length
+is causal attention.
 """
 
 from __future__ import annotations
@@ -11,20 +12,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from benchmarks.attention_prefill import PrefillCase, milliseconds
 from benchmarks.hardware import describe_hardware
-from kernels.prefill_triton import SWEEP, TileConfig, attend_spans
+from kernels import cuda_prefill
+from kernels._build import KernelBuildError, default_cache, find_library
+from kernels._launch import KernelError, KernelLibrary
+from kernels.prefill_triton import SWEEP, attend_spans
+
+Launch = Callable[[], None]
 
 
-def teraflops(case: PrefillCase, config: TileConfig, window: int) -> float:
-    """Of one configuration: the median of 5 launches."""
-
-    def launch() -> None:
-        attend_spans(case.spans_of(case.local_G), window, case.sinks, case.scale, config)
-
-    took = statistics.median(milliseconds(launch, repeats=5))
-    return case.flops(len(case.local_G), window) / took / 1e9
+def launches(case: PrefillCase, window: int) -> Iterator[tuple[dict[str, Any], Launch]]:
+    """What is timed, each with its description."""
+    args = (case.spans_of(case.local_G), window, case.sinks, case.scale)
+    for config in SWEEP:
+        yield {"kernel": "triton"} | config._asdict(), partial(attend_spans, *args, config)
+    try:
+        library = KernelLibrary(find_library(default_cache()))
+    except (KernelBuildError, KernelError) as error:
+        print(json.dumps({"kernel": "cuda", "error": str(error)}))
+        return
+    yield {"kernel": "cuda"}, partial(cuda_prefill.attend_spans, library, *args)
 
 
 def main() -> None:
@@ -35,9 +47,17 @@ def main() -> None:
     options = parser.parse_args()
     print(json.dumps(describe_hardware()))
     case = PrefillCase.make(options.tokens, dim=options.dim)
-    found = [(teraflops(case, config, options.window), config) for config in SWEEP]
-    for speed, config in sorted(found):
-        print(json.dumps({"teraflops": round(speed, 1)} | config._asdict()))
+    work = case.flops(len(case.local_G), options.window)
+    found = []
+    for what, launch in launches(case, options.window):
+        try:
+            took = statistics.median(milliseconds(launch, repeats=5))
+        except Exception as error:  # a configuration that the chip refuses must not end the sweep
+            print(json.dumps(what | {"error": str(error).splitlines()[0]}))
+            continue
+        found.append({"teraflops": round(work / took / 1e9, 1), "milliseconds": took} | what)
+    for record in sorted(found, key=lambda record: record["teraflops"]):
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@
 On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_launch`):
 
     cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace)
+    cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
     cuda_ops       the ops of indexer and decode on the same kernels, one at a time
+
+Prefill has a Triton kernel as well, for all other chips (prefill_triton, span_attention); both take
+`span_inputs`.
 
 Nothing is imported here: Hugging Face has a distribution of the same name, and `transformers`
 probes it by version. `__version__` tells it that this one is not for use.

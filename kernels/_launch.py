@@ -165,6 +165,14 @@ class KernelLibrary:
         with on_device(like.device):
             self._check(launcher(byref(args), stream_of(like.device)), "sparse_decode")
 
+    def launch_prefill(self, args: ctypes.Structure, like: Tensor) -> None:
+        """Start `span_prefill` (arguments: `cuda_prefill.SpanArgs`) on the current stream."""
+        if self._library.rtpurbo_span_args_bytes() != ctypes.sizeof(args):
+            raise KernelError("span_prefill: built from other sources; build the kernels again")
+        with on_device(like.device):
+            code = self._library.rtpurbo_span_prefill(byref(args), stream_of(like.device))
+        self._check(code, "span_prefill")
+
     def decode_plan(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodePlan:
         """CTAs, warps and shared memory of a decode launch; asked of the device once.
 
@@ -211,6 +219,9 @@ class KernelLibrary:
         lib.rtpurbo_sparse_decode.argtypes = [POINTER(DecodeArgs), c_void_p]
         lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, POINTER(DecodePlan)]
         lib.rtpurbo_select_ctas.argtypes = [POINTER(SelectArgs), POINTER(c_int64)]
+        if hasattr(lib, "rtpurbo_span_prefill"):  # not in the emulation
+            lib.rtpurbo_span_prefill.argtypes = [c_void_p, c_void_p]
+            lib.rtpurbo_span_args_bytes.restype = c_int64
         lib.rtpurbo_struct_bytes.argtypes = [c_int]
         lib.rtpurbo_struct_bytes.restype = c_int64
         lib.rtpurbo_error_name.argtypes = [c_int]

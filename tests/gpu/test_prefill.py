@@ -9,12 +9,16 @@ caches where nothing was stored.
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
-from kernels import prefill, reference
+from kernels import cuda_prefill, prefill, reference
+from kernels._build import default_cache, find_library
+from kernels._launch import KernelLibrary
 from kernels.prefill_triton import SWEEP, TileConfig, attend_spans
-from kernels.span_inputs import EVERYTHING, SpanInputs
+from kernels.span_inputs import EVERYTHING
 from tests.kernels.span_case import SpanCase
 
 pytestmark = [
@@ -24,7 +28,12 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+KERNELS = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("triton", torch.float32), ("triton", torch.bfloat16), ("cuda", torch.bfloat16)],
+    ids=["triton-f32", "triton-bf16", "cuda-bf16"],
+)
+BOTH = pytest.mark.parametrize("kernel", ["triton", "cuda"])
 # (context length, query tokens) of each span; pages hold 64 tokens
 UGLY = {
     "one-token": [(1, 1)],
@@ -36,10 +45,20 @@ UGLY = {
 WINDOWS = [(1, 0), (1, 4), (64, 0), (65, 64), (100, 1), (128, 4), (250, 200), (EVERYTHING, 0)]
 
 
-def run(case: SpanCase, window: int, sinks: int, config: TileConfig | None = None) -> torch.Tensor:
+@cache
+def library() -> KernelLibrary:
+    return KernelLibrary(find_library(default_cache()))
+
+
+def run(case: SpanCase, window: int, sinks: int, kernel: str = "triton") -> torch.Tensor:
     out_THD = case.poisoned()
     scale = case.q_THD.shape[2] ** -0.5
-    attend_spans(case.inputs(out_THD), window, sinks, scale, config)
+    if kernel == "cuda":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the CUDA kernel is for compute capability 9.0")
+        cuda_prefill.attend_spans(library(), case.inputs(out_THD), window, sinks, scale)
+    else:
+        attend_spans(case.inputs(out_THD), window, sinks, scale)
     return out_THD
 
 
@@ -68,12 +87,14 @@ def check_against_reference(case: SpanCase, out_THD: torch.Tensor, window: int, 
 
 @pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @pytest.mark.parametrize("spans", UGLY.values(), ids=UGLY)
-@DTYPES
-def test_spans(spans: list[tuple[int, int]], window: int, sinks: int, dtype: torch.dtype) -> None:
+@KERNELS
+def test_spans(
+    spans: list[tuple[int, int]], window: int, sinks: int, kernel: str, dtype: torch.dtype
+) -> None:
     case = SpanCase.make(
         spans, window=window, sinks=sinks, block=64, dim=128, dtype=dtype, device=DEVICE
     )
-    check_against_reference(case, run(case, window, sinks), window, sinks)
+    check_against_reference(case, run(case, window, sinks, kernel), window, sinks)
 
 
 @pytest.mark.parametrize("config", SWEEP, ids=str)
@@ -82,16 +103,25 @@ def test_every_configuration(dim: int, config: TileConfig) -> None:
     case = SpanCase.make(
         UGLY["ragged"], window=130, sinks=4, block=64, dim=dim, dtype=torch.bfloat16, device=DEVICE
     )
-    check_against_reference(case, run(case, 130, 4, config), 130, 4)
+    out_THD = case.poisoned()
+    attend_spans(case.inputs(out_THD), 130, 4, dim**-0.5, config)
+    check_against_reference(case, out_THD, 130, 4)
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_page_sizes(dtype: torch.dtype, block: int) -> None:
     case = SpanCase.make(
         UGLY["chunks"], window=130, sinks=4, block=block, dim=64, dtype=dtype, device=DEVICE
     )
     check_against_reference(case, run(case, 130, 4), 130, 4)
+
+
+def test_the_cuda_kernel_with_head_dim_64() -> None:
+    case = SpanCase.make(
+        UGLY["ragged"], window=130, sinks=4, block=64, dim=64, dtype=torch.bfloat16, device=DEVICE
+    )
+    check_against_reference(case, run(case, 130, 4, "cuda"), 130, 4)
 
 
 def large_layer(spans: list[tuple[int, int]]) -> SpanCase:
@@ -111,9 +141,10 @@ def large_layer(spans: list[tuple[int, int]]) -> SpanCase:
 
 
 @pytest.mark.parametrize("window", [8192, EVERYTHING], ids=["window", "dense"])
-def test_a_large_layer_and_ten_repeats(window: int) -> None:
+@BOTH
+def test_a_large_layer_and_ten_repeats(kernel: str, window: int) -> None:
     case = large_layer([(20000, 9000), (12321, 12321), (3, 3)])
-    out_THD = run(case, window, 4)
+    out_THD = run(case, window, 4, kernel)
     scale = 128**-0.5
     exact = case.to(torch.float32, clean=True).twin_arguments
     truth_TGD = prefill.prefill_windowed(*exact, window, 4, scale)
@@ -121,16 +152,16 @@ def test_a_large_layer_and_ten_repeats(window: int) -> None:
     twin_TGD = prefill.prefill_windowed(*rounded, window, 4, scale)
     check_twice_the_twin(out_THD[:, case.heads_G], twin_TGD, truth_TGD)
     for _ in range(9):
-        again_THD = run(case, window, 4)
+        again_THD = run(case, window, 4, kernel)
         assert torch.equal(again_THD[:, case.heads_G], out_THD[:, case.heads_G])
 
 
-def test_what_others_left_behind_does_not_leak() -> None:
+@BOTH
+def test_what_others_left_behind_does_not_leak(kernel: str) -> None:
     """Pages that slid out of the window are given to others while the table still names them."""
     case = SpanCase.make([(900, 70)], block=64, dim=128, dtype=torch.bfloat16, device=DEVICE)
-    before_THD = run(case, 200, 4)
-    inputs: SpanInputs = case.inputs(case.poisoned())
-    for cache in (inputs.k_cache, inputs.v_cache):
-        cache[inputs.block_tables_SB[0, 1:9]] = torch.nan
-    attend_spans(inputs, 200, 4, 128**-0.5)
-    assert torch.equal(inputs.out_THD[:, case.heads_G], before_THD[:, case.heads_G])
+    before_THD = run(case, 200, 4, kernel)
+    for kept in (case.pages.k_cache, case.pages.v_cache):
+        kept[case.pages.tables_SB[0, 1:9]] = torch.nan
+    after_THD = run(case, 200, 4, kernel)
+    assert torch.equal(after_THD[:, case.heads_G], before_THD[:, case.heads_G])
