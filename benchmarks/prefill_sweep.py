@@ -2,8 +2,8 @@
 
     python -m benchmarks.prefill_sweep [--tokens 65536] [--window 8192] [--dim 128]
 
-A layer of Qwen3-30B-A3B: its 27 local query heads over 4 KV heads, bfloat16, pages of 64, one whole
-prompt. TFLOP/s count the pairs of query and key that are not masked. A window of the prompt's length
+A layer of Qwen3-30B-A3B: its 27 local query heads over 4 KV heads, bfloat16, pages of 64, a whole
+prompt. TFLOP/s count the pairs of query and key that are not masked. A window as long as the prompt
 is causal attention.
 """
 
