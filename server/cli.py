@@ -480,6 +480,36 @@ def build_kernels(
     print(json.dumps({"library": str(library)}) if as_json else library)
 
 
+@bench_app.command("attention")
+def bench_attention(
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Context lengths in tokens, comma separated; default: 32K to 1M."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only 32K and 128K tokens.")] = False,
+    only: Annotated[
+        Literal["prefill", "decode"] | None, typer.Option(help="Leave the other one out.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures as a picture.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prefill and decode attention of one layer beside dense attention, on this host's GPU."""
+    from benchmarks.attention import LENGTHS, QUICK_LENGTHS, AttentionBench, BenchError, measure
+
+    chosen = QUICK_LENGTHS if quick else LENGTHS
+    bench = AttentionBench(
+        lengths=_numbers(lengths) if lengths else chosen,
+        prefill=only != "decode",
+        decode=only != "prefill",
+    )
+    try:
+        result = measure(bench, plot)
+    except BenchError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(result))
+
+
 @bench_app.command("serving")
 def bench_serving(
     model: ModelArgument = None,

@@ -31,6 +31,7 @@ FLAGS = {
     "report": "ablations eval",
     "inspect": "gpu-gib json plot",
     "build-kernels": "json kernel-cache targets",
+    "bench attention": "json lengths only plot quick",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
 }
 
