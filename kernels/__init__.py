@@ -11,7 +11,7 @@ On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_l
     cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
     cuda_ops       the ops of indexer and decode on the same kernels, one at a time
 
-Prefill has a Triton kernel as well, for all other chips (prefill_triton, span_attention); both take
+Prefill begins at device_prefill. It has a Triton kernel as well, for all other chips (prefill_triton, span_attention); both take
 `span_inputs`. prefill_libraries does dense prefill by cuDNN, FlashAttention-2 or FlashInfer.
 
 Nothing is imported here: Hugging Face has a distribution of the same name, and `transformers`
