@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from conversion.chunk_sizes import chunk_sizes
-from engine.model.attention import AttentionLayers, BlockSelection, PagedAttention
+from engine.model.attention import AttentionLayers, BlockSelection, PagedAttention, PrefillMode
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.kv_cache import KVCache
+from kernels.prefill_sparse import DENSE_TAIL
 
 BRANCH_PAGES = 64  # for the branches of one step, at least
 
@@ -37,6 +38,7 @@ class CachedSequence:
         chunk_tokens: int | None = None,
         branch_tokens: int = 0,
         selections: Sequence[BlockSelection] | None = None,
+        prefill_attention: PrefillMode = "dense",
     ) -> None:
         """
         Args:
@@ -47,9 +49,11 @@ class CachedSequence:
             chunk_tokens: tokens of one prefill step; None: as suits the device.
             branch_tokens: longest continuation given to `branch`, 0: there is none.
             selections: per layer, how retrieval heads select; None: as in serving.
+            prefill_attention: what retrieval heads read for prompt tokens.
         """
         parameter = next(decoder.parameters())
         self.length = 0
+        self._dense_from = 0  # position from which prompt tokens read everything
         self._decoder = decoder
         self._device = parameter.device
         self._chunk = chunk_tokens or chunk_sizes(self._device).prompt_tokens
@@ -67,7 +71,9 @@ class CachedSequence:
             device=self._device,
             dtype=parameter.dtype,
         )
-        self._layers = AttentionLayers(config, cache, indexers, self._device, selections)
+        self._layers = AttentionLayers(
+            config, cache, indexers, self._device, selections, prefill_attention
+        )
         self._table_B = torch.arange(1, pages + 1, device=self._device)
         self._spare = range(pages + 1, pages + 1 + spare)
 
@@ -93,6 +99,7 @@ class CachedSequence:
         if dense:
             layers = copy(layers)
             layers.window = len(self._table_B) * self._block  # the capacity
+        self._dense_from = self.length + len(ids) - DENSE_TAIL
         hidden_TE = torch.empty(0)
         for start in range(0, len(ids), self._chunk):
             hidden_TE = self._append(ids[start : start + self._chunk], layers, decode=False)
@@ -220,6 +227,7 @@ class CachedSequence:
             # On the host, where every layer reads them as numbers.
             prefill_starts=torch.tensor([0, *accumulate(lens[:spans])]),
             prefill_lens_S=torch.tensor([self.length + n for n in lens[:spans]], dtype=torch.int64),
+            prefill_dense_from_S=torch.full((spans,), self._dense_from, device=self._device),
         )
 
     def _ints(self, values: Sequence[Sequence[int]]) -> Tensor:

@@ -2,6 +2,7 @@
 
     paged_kv   store_kv, store_index_keys, gather_pages
     prefill    prefill_dense, prefill_windowed
+    prefill_sparse   score_tiles, select_tiles, prefill_sparse (prefill_tiles: queries in tiles)
     indexer    project_index, score_blocks, select_blocks, count_attended
     decode     decode_sparse, decode_windowed, decode_dense (window_plan: what a step shares)
 
@@ -11,8 +12,9 @@ On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_l
     cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
     cuda_ops       the ops of indexer and decode on the same kernels, one at a time
 
-Prefill begins at device_prefill. It has a Triton kernel as well, for all other chips (prefill_triton, span_attention); both take
-`span_inputs`. prefill_libraries does dense prefill by cuDNN, FlashAttention-2 or FlashInfer.
+Prefill on a GPU begins at device_prefill (span_inputs: what its kernels take). On chips other than
+Hopper it is a Triton kernel (prefill_triton, span_attention); prefill_libraries does dense prefill
+by cuDNN, FlashAttention-2 or FlashInfer.
 
 Nothing is imported here: Hugging Face has a distribution of the same name, and `transformers`
 probes it by version. `__version__` tells it that this one is not for use.

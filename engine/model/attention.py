@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from kernels.decode import decode_dense, decode_sparse, decode_windowed
 from kernels.indexer import count_attended, project_index, score_blocks, select_blocks
 from kernels.paged_kv import store_index_keys, store_kv
 from kernels.prefill import prefill_dense, prefill_windowed
+from kernels.prefill_sparse import prefill_sparse, score_tiles, select_tiles
+from kernels.prefill_tiles import PrefillTiles
 from kernels.window_plan import WindowPlan
 
 
@@ -82,6 +84,9 @@ class LayerRoles:
         )
 
 
+PrefillMode = Literal["dense", "sparse"]
+
+
 class BlockSelection(Protocol):
     """The rule by which retrieval heads select; `kernels.indexer.select_blocks` is the one served.
 
@@ -105,11 +110,14 @@ class AttentionLayers:
         indexers: Sequence[Indexer | None],
         device: torch.device,
         selections: Sequence[BlockSelection] | None = None,
+        prefill_attention: PrefillMode = "dense",
     ) -> None:
         """
         Args:
             selections: per layer; None: `select_blocks` in all of them.
+            prefill_attention: what retrieval heads with an indexer read for prompt tokens.
         """
+        self.prefill_attention = prefill_attention
         self.selections = selections or [select_blocks] * config.num_layers
         self.heads = model_heads(config)
         self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
@@ -136,6 +144,7 @@ class PagedAttention:
     """By layer: tokens attended, int64 [R, retrieval heads], where selection ran; rows whose
     context is below `dense_below` count 0."""
     _window_plan: WindowPlan | None = None
+    _prefill_tiles: PrefillTiles | None = None
 
     def attend(
         self,
@@ -152,7 +161,7 @@ class PagedAttention:
         if rows:
             self._decode(layer, q_pre_THD[:rows], q_THD[:rows], out_THD[:rows])
         if self.metadata.num_prefill_spans:
-            self._prefill(layer, q_THD[rows:], out_THD[rows:])
+            self._prefill(layer, q_pre_THD[rows:], q_THD[rows:], out_THD[rows:])
         return out_THD
 
     def _store(self, layer: int, k_pre_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> None:
@@ -171,7 +180,7 @@ class PagedAttention:
             keys_TXI = project_index(k_pre_TND, indexer.k_proj_HID, roles.index_head_X)
             store_index_keys(keys_TXI, cache.index, metadata.full_slots_T)
 
-    def _prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
+    def _prefill(self, layer: int, q_pre_THD: Tensor, q_THD: Tensor, out_THD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
         metadata, static = self.metadata, self.layers
         ends = (metadata.prefill_starts, metadata.prefill_lens_S)
@@ -180,7 +189,15 @@ class PagedAttention:
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
             q = group.pick(q_THD)
-            group.place(prefill_dense(q, group.kv_row_H, *full, static.scale), out_THD)
+            mask_ZHB = self._select_tiles(layer, group.pick(q_pre_THD), cache)
+            group.place(
+                prefill_dense(q, group.kv_row_H, *full, static.scale)
+                if mask_ZHB is None
+                else prefill_sparse(
+                    q, group.kv_row_H, *full[:3], self._tiles(), mask_ZHB, static.scale
+                ),
+                out_THD,
+            )
         for group in _present(roles.local_on_full):
             q = group.pick(q_THD)
             group.place(prefill_windowed(q, group.kv_row_H, *full, *rule), out_THD)
@@ -210,6 +227,29 @@ class PagedAttention:
         for group in _present(roles.local_on_windowed):
             q = group.pick(q_RHD)
             group.place(decode_windowed(q, group.kv_row_H, *window, *rule, self._plan()), out_RHD)
+
+    def _select_tiles(self, layer: int, q_pre_THD: Tensor, cache: LayerCache) -> Tensor | None:
+        """Blocks that tiles of prompt tokens read, bool [Z, H, B]; None: everything before them."""
+        indexer, metadata, static = self.layers.indexers[layer], self.metadata, self.layers
+        dense_from_S = metadata.prefill_dense_from_S
+        if static.prefill_attention == "dense" or indexer is None or dense_from_S is None:
+            return None
+        roles, tiles = static.roles[layer], self._tiles()
+        identity_H = torch.arange(q_pre_THD.shape[1], device=q_pre_THD.device)
+        qi_THI = project_index(q_pre_THD, indexer.q_proj_HID, identity_H)
+        log_share_ZHB = score_tiles(
+            qi_THI, roles.index_row_H, cache.index, metadata.prefill_full_SB, tiles
+        )
+        rule = (dense_from_S, static.dense_below, static.block_tokens)
+        return select_tiles(log_share_ZHB, roles.top_p_H, tiles, *rule)
+
+    def _tiles(self) -> PrefillTiles:
+        """Tiles of the prompt tokens: made once, the same in every layer."""
+        if self._prefill_tiles is None:
+            starts, lens = self.metadata.prefill_starts, self.metadata.prefill_lens_S
+            device = self.metadata.token_ids_T.device
+            self._prefill_tiles = PrefillTiles.of_spans(starts.tolist(), lens.tolist(), device)
+        return self._prefill_tiles
 
     def _plan(self) -> WindowPlan:
         """What the decode rows see through the window: made once, the same in every layer."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Span
 from engine.request import Request
+from kernels.prefill_sparse import DENSE_TAIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class AttentionMetadata:
     prefill_window_SB: Tensor
     prefill_starts: Tensor  # [S + 1], offsets among the prefill tokens
     prefill_lens_S: Tensor  # context length after each span
+    prefill_dense_from_S: Tensor | None = None
+    """Position from which a prompt's tokens read everything in a sparse prefill; None: from 0."""
 
     @property
     def num_decode_rows(self) -> int:
@@ -118,6 +121,9 @@ class BatchTensors:
             prefill_window_SB=self._window.rows(span_slots, prefill_width),
             prefill_starts=starts.to(self._device),
             prefill_lens_S=self._ints([span.stop for span in prefills]),
+            prefill_dense_from_S=self._ints(
+                [len(requests[span.request_id].prompt) - DENSE_TAIL for span in prefills]
+            ),
         )
 
     def _slots(self, batch: Batch, *, full: bool) -> Tensor:
