@@ -99,6 +99,7 @@ class CachedSequence:
         if dense:
             layers = copy(layers)
             layers.window = len(self._table_B) * self._block  # the capacity
+            layers.prefill_attention = "dense"
         self._dense_from = self.length + len(ids) - DENSE_TAIL
         hidden_TE = torch.empty(0)
         for start in range(0, len(ids), self._chunk):

@@ -16,6 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str  # path of a model folder
     attention: AttentionMode = "sparse"  # "dense" serves a converted model with full attention
+    prefill_attention: AttentionMode = "dense"  # of retrieval heads; "sparse" needs an indexer
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     max_model_len: int | None = None  # tokens, prompt + output; None: the model's own limit

@@ -57,7 +57,8 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         dtype=dtype,
     )
     info = _describe(config, model, plan, device, dtype)
-    return EngineParts(_scheduler(config, model, plan), ModelRunner(decoder, cache, info, device))
+    runner = ModelRunner(decoder, cache, info, device, config.prefill_attention)
+    return EngineParts(_scheduler(config, model, plan), runner)
 
 
 def resolve_device(name: str) -> torch.device:

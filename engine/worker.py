@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from engine.batch import Batch, Span
+from engine.config import AttentionMode
 from engine.messages import EngineInfo
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.batch_tensors import BatchTensors
@@ -26,7 +27,12 @@ class ModelRunner:
     """Implements `engine.step.Runner` with a decoder over a paged cache."""
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, info: EngineInfo, device: torch.device
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        info: EngineInfo,
+        device: torch.device,
+        prefill_attention: AttentionMode = "dense",
     ) -> None:
         """
         Args:
@@ -34,11 +40,18 @@ class ModelRunner:
             cache: pages for `info.full_pages` and `info.window_pages`.
             info: facts that the front end is told.
             device: where all tensors of a step are made.
+            prefill_attention: what retrieval heads with an indexer read for prompt tokens.
         """
         self.info = info
         self._decoder = decoder
         self._cache = cache
-        self._layers = AttentionLayers(decoder.config, cache, decoder.indexers, device)
+        self._layers = AttentionLayers(
+            decoder.config,
+            cache,
+            decoder.indexers,
+            device,
+            prefill_attention=prefill_attention,
+        )
         self._sampler = Sampler(info.eos_token_ids)
         self._tensors = BatchTensors(
             max_num_seqs=info.max_num_seqs,

@@ -43,6 +43,10 @@ def serve(
         Literal["sparse", "dense"] | None,
         typer.Option(help="dense serves a converted model with full attention."),
     ] = None,
+    prefill_attention: Annotated[
+        Literal["sparse", "dense"] | None,
+        typer.Option(help="sparse: retrieval heads read only selected blocks of a prompt too."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"] | None,
@@ -92,6 +96,7 @@ def serve(
         "api_key_file": api_key_file,
         "allow_unauthenticated": allow_unauthenticated,
         "attention": attention,
+        "prefill_attention": prefill_attention,
         "device": device,
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -243,6 +248,10 @@ def evaluate(
         str | None,
         typer.Option(help="dense, sparse or both; default: both if the model is converted."),
     ] = None,
+    prefill_attention: Annotated[
+        Literal["sparse", "dense"],
+        typer.Option(help="What retrieval heads of the sparse model read for prompt tokens."),
+    ] = "dense",
     facts: Annotated[
         str, typer.Option(help="Planted facts of a document, comma separated.")
     ] = "1,4,16",
@@ -300,6 +309,7 @@ def evaluate(
             lengths=_numbers(lengths),
             samples=samples,
             attention=_attention(attention),
+            prefill_attention=prefill_attention,
             facts=_numbers(facts),
             depths=_shares(depths),
             text_samples=text_samples,

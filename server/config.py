@@ -55,6 +55,7 @@ class ServerConfig(BaseSettings):
     max_choices: Count = 128  # prompts times n in one call
 
     attention: AttentionMode = "sparse"
+    prefill_attention: AttentionMode = "dense"  # of retrieval heads
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: Annotated[int, Field(ge=2)] | None = None  # tokens
@@ -125,6 +126,7 @@ class ServerConfig(BaseSettings):
             {
                 "model": str(self.model),
                 "attention": self.attention,
+                "prefill_attention": self.prefill_attention,
                 "device": self.device,
                 "dtype": self.dtype,
                 "max_model_len": self.max_model_len,

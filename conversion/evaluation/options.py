@@ -11,6 +11,7 @@ from conversion.errors import ConversionError
 from conversion.evaluation.code_tasks import CODE_TASKS
 from conversion.evaluation.ruler.tasks import RULER_TASKS
 from conversion.evaluation.traces import TRACE_TASKS
+from engine.model.attention import PrefillMode
 
 AttentionName = Literal["dense", "sparse"]
 GRID_TASKS = ("passkey", "code_passkey")
@@ -33,6 +34,7 @@ class EvalOptions:
     lengths: tuple[int, ...] = (4096, 8192, 16384)  # prompt and answer together
     samples: int = 20  # documents or prompts per task, length and setting
     attention: tuple[AttentionName, ...] = ()  # empty: dense, and sparse if the model is
+    prefill_attention: PrefillMode = "dense"  # of the sparse model's retrieval heads
     teacher: Path | None = None  # dense model to compare with instead of the model itself
     facts: tuple[int, ...] = (1, 4, 16)  # planted facts of a document; each is asked
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the passkey grid

@@ -21,7 +21,7 @@ from conversion.chunk_sizes import chunk_sizes
 from conversion.code_facts import FactDocument
 from conversion.evaluation.samples import continued_ids, prompt_ids
 from conversion.sequence import CachedSequence
-from engine.model.attention import BlockSelection
+from engine.model.attention import BlockSelection, PrefillMode
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 
@@ -34,6 +34,7 @@ class Variant:
     config: ModelConfig
     indexers: Sequence[Indexer | None]
     selections: Sequence[BlockSelection] | None = None  # per layer; None: as in serving
+    prefill_attention: PrefillMode = "dense"  # of retrieval heads
 
     def sequence(self, capacity: int, branch_tokens: int = 0) -> CachedSequence:
         """An empty sequence; arguments as `CachedSequence`."""
@@ -44,6 +45,7 @@ class Variant:
             capacity,
             branch_tokens=branch_tokens,
             selections=self.selections,
+            prefill_attention=self.prefill_attention,
         )
 
     def generate(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:

@@ -31,6 +31,8 @@ def load_variants(folder: Path, options: EvalOptions) -> dict[str, Variant]:
     )
     if "sparse" in wanted and config.sparse is None:
         raise ConversionError(f"{folder} is a dense model: it has no sparse attention to measure")
+    if options.prefill_attention == "sparse" and not _has_indexer(config):
+        raise ConversionError(f"{folder} has no indexer: its prompts cannot be read sparsely")
     refuse_length(options, config)
     decoder = load_weights(folder, options)
     variants: dict[str, Variant] = {}
@@ -45,8 +47,17 @@ def load_variants(folder: Path, options: EvalOptions) -> dict[str, Variant]:
     if "dense" in wanted:
         variants["dense"] = dense_variant(decoder)
     if "sparse" in wanted:
-        variants["sparse"] = Variant(decoder, decoder.config, decoder.indexers)
+        variants["sparse"] = Variant(
+            decoder,
+            decoder.config,
+            decoder.indexers,
+            prefill_attention=options.prefill_attention,
+        )
     return variants
+
+
+def _has_indexer(config: ModelConfig) -> bool:
+    return config.sparse is not None and config.sparse.index_dim is not None
 
 
 def refuse_length(options: EvalOptions, config: ModelConfig) -> None:

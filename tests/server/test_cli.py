@@ -18,15 +18,16 @@ from server.cli import app
 
 FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated device dtype host
-        kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name port prefix-caching
-        threads""",
+        kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name port
+        prefill-attention prefix-caching threads""",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
         distil-data
         distil-learning-rate distil-steps distil-tokens document-tokens documents fit-learning-rate
         fit-steps heads-granularity heads-mass heads-share index-dim index-scope max-kv-heads seed
         sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
-        json lengths plots samples seed tasks teacher text-samples timeout url url-model""",
+        json lengths plots prefill-attention samples seed tasks teacher text-samples timeout url
+        url-model""",
     "ablate": "data decoded device facts lengths samples seed tasks teacher text-samples work",
     "report": "ablations eval",
     "inspect": "gpu-gib json plot",
