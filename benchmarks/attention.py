@@ -34,6 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import attention_decode
 from benchmarks.attention_prefill import BLOCK, HEADS, KV_HEADS, WINDOW, PrefillCase, milliseconds
+from benchmarks.attention_sparse_prefill import sparse_milliseconds
 from benchmarks.attention_table import plot, prefill_table
 from benchmarks.hardware import describe_hardware
 from kernels import cuda_prefill, prefill_libraries, prefill_triton
@@ -138,6 +139,7 @@ def prefill_record(library: KernelLibrary, tokens: int, product: float) -> dict[
     case = PrefillCase.make(tokens)
     window_ms = windowed_milliseconds(library, case)
     retrieval_ms = retrieval_milliseconds(library, case)
+    sparse_ms = sparse_milliseconds(library, case)
     window, retrieval = (min(found.values()) for found in (window_ms, retrieval_ms))
     window_work, retrieval_work = case.flops(len(case.local_G), WINDOW), case.flops(5)
     total = window + retrieval
@@ -154,6 +156,10 @@ def prefill_record(library: KernelLibrary, tokens: int, product: float) -> dict[
         "floor_ms": floor,
         "over_floor": total / floor,
         "times_faster": {name: ms / total for name, ms in dense.items()},
+        "sparse_ms": sparse_ms,
+        "sparse_times_faster": {
+            name: ms / (window + sum(sparse_ms.values())) for name, ms in dense.items()
+        },
     }
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def prefill_table(records: Sequence[dict[str, Any]]) -> Table:
     """Milliseconds, TFLOP/s on the unmasked work, and ratios."""
     columns = "tokens|flash ms|cudnn ms|window ms|TFLOP/s|retrieval ms|TFLOP/s|total ms|floor ms"
-    table = _table("prefill attention of one layer", f"{columns}|over flash|over cudnn")
+    columns += "|over flash|over cudnn|sparse over flash"
+    table = _table("prefill attention of one layer", columns)
     for record in records:
         dense, ratio = record["dense_ms"], record["times_faster"]
         table.add_row(
@@ -27,7 +28,8 @@ def prefill_table(records: Sequence[dict[str, Any]]) -> Table:
             f"{record['retrieval_teraflops']:.0f}",
             _fixed(record["total_ms"]),
             _fixed(record["floor_ms"]),
-            *(f"{ratio[name]:.2f}x" if name in ratio else "-" for name in ("flash", "cudnn")),
+            *(_times(ratio.get(name)) for name in ("flash", "cudnn")),
+            _times(record["sparse_times_faster"].get("flash")),
         )
     return table
 
@@ -87,6 +89,10 @@ def _best(found: dict[str, float]) -> str:
 
 def _fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def _thousands(tokens: int) -> str:

@@ -10,9 +10,12 @@ server's chunks would make it two calls and a merge, and a gather of the whole c
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kernels import cuda_prefill
 from kernels._launch import KernelLibrary
+from kernels.prefill_sparse import select_tiles
+from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import EVERYTHING, SpanInputs
 
 
@@ -54,6 +57,32 @@ class DevicePrefill:
         from kernels.prefill_triton import attend_spans
 
         attend_spans(inputs, window, sinks, scale)
+
+    def attend_sparse(
+        self,
+        inputs: SpanInputs,
+        tiles: PrefillTiles,
+        qi_TGI: Tensor,
+        index_row_G: Tensor,
+        index_cache: Tensor,
+        top_p_G: Tensor,
+        dense_from_S: Tensor,
+        dense_below: int,
+        scale: float,
+    ) -> None:
+        """Retrieval heads read what their tiles select: `score_tiles`, `select_tiles` and
+        `prefill_sparse` of `kernels.reference`, written into `inputs.out_THD`.
+
+        Args:
+            tiles: of the inputs' spans, on their device; the same for all layers of a step.
+            qi_TGI: index queries of the heads of the call, the others as in `prefill_sparse`.
+        """
+        from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
+
+        tables_SB, block_tokens = inputs.block_tables_SB, inputs.k_cache.shape[2]
+        share_ZGB = score_tiles(qi_TGI, index_row_G, index_cache, tables_SB, tiles)
+        mask_ZGB = select_tiles(share_ZGB, top_p_G, tiles, dense_from_S, dense_below, block_tokens)
+        attend_lists(self.library, inputs, tiles, list_kept(mask_ZGB), scale)
 
     def attend_dense(self, inputs: SpanInputs, scale: float) -> None:
         """`kernels.reference.prefill_dense` for some heads, written into `inputs.out_THD`."""

@@ -20,7 +20,7 @@ SAMPLED = 16  # queries of a tile that score blocks: its every eighth, and the l
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
-    """Z tiles in the order of their spans; all tensors int64."""
+    """Z tiles in the order of their spans; all tensors int64 and contiguous."""
 
     span_Z: Tensor
     begin_Z: Tensor  # rows [begin, end) among the T queries
@@ -44,7 +44,8 @@ class PrefillTiles:
             for span in range(len(contexts))
             for begin in range(starts[span], starts[span + 1], TILE_QUERIES)
         ]
-        span_Z, begin_Z, end_Z = torch.tensor(tiles, dtype=torch.int64).view(-1, 3).to(device).T
+        columns = torch.tensor(tiles, dtype=torch.int64).view(-1, 3).T.contiguous()
+        span_Z, begin_Z, end_Z = columns.to(device)
         shift = [context - end for context, end in zip(contexts, starts[1:], strict=True)]
         shift_Z = torch.tensor(shift, dtype=torch.int64, device=device)[span_Z]
         rows_T = torch.arange(starts[-1], device=device)

@@ -73,7 +73,7 @@ def attend_spans(
     tiles = q_THD.shape[0] // config.queries + spans  # at least as many as there are
     options = {} if config.registers is None else {"maxnreg": config.registers}
     span_attention[(tiles * group,)](
-        *inputs._replace(k_cache=_pages(k_cache), v_cache=_pages(v_cache)),
+        *inputs._replace(k_cache=pages_of(k_cache), v_cache=pages_of(v_cache)),
         spans,
         tiles,
         group,
@@ -95,7 +95,7 @@ def attend_spans(
     )
 
 
-def _pages(cache: Tensor) -> Any:
+def pages_of(cache: Tensor) -> Any:
     """The cache as rows, of which a load takes one KV head's page."""
     _, _, keys, dim = cache.shape
     return TensorDescriptor.from_tensor(cache.view(-1, dim), [keys, dim])

@@ -28,7 +28,7 @@ def _span_of(tile, query_starts, spans, QUERIES: tl.constexpr, SPANS: tl.constex
 
 
 @triton.jit
-def _attend_page(
+def attend_page(
     acc,
     peak,
     total,
@@ -135,13 +135,13 @@ def span_attention(
         block = tl.where(step < sink_blocks, step, step - sink_blocks + start)
         block = tl.where(step < before_diagonal, block, step - before_diagonal + right)
         row = (tl.load(pages + block).to(tl.int32) * cache_heads + kv_row) * KEYS
-        acc, peak, total = _attend_page(
+        acc, peak, total = attend_page(
             acc, peak, total, q, k_desc, v_desc, row, block, position_m, context, lowest,
             window, sinks, scale_log2, True, KEYS, PRECISION,
         )  # fmt: skip
     for block in tl.range(left, right, num_stages=STAGES):
         row = (tl.load(pages + block).to(tl.int32) * cache_heads + kv_row) * KEYS
-        acc, peak, total = _attend_page(
+        acc, peak, total = attend_page(
             acc, peak, total, q, k_desc, v_desc, row, block, position_m, context, lowest,
             window, sinks, scale_log2, False, KEYS, PRECISION,
         )  # fmt: skip

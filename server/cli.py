@@ -504,7 +504,10 @@ def bench_attention(
     as_json: JsonOption = False,
 ) -> None:
     """Prefill and decode attention of one layer beside dense attention, on this host's GPU."""
-    from benchmarks.attention import LENGTHS, QUICK_LENGTHS, AttentionBench, BenchError, measure
+    try:
+        from benchmarks.attention import LENGTHS, QUICK_LENGTHS, AttentionBench, BenchError, measure
+    except ImportError as error:  # triton comes with the CUDA builds of torch only
+        _fail(f"bench attention needs a CUDA GPU and the package {error.name}")
 
     chosen = QUICK_LENGTHS if quick else LENGTHS
     bench = AttentionBench(

@@ -36,6 +36,7 @@ def record(tokens: int, dense: dict[str, float]) -> dict[str, Any]:
         "tokens": tokens,
         "dense_ms": dense,
         "times_faster": {name: ms / 10 for name, ms in dense.items()},
+        "sparse_times_faster": {"flash": 4.0},
         "window_ms": {"cuda": 6.0, "triton": 7.0},
         "window_teraflops": 540.2,
         "retrieval_ms": {"cudnn": 4.0},
@@ -51,7 +52,7 @@ def test_a_backend_that_refused_leaves_a_gap(tmp_path: Path) -> None:
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["32K", "64K"]
     assert cells[2] == ["20.0", "-"]
-    assert cells[-2:] == [["3.00x", "9.00x"], ["2.00x", "-"]]
+    assert cells[-3:] == [["3.00x", "9.00x"], ["2.00x", "-"], ["4.00x", "4.00x"]]
     decode = [{"rows": 1, "context": 32768, "share": 0.03, "ratio": 2.5}]
     plot({"prefill": records, "decode": decode}, tmp_path / "a.png")
     plot({"prefill": [], "decode": decode}, tmp_path / "b.png")

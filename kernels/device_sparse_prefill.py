@@ -1,0 +1,154 @@
+"""Sparse prefill on a GPU: scores and lists by Triton, attention by CUDA or Triton.
+
+The same functions as in `kernels.prefill_sparse`, which says what they do; `select_tiles` there
+runs on any device. Scoring is bound by its exponentials (one per key and sampled query), not by
+products or memory, so a Triton kernel is as good as any; attention to the lists runs in the CUDA
+kernel of dense prefill where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import cuda_prefill
+from kernels._checks import check_shapes
+from kernels._launch import KernelLibrary
+from kernels.cuda_prefill import BlockLists
+from kernels.prefill_tiles import SAMPLED, TILE_QUERIES, PrefillTiles
+from kernels.prefill_triton import TileConfig, is_supported, pages_of
+from kernels.span_inputs import EVERYTHING, SpanInputs
+from kernels.tile_kernels import list_attention, list_blocks, tile_masses, tile_shares
+
+RUN_BLOCKS = 64  # scored by one program
+MAX_MASSES = 2**28  # held at once: 1 GiB
+
+
+def score_tiles(
+    qi_THI: Tensor,
+    index_row_H: Tensor,
+    index_cache: Tensor,
+    block_tables_SB: Tensor,
+    tiles: PrefillTiles,
+) -> Tensor:
+    """Log share of every block for every tile of queries, float32 [Z, H, B]; waits for nothing.
+
+    Raises:
+        ValueError: shapes that do not fit, or an index_dim or pages that no kernel takes.
+    """
+    check_shapes(
+        {},
+        qi=(qi_THI, "T H I"),
+        index_row=(index_row_H, "H"),
+        index_cache=(index_cache, "P X K I"),
+        block_tables=(block_tables_SB, "S B"),
+    )
+    heads, dim = qi_THI.shape[1:]
+    width, block_tokens = block_tables_SB.shape[1], index_cache.shape[2]
+    if not is_supported(dim, block_tokens):
+        raise ValueError(f"no kernel for pages of {block_tokens} tokens with index_dim {dim}")
+    qi_THI = qi_THI.contiguous()
+    share_ZHB = qi_THI.new_empty((tiles.count, heads, width), dtype=torch.float32)
+    most = max(1, MAX_MASSES // (heads * SAMPLED * width))
+    masses = share_ZHB.new_empty((min(most, tiles.count), heads, SAMPLED, width))
+    for start in range(0, tiles.count, most):
+        part = slice(start, min(start + most, tiles.count))
+        count = part.stop - part.start
+        tile_masses[(count, heads, triton.cdiv(width, RUN_BLOCKS))](
+            qi_THI,
+            index_row_H,
+            index_cache,
+            block_tables_SB,
+            tiles.span_Z[part],
+            tiles.sampled_ZQ[part],
+            tiles.position_T,
+            masses,
+            *qi_THI.stride()[:2],
+            block_tables_SB.stride(0),
+            index_cache.shape[1],
+            heads,
+            width,
+            DIM=dim,
+            SAMPLED=SAMPLED,
+            KEYS=block_tokens,
+            BLOCKS=RUN_BLOCKS,
+            STAGES=3,
+            num_warps=1,
+        )
+        tile_shares[(count, heads)](
+            masses,
+            tiles.last_position_Z[part],
+            share_ZHB[part],
+            heads,
+            width,
+            SAMPLED=SAMPLED,
+            KEYS=block_tokens,
+            BLOCKS=128,
+        )
+    return share_ZHB
+
+
+def list_kept(mask_ZHB: Tensor) -> BlockLists:
+    """The kept blocks of each tile and head."""
+    count, heads, width = mask_ZHB.shape
+    blocks = torch.empty(mask_ZHB.shape, dtype=torch.int32, device=mask_ZHB.device)
+    counts = blocks.new_empty((count, heads))
+    mask = mask_ZHB.contiguous().view(torch.uint8)
+    list_blocks[(count, heads)](mask, blocks, counts, heads, width, BLOCKS=1024)
+    return BlockLists(blocks, counts)
+
+
+def attend_lists(
+    library: KernelLibrary | None,
+    inputs: SpanInputs,
+    tiles: PrefillTiles,
+    lists: BlockLists,
+    scale: float,
+) -> None:
+    """Attention of some heads to the blocks of their tiles, written into `inputs.out_THD`.
+
+    Args:
+        library: with the CUDA kernel if it takes such caches; None: Triton's.
+    """
+    if library is not None:
+        cuda_prefill.attend_spans(library, inputs, EVERYTHING, 0, scale, lists)
+        return
+    inputs.check()
+    q_THD, out_THD, _, _, k_cache, v_cache, tables_SB, _, _ = inputs
+    _, cache_heads, keys, dim = k_cache.shape
+    if not is_supported(dim, keys):
+        raise ValueError(f"no kernel for pages of {keys} tokens with head_dim {dim}")
+    config = TileConfig.default(q_THD.dtype)
+    group = inputs.heads_G.shape[0]
+    list_attention[(tiles.count * (TILE_QUERIES // config.queries) * group,)](
+        q_THD,
+        out_THD,
+        inputs.heads_G,
+        inputs.kv_row_G,
+        pages_of(k_cache),
+        pages_of(v_cache),
+        tables_SB,
+        tiles.span_Z,
+        tiles.begin_Z,
+        tiles.end_Z,
+        tiles.last_position_Z,
+        lists.blocks,
+        lists.counts,
+        group,
+        *q_THD.stride()[:2],
+        *out_THD.stride()[:2],
+        tables_SB.stride(0),
+        cache_heads,
+        lists.blocks.shape[2],
+        scale * math.log2(math.e),
+        DIM=dim,
+        TILE=TILE_QUERIES,
+        QUERIES=config.queries,
+        KEYS=keys,
+        STAGES=config.stages,
+        PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        num_warps=config.warps,
+    )
