@@ -1,9 +1,15 @@
 """Sparse prefill of retrieval heads, vectorised; specification in `kernels.reference`.
 
 A tile of 128 queries reads the blocks that some of its queries want, by the index that decoding
-uses. Every eighth query scores all keys before it exactly; a block's share is the largest of theirs
-rather than a mean, for a block that a single query needs is needed whole. Top-p then runs over
-these shares. The first block, the tile's own and the one before them are always read, and the last
+uses. Every eighth query scores all keys before it exactly, and a block's share is the largest of
+theirs: a block that a single query needs is needed whole. Top-p then runs over these shares.
+
+On the embedded model and 6K tokens of Python (KL to dense prefill per token, share of blocks read):
+the largest share 0.0058 with 65 %, the mean of shares 0.0056 with 66 %, the tile's mean query 0.033
+with 54 % and still 0.011 with 72 %. Largest and mean cost the same; the mean query saves nearly all
+of the scoring and loses too much.
+
+The first block, the tile's own and the one before them are always read, and the last
 queries of a prompt, which ask about it, read everything.
 """
 

@@ -129,6 +129,12 @@ DEVICE void pin(uint32_t (&registers)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// Ends a basic block that has computed this sum of weights, which is never negative: ptxas would
+// otherwise move a wait for products ahead of the work that is to run under them.
+DEVICE void after(float sum) {
+    if (sum < 0.f) asm volatile("nanosleep.u32 0;\n" ::: "memory");
+}
+
 #define RTPURBO_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RTPURBO_16(d, i) \
     RTPURBO_4(d, i), RTPURBO_4(d, i + 4), RTPURBO_4(d, i + 8), RTPURBO_4(d, i + 12)

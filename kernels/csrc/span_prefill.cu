@@ -391,6 +391,8 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             keys.advance();
             if (work.is_edge(args, i)) hide_unseen(s, work, args, i, row);
             sums.weigh(s, scale, shrink);
+            hopper::pin(s);
+            hopper::after(sums.total[0] + sums.total[1]);
             hopper::products_wait<0>();
             hopper::pin(o);
             release(&shared.values_empty[values.stage]);
