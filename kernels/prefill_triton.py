@@ -30,7 +30,7 @@ class TileConfig(NamedTuple):
     def default(cls, dtype: torch.dtype) -> TileConfig:
         """Small enough that two programs share a multiprocessor of an H100: one takes its softmax
         while the other multiplies."""
-        return cls(16, 4, 1) if dtype == torch.float32 else cls(64, 4, 2)
+        return cls(16, 8, 1) if dtype == torch.float32 else cls(64, 4, 2)
 
 
 # Of head_dim 128 and 64; `benchmarks.prefill_sweep` times them.
