@@ -100,7 +100,8 @@ def select_blocks(
     """Dynamic top-p over blocks with a log-space histogram, bool [R, H, B].
 
     Args:
-        log_mass_RHB: float32 from `score_blocks`; what is not finite has no mass.
+        log_mass_RHB: float32 from `score_blocks`; what is not finite has no mass, nor what lies
+            past a row's context.
         top_p_RH: share of the mass to keep, in (0, 1]; 1 keeps every block.
         context_lens_R: int64, at least 1.
         block_tokens: tokens per block.
@@ -111,9 +112,14 @@ def select_blocks(
         top_p=(top_p_RH, "R H"),
         context_lens=(context_lens_R, "R"),
     )
-    # What is not finite is past the end, or of a sequence that has gone wrong: it has no mass, and
-    # must not become the index of a bin.
-    finite_RHB = log_mass_RHB.masked_fill(~log_mass_RHB.isfinite(), float("-inf"))
+    block_B = torch.arange(log_mass_RHB.shape[-1], device=log_mass_RHB.device)
+    last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
+    forced_RB = (block_B == 0) | (block_B >= last_R1 - 1)
+    inside_RB = block_B <= last_R1
+    # What is not finite is of a sequence that has gone wrong: it has no mass, like what is past the
+    # end, and must not become the index of a bin.
+    has_mass_RHB = log_mass_RHB.isfinite() & inside_RB.unsqueeze(1)
+    finite_RHB = log_mass_RHB.masked_fill(~has_mass_RHB, float("-inf"))
     most_RH1 = finite_RHB.amax(-1, keepdim=True).clamp_(min=torch.finfo(finite_RHB.dtype).min)
     below_RHB = most_RH1 - finite_RHB
     bin_RHB = (below_RHB * BINS_PER_NAT).clamp_(max=BINS - 1).long()
@@ -123,11 +129,6 @@ def select_blocks(
     wanted_RH1 = (top_p_RH.double() * cumulative[..., -1].double()).unsqueeze(-1)
     threshold_RH = (cumulative.double() < wanted_RH1).sum(-1).clamp_(max=BINS - 1)
     threshold_RH = threshold_RH.masked_fill_(top_p_RH >= 1, BINS - 1)
-
-    block_B = torch.arange(log_mass_RHB.shape[-1], device=log_mass_RHB.device)
-    last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
-    forced_RB = (block_B == 0) | (block_B >= last_R1 - 1)
-    inside_RB = block_B <= last_R1
     chosen_RHB = bin_RHB <= threshold_RH.unsqueeze(-1)
     return (chosen_RHB | forced_RB.unsqueeze(1)) & inside_RB.unsqueeze(1)
 

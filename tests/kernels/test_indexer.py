@@ -83,6 +83,17 @@ def test_selection_equals_the_specification_bit_for_bit(
     assert torch.equal(got, reference.select_blocks(log_mass, top_p, lens, 8))
 
 
+def test_what_lies_past_the_context_has_no_mass() -> None:
+    """It was counted: a larger mass past a row's end moved its threshold and its bins."""
+    log_mass = torch.zeros(1, 1, 9)
+    log_mass[..., 1] = 2.0
+    log_mass[..., 5:] = 50.0
+    lens, top_p = torch.tensor([37]), torch.tensor([[0.6]])
+    mask = indexer.select_blocks(log_mass, top_p, lens, 8)
+    assert torch.equal(mask, reference.select_blocks(log_mass, top_p, lens, 8))
+    assert mask[0, 0].tolist() == [True, True, False, True, True, False, False, False, False]
+
+
 @settings(deadline=None, max_examples=150)
 @given(masses())
 def test_selection_keeps_its_promises(
