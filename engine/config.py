@@ -9,6 +9,7 @@ import msgspec
 from engine.errors import ConfigError
 
 AttentionMode = Literal["sparse", "dense"]
+KernelMode = Literal["auto", "cuda", "torch"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_attention: AttentionMode = "dense"  # of retrieval heads; "sparse" needs an indexer
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    kernels: KernelMode = "auto"  # of decode attention; auto: cuda where it can be had
+    kernel_cache: str | None = None  # folder of compiled kernels; None: ~/.cache/rtpurbo/kernels
     max_model_len: int | None = None  # tokens, prompt + output; None: the model's own limit
     max_num_seqs: int = 32  # sequences computed together
     max_batch_tokens: int = 2048  # tokens in one step, decode first, the rest prefill chunks

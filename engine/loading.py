@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.host_memory import free_host_bytes, resident_bytes
+from engine.kernel_choice import choose_kernels
 from engine.kv_pools import KvPools
 from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory
 from engine.messages import EngineInfo
@@ -45,6 +46,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     block_tokens = block_tokens_of(stored.config)
     checkpoint = _as_served(stored, config)
     _check_fit(checkpoint, device, dtype)
+    library = choose_kernels(config.kernels, config.kernel_cache, checkpoint.config, device, dtype)
     decoder = load_decoder(checkpoint, device, dtype)
     model = checkpoint.config
     plan = _plan(config, decoder, device, dtype, block_tokens)
@@ -57,7 +59,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         dtype=dtype,
     )
     info = _describe(config, model, plan, device, dtype)
-    runner = ModelRunner(decoder, cache, info, device, config.prefill_attention)
+    runner = ModelRunner(decoder, cache, info, device, config.prefill_attention, library)
     return EngineParts(_scheduler(config, model, plan), runner)
 
 

@@ -14,6 +14,7 @@ from engine.config import AttentionMode
 from engine.messages import EngineInfo
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.batch_tensors import BatchTensors
+from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Decoder
 from engine.model.kv_cache import KVCache
 from engine.prompt_logprobs import prompt_logprobs
@@ -21,6 +22,7 @@ from engine.request import Request
 from engine.sampler import Sampler
 from engine.step import PromptLogprobs, Sample, StepResult
 from engine.token_budget import step_budget
+from kernels._launch import KernelLibrary
 
 
 class ModelRunner:
@@ -33,6 +35,7 @@ class ModelRunner:
         info: EngineInfo,
         device: torch.device,
         prefill_attention: AttentionMode = "dense",
+        library: KernelLibrary | None = None,
     ) -> None:
         """
         Args:
@@ -41,7 +44,19 @@ class ModelRunner:
             info: facts that the front end is told.
             device: where all tensors of a step are made.
             prefill_attention: what retrieval heads with an indexer read for prompt tokens.
+            library: compiled kernels for decode rows; None: the PyTorch ops.
         """
+        max_blocks = -(-info.max_model_len // info.block_tokens)
+        kernels = None
+        if library is not None:
+            kernels = DecodeKernels(
+                library,
+                decoder.config,
+                device,
+                decoder.embedding.weight.dtype,
+                max_rows=info.max_num_seqs,
+                max_blocks=max_blocks,
+            )
         self.info = info
         self._decoder = decoder
         self._cache = cache
@@ -51,11 +66,12 @@ class ModelRunner:
             decoder.indexers,
             device,
             prefill_attention=prefill_attention,
+            kernels=kernels,
         )
         self._sampler = Sampler(info.eos_token_ids)
         self._tensors = BatchTensors(
             max_num_seqs=info.max_num_seqs,
-            max_blocks=-(-info.max_model_len // info.block_tokens),
+            max_blocks=max_blocks,
             block_tokens=info.block_tokens,
             device=device,
         )

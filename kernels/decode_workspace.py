@@ -61,6 +61,11 @@ class DecodeWorkspace:
         self.partial = floats(*parts, head_dim)
         self.partial_stats = floats(*parts, 2)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
     def check(self, rows: int, tiles: int, selecting: int, blocks: int) -> None:
         """Raises ValueError if a launch needs more than was made."""
         names = ("rows", "tiles", "selecting heads", "blocks")

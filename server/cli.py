@@ -52,6 +52,14 @@ def serve(
         Literal["auto", "float32", "bfloat16"] | None,
         typer.Option(help="auto: bfloat16 on CUDA, else float32."),
     ] = None,
+    kernels: Annotated[
+        Literal["auto", "cuda", "torch"] | None,
+        typer.Option(help="Of decode attention; auto: cuda where they can be had, else torch."),
+    ] = None,
+    kernel_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of compiled kernels; default: ~/.cache/rtpurbo/kernels."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and output together, in tokens.")
     ] = None,
@@ -99,6 +107,8 @@ def serve(
         "prefill_attention": prefill_attention,
         "device": device,
         "dtype": dtype,
+        "kernels": kernels,
+        "kernel_cache": kernel_cache,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_batch_tokens": max_batch_tokens,

@@ -14,7 +14,7 @@ import msgspec
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from engine.config import AttentionMode, EngineConfig
+from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
 from server.key_file import read_keys
@@ -58,6 +58,8 @@ class ServerConfig(BaseSettings):
     prefill_attention: AttentionMode = "dense"  # of retrieval heads
     device: str = "auto"
     dtype: str = "auto"
+    kernels: KernelMode = "auto"
+    kernel_cache: Path | None = None
     max_model_len: Annotated[int, Field(ge=2)] | None = None  # tokens
     max_num_seqs: Count = 32
     max_batch_tokens: Count = 2048  # tokens of one engine step
@@ -129,6 +131,8 @@ class ServerConfig(BaseSettings):
                 "prefill_attention": self.prefill_attention,
                 "device": self.device,
                 "dtype": self.dtype,
+                "kernels": self.kernels,
+                "kernel_cache": None if self.kernel_cache is None else str(self.kernel_cache),
                 "max_model_len": self.max_model_len,
                 "max_num_seqs": self.max_num_seqs,
                 "max_batch_tokens": self.max_batch_tokens,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
+from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Indexer
 from engine.model.head_layout import LayerHeads, model_heads
 from engine.model.kv_cache import KVCache, LayerCache
@@ -111,13 +112,17 @@ class AttentionLayers:
         device: torch.device,
         selections: Sequence[BlockSelection] | None = None,
         prefill_attention: PrefillMode = "dense",
+        kernels: DecodeKernels | None = None,
     ) -> None:
         """
         Args:
             selections: per layer; None: `select_blocks` in all of them.
             prefill_attention: what retrieval heads with an indexer read for prompt tokens.
+            kernels: computes decode rows; gives way to the PyTorch ops where `selections` are set,
+                since its own choice of blocks is part of it.
         """
         self.prefill_attention = prefill_attention
+        self.kernels = kernels if selections is None else None
         self.selections = selections or [select_blocks] * config.num_layers
         self.heads = model_heads(config)
         self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
@@ -208,6 +213,11 @@ class PagedAttention:
     def _decode(self, layer: int, q_pre_RHD: Tensor, q_RHD: Tensor, out_RHD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
         metadata, static = self.metadata, self.layers
+        if static.kernels is not None:
+            attended_RH = static.kernels.attend(static, layer, q_pre_RHD, q_RHD, out_RHD, metadata)
+            if attended_RH is not None:
+                self.attended[layer] = attended_RH
+            return
         lens = metadata.decode_lens_R
         full = (cache.full_k, cache.full_v, metadata.decode_full_RB, lens)
         window = (cache.window_k, cache.window_v, metadata.decode_window_RB, lens)

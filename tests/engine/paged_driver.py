@@ -16,10 +16,13 @@ from engine.batch import Batch, Rule, Span
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.batch_tensors import BatchTensors
 from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
+from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Indexer
 from engine.model.head_layout import model_heads
+from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
 from engine.request import Request, SamplingParams
+from kernels._launch import KernelLibrary
 from kernels.reference import select_blocks
 
 Take = tuple[int, int, Rule]  # sequence, number of tokens, rule
@@ -38,6 +41,7 @@ def make_model(
     top_p: float = 0.5,
     dense_below: int = 0,
     layers: int = 1,
+    block: int = 8,
 ) -> ModelConfig:
     """A model of which only the head layout matters; None retrieval heads: a dense one."""
     sparse = None
@@ -49,7 +53,7 @@ def make_model(
             sink_tokens=sinks,
             index_dim=index_dim,
             index_scope=scope,
-            block_tokens=8,
+            block_tokens=block,
             top_p=tuple(tuple(top_p for _ in layer) for layer in retrieval),
             dense_below=dense_below,
         )
@@ -116,11 +120,12 @@ class Driver:
         *,
         top_p: Sequence[float | None] | None = None,
         seed: int = 0,
+        library: KernelLibrary | None = None,
     ) -> None:
-        """`lengths`: prompt and total tokens of each sequence."""
+        """`lengths`: prompt and total tokens of each; decode rows by `library` if given."""
         self.model = model
         self.generator = torch.Generator().manual_seed(seed)
-        self.block = 8 if model.sparse is not None else 64
+        self.block = block_tokens_of(model)
         self.heads = model_heads(model)
         self.indexers = random_indexers(model, self.generator)
         self.has_full = any(heads.full_kv for heads in self.heads)
@@ -150,7 +155,19 @@ class Driver:
             block_tokens=self.block,
             device=torch.device("cpu"),
         )
-        self.layers = AttentionLayers(model, self.cache, self.indexers, torch.device("cpu"))
+        kernels = None
+        if library is not None:
+            kernels = DecodeKernels(
+                library,
+                model,
+                torch.device("cpu"),
+                torch.float32,
+                max_rows=len(lengths),
+                max_blocks=-(-256 // self.block),
+            )
+        self.layers = AttentionLayers(
+            model, self.cache, self.indexers, torch.device("cpu"), kernels=kernels
+        )
         self.newest: PagedAttention | None = None
 
     def _sequence(self, prompt: int, total: int, top_p: float | None) -> PagedSequence:

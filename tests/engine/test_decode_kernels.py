@@ -1,0 +1,86 @@
+"""Decode rows on the CUDA kernels, run on the CPU (`tests.kernels.emulation`): the same answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels._launch import KernelLibrary
+from tests.engine.paged_driver import Driver, Take, make_model
+from tests.engine.test_attention import LAYOUTS
+from tests.kernels.emulation.library import build_emulation, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
+
+# What the kernels take; the layouts are those of the PyTorch ops' test.
+SIZES: dict[str, Any] = {"dim": 64, "index_dim": 8, "block": 16, "window": 21}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return build_emulation(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_ragged_batches_equal_naive_masks(library: KernelLibrary, layout: dict[str, Any]) -> None:
+    """Decode rows, replays of more rows than a launch takes, and prefill chunks in every step."""
+    model = make_model(**SIZES | layout)
+    driver = Driver(model, [(1, 12), (41, 60), (64, 70)], library=library)
+    steps: list[list[Take]] = [
+        [(0, 1, "prefill"), (1, 17, "prefill")],
+        [(0, 1, "decode"), (1, 23, "prefill"), (2, 33, "prefill")],
+        [(0, 1, "decode"), (1, 1, "prefill"), (2, 30, "prefill")],
+        [(1, 1, "decode"), (0, 9, "decode"), (2, 1, "prefill")],
+        [(1, 18, "decode"), (2, 6, "decode")],
+    ]
+    outputs: list[list[torch.Tensor]] = [[], [], []]
+    for takes in steps:
+        for (index, _, _), out in zip(takes, driver.step(takes), strict=True):
+            outputs[index].append(out)
+    for index, parts in enumerate(outputs):
+        got, want = torch.cat(parts, dim=1), driver.expected(index)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+
+
+def test_the_token_budget_is_the_ops(library: KernelLibrary) -> None:
+    model = make_model([[0, 3], []], **SIZES, dense_below=50)
+    counts = []
+    for given in (library, None):
+        driver = Driver(model, [(40, 49), (50, 58)], top_p=[None, 0.05], library=given)
+        driver.step([(0, 40, "prefill"), (1, 50, "prefill")])
+        driver.step([(0, 9, "decode"), (1, 8, "decode")])
+        assert driver.attended().keys() == {0}
+        counts.append(driver.attended()[0])
+    assert torch.equal(counts[0], counts[1])
+    assert not counts[0][:9].any()
+    assert counts[0][9:].all()
+
+
+def test_a_selection_of_ones_own_takes_the_ops(library: KernelLibrary) -> None:
+    """Evaluation compares rules of selection: the kernels know only the one that is served."""
+    driver = Driver(make_model([[0, 3]], **SIZES), [(40, 44)], library=library)
+    assert driver.layers.kernels is not None
+    static = driver.layers
+    own = type(static)(
+        driver.model,
+        driver.cache,
+        driver.indexers,
+        torch.device("cpu"),
+        static.selections,
+        kernels=static.kernels,
+    )
+    assert own.kernels is None
+
+
+@pytest.mark.parametrize("layout", ["mixed-groups", "no-retrieval", "dense-model"])
+def test_a_sequence_full_of_nan_spoils_no_other(library: KernelLibrary, layout: str) -> None:
+    model = make_model(**SIZES | LAYOUTS[layout])
+    driver = Driver(model, [(40, 44), (40, 44)], library=library)
+    for name in ("q_pre", "k_pre", "q", "k", "v"):
+        getattr(driver.sequences[0], name).fill_(torch.nan)
+    driver.step([(0, 40, "prefill"), (1, 40, "prefill")])
+    decode = driver.step([(0, 4, "decode"), (1, 4, "decode")])[1]
+    want = driver.expected(1)[:, 40:]
+    torch.testing.assert_close(decode, want, rtol=1e-4, atol=2e-6)
