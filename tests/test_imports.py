@@ -1,4 +1,9 @@
-"""The arrows between packages: who may import whom, checked from source."""
+"""The arrows between packages: who may import whom, checked from source.
+
+The command line is the composition root: `server/cli.py` names the subcommands, each of which has
+a file in `server/commands/` that may import every package. In return these files import other
+packages inside functions only, so that `--help` is quick, and only `server/cli.py` imports them.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ ALLOWED = {
     "benchmarks": {"benchmarks", "server", "engine", "kernels", "conversion"},
 }
 COMPOSITION_ROOT = "server/cli.py"
+COMMANDS = "server/commands"
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -37,11 +43,38 @@ def test_packages_import_only_along_the_arrows(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        if path.relative_to(ROOT).as_posix() == COMPOSITION_ROOT:
+        if path.is_relative_to(ROOT / COMMANDS):
             continue
         for module in imported_modules(path):
             top = module.split(".")[0]
             assert top not in PACKAGES or top in ALLOWED[package], f"{path} imports {module}"
+
+
+def test_commands_import_other_packages_only_when_they_run() -> None:
+    """An import at the top of one command would be paid by all of them, and by `--help`."""
+    files = sorted((ROOT / COMMANDS).glob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                top, *rest = (node.module or "").split(".")
+                assert top not in PACKAGES or rest[:1] == ["commands"], f"{path}: {node.module}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_only_the_composition_root_imports_commands(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if path == ROOT / COMPOSITION_ROOT or path.is_relative_to(ROOT / COMMANDS):
+            continue
+        for module in imported_modules(path):
+            assert not module.startswith("server.commands"), f"{path} imports {module}"
+
+
+def test_help_loads_none_of_the_heavy_libraries() -> None:
+    """What `rtpurbo --help` waits for is Typer alone."""
+    heavy = "{'torch', 'transformers', 'fastapi', 'uvicorn', 'pydantic', 'numpy'}"
+    code = f"import server.cli, sys; sys.exit(str({heavy} & set(sys.modules) or '') or None)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_conversion_uses_only_the_model_side_of_the_engine() -> None:

@@ -1,0 +1,73 @@
+"""`rtpurbo ablate`: what each part of a converted model is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.commands.failure import fail
+from server.commands.options import names, numbers
+
+
+def ablate(
+    model: Annotated[Path, typer.Argument(help="Converted model folder.")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write; an unfinished one goes on.")],
+    work: Annotated[
+        Path | None, typer.Option(help="State of the conversion; default: MODEL.work if there.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The dense folder that was converted: the reference.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks or groups as in eval, comma separated.")
+    ] = "code,code_passkey,text",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of prompt and answer, comma separated.")
+    ] = "4096,8192,16384",
+    samples: Annotated[
+        int, typer.Option(help="Documents or prompts per task, length and setting.")
+    ] = 20,
+    facts: Annotated[
+        str, typer.Option(help="Planted facts of a document, comma separated.")
+    ] = "1,4,16",
+    text_samples: Annotated[int, typer.Option(help="Documents of the task text.")] = 8,
+    decoded: Annotated[
+        int, typer.Option(help="Tokens at a text's end that run under the decode rule.")
+    ] = 512,
+    data: Annotated[
+        Path | None, typer.Option(help="Text of code and text tasks; default: Python sources.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of documents, facts and random heads.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Show what each part of a converted MODEL is worth: replace one at a time and measure.
+
+    Random heads, a closed-form indexer, top-k instead of top-p, no distillation; other windows,
+    other top_p, fewer heads, other index dimensions. Stop at any time and run it again.
+    """
+    from rich.console import Console
+
+    from conversion.evaluation.ablation_table import print_ablations
+    from conversion.evaluation.ablations import ablate as run_ablations
+    from conversion.evaluation.options import EvalOptions
+    from engine.errors import EngineError
+
+    try:
+        options = EvalOptions(
+            tasks=names(tasks),
+            lengths=numbers(lengths),
+            samples=samples,
+            teacher=teacher,
+            facts=numbers(facts),
+            text_samples=text_samples,
+            decoded=decoded,
+            data=data,
+            seed=seed,
+            device=device,
+        )
+        content = run_ablations(model, out, options, work, Console(stderr=True))
+    except EngineError as error:
+        fail(error)
+    print_ablations(content, Console())
