@@ -11,22 +11,23 @@ is where the tokenizer splits the finished text as well, so the ids are those of
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from conversion.code_facts import FIRST_WORDS, SECOND_WORDS, Question
+from conversion.embedded.names import NameMaker
 
 Fact = tuple[list[str], Question]  # lines in the order in which they must stand, and what is asked
 KINDS = ("constant", "dictionary", "list", "chain", "token", "copy")
-KIND_WEIGHTS = (0.16, 0.12, 0.3, 0.3, 0.06, 0.06)  # what takes longest to learn most often
-MAX_FACTS = 17
-CHAIN_LINKS = (0.6, 0.25, 0.15)  # shares of chains of 1, 2 and 3 assignments
-MIDDLE_QUESTIONS = 0.3  # share of the questions asked again inside the code
+KIND_WEIGHTS = (0.1, 0.08, 0.25, 0.5, 0.04, 0.03)  # what takes longest to learn most often
+FEW_FACTS = 17  # at most, in half of the episodes
+TOKENS_PER_FACT, MOST_FACTS = 80, 96  # the others have up to one in so many tokens
+EARLY_QUESTIONS = 0.5  # share of the facts that are asked inside the code and not at its end
+NEAR_QUESTIONS = 0.6  # share of those asked right after the fact: a look-up by way of another is
+# learnt where the first is easy, and then found to work from afar
 COPY_TOKENS = (8, 48)
 MIN_CODE = 16  # tokens of code that must be left
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
@@ -68,24 +69,42 @@ class EpisodeWriter:
         kind = kind or str(rng.choice(KINDS, p=KIND_WEIGHTS))
         if kind == "copy":
             return self._copy(code, rng)
-        wanted = int(rng.integers(1, MAX_FACTS + 1))
-        return self.plant(code, [self._fact(kind, rng) for _ in range(wanted)], rng)
+        most = FEW_FACTS
+        if rng.random() < 0.5:  # a long sequence teaches more by many questions than by few
+            most = max(most, min(MOST_FACTS, len(code) // TOKENS_PER_FACT))
+        names = NameMaker(self._words, rng)
+        wanted = int(rng.integers(1, most + 1))
+        facts = [self._fact(kind, names, rng) for _ in range(wanted)]
+        return self.plant(code, facts, rng, EARLY_QUESTIONS)
 
     def plant(
-        self, code: NDArray[np.int64], facts: list[Fact], rng: np.random.Generator
+        self,
+        code: NDArray[np.int64],
+        facts: list[Fact],
+        rng: np.random.Generator,
+        early: float = 0.0,
     ) -> Episode:
-        """Put facts into code and their questions at its end, in random order."""
+        """Put facts into code and their questions at its end, in random order.
+
+        Every fact is asked once: a question that was answered before would be a second needle.
+
+        Args:
+            early: share of the facts that are asked inside the code instead.
+        """
+        order = rng.permutation(len(facts))
+        late = order[int(early * rng.random() * 2 * len(facts)) :] if early else order
+        late = late if len(late) else order[:1]
         tail_ids: list[int] = []
         tail_spans: list[tuple[int, int]] = []
-        for index in rng.permutation(len(facts)):
+        for index in late:
             ids, start = self._question(facts[index][1])
             tail_spans.append((len(tail_ids) + start, len(tail_ids) + len(ids)))
             tail_ids += ids
-        inserts = self._inserts(facts, rng)
+        inserts = self._inserts(facts, set(late.tolist()), rng)
         room = len(code) - len(tail_ids) - sum(len(ids) for _, ids, _ in inserts)
         if room < MIN_CODE:  # facts that fill a short sequence: keep the first half of them
             assert len(facts) > 1, "one fact fits any sequence"
-            return self.plant(code, facts[: len(facts) // 2], rng)
+            return self.plant(code, facts[: len(facts) // 2], rng, early)
         body, weights = self._insert(code[:room], inserts)
         offset = len(body)
         ids_T = np.concatenate([body, np.array(tail_ids, dtype=np.int64)])
@@ -96,17 +115,19 @@ class EpisodeWriter:
         return Episode(ids_T, np.concatenate([weights, tail]), answers)
 
     def _inserts(
-        self, facts: list[Fact], rng: np.random.Generator
+        self, facts: list[Fact], late: set[int], rng: np.random.Generator
     ) -> list[tuple[float, list[int], int]]:
-        """(depth, token ids, start of the answer or -1) of every line, and of some questions."""
+        """(depth, token ids, start of the answer or -1) of every line, and of early questions."""
         inserts = []
-        for lines, question in facts:
+        for number, (lines, question) in enumerate(facts):
             depths = np.sort(rng.random(len(lines)))
             for depth, line in zip(depths, lines, strict=True):
                 inserts.append((float(depth), self._encode("\n" + line), -1))
-            if rng.random() < MIDDLE_QUESTIONS:
+            if number not in late:
+                near = rng.random() < NEAR_QUESTIONS
+                depth = depths[-1] if near else rng.uniform(depths[-1], 1.0)
                 ids, start = self._question(question)
-                inserts.append((float(rng.uniform(depths[-1], 1.0)), ids, start))
+                inserts.append((float(depth), ids, start))
         return inserts
 
     def _insert(
@@ -151,12 +172,12 @@ class EpisodeWriter:
         weights[len(ids) - length + cue :] = self._answer_weight
         return Episode(ids, weights, [(len(ids) - length + cue, len(ids))])
 
-    def _fact(self, kind: str, rng: np.random.Generator) -> Fact:
-        name, value = self._name(rng), self._number(rng)
+    def _fact(self, kind: str, names: NameMaker, rng: np.random.Generator) -> Fact:
+        name, value = names.name(), self._number(rng)
         if kind == "constant":
             return [f"{name} = {value}"], Question(f"assert {name} == ", value)
         if kind == "dictionary":
-            table = str(rng.choice(["REGISTRY", self._name(rng)]))
+            table = str(rng.choice(["REGISTRY", names.name()]))
             key = f'{table}["{name.lower()}"]'
             return [f"{key} = {value}"], Question(f"assert {key} == ", value)
         if kind == "token":
@@ -166,20 +187,8 @@ class EpisodeWriter:
             values = [self._number(rng) for _ in range(int(rng.integers(2, 5)))]
             lines = [f"{name}.append({number})" for number in values]
             return lines, Question(f"assert {name} == [", ", ".join(values) + "]")
-        links = 1 + int(rng.choice(len(CHAIN_LINKS), p=CHAIN_LINKS))
-        names = [name, *(self._name(rng) for _ in range(links))]
-        lines = [f"{name} = {value}"]
-        lines += [f"{new} = {old}" for old, new in pairwise(names)]
-        return lines, Question(f"assert {names[-1]} == ", value)
-
-    def _name(self, rng: np.random.Generator) -> str:
-        """Two or three words of the vocabulary or random letters, joined by underscores."""
-        count = int(rng.integers(2, 4))
-        if rng.random() < 0.3:
-            sizes = rng.integers(3, 8, count)
-            letters = list(string.ascii_uppercase)
-            return "_".join("".join(rng.choice(letters, size)) for size in sizes)
-        return "_".join(str(word) for word in rng.choice(self._words, count))
+        alias = names.name()
+        return [f"{name} = {value}", f"{alias} = {name}"], Question(f"assert {alias} == ", value)
 
     @staticmethod
     def _number(rng: np.random.Generator) -> str:
