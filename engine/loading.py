@@ -17,6 +17,7 @@ from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory
 from engine.messages import EngineInfo
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
+from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Decoder
 from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import block_tokens_of
@@ -59,7 +60,25 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         dtype=dtype,
     )
     info = _describe(config, model, plan, device, dtype)
-    runner = ModelRunner(decoder, cache, info, device, config.prefill_attention, library)
+    kernels = None
+    if library is not None:
+        kernels = DecodeKernels(
+            library,
+            model,
+            device,
+            dtype,
+            max_rows=config.max_num_seqs,
+            max_blocks=-(-plan.max_model_len // block_tokens),
+        )
+    runner = ModelRunner(
+        decoder,
+        cache,
+        info,
+        device,
+        config.prefill_attention,
+        kernels,
+        cuda_graphs=config.cuda_graphs,
+    )
     return EngineParts(_scheduler(config, model, plan), runner)
 
 

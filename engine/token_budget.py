@@ -1,50 +1,108 @@
 """How many tokens the retrieval heads attended: the token budget of a step.
 
-Legend: R decode rows of the batch, S decode rows that sample, H retrieval heads of a layer.
+Legend: R decode rows, S rows that are counted, H retrieval heads of all layers that select.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.messages import Attended
+from engine.transfer import Readback, upload
+
+Budget = tuple[dict[int, Attended], dict[int, float]]  # by request id; mean fraction by layer
 
 
-def step_budget(
-    batch: Batch, attended: Mapping[int, torch.Tensor]
-) -> tuple[dict[int, Attended], dict[int, float]]:
-    """Budget by request id, and mean fraction by layer; both empty where nothing was selected.
+class BudgetSums(NamedTuple):
+    """What is left of the counts when the device has summed them; float64."""
+
+    pairs_S: Tensor  # heads that selected
+    tokens_S: Tensor  # tokens attended, over these heads
+    fraction_S: Tensor  # the same over the context length
+    fraction_H: Tensor  # over the rows
+    pairs_H: Tensor  # rows in which the head selected
+
+    @classmethod
+    def of(cls, counts: Sequence[Tensor], context_S: Tensor, counted_S: Tensor) -> BudgetSums:
+        """
+        Args:
+            counts: tokens attended, int64 [S, heads] for every layer that selects; 0 where a row
+                did not select.
+            context_S: int64 context lengths; 0 pads.
+            counted_S: int64, 0 leaves a row out, 1 does not.
+        """
+        counts_SH = torch.cat(tuple(counts), dim=1) * counted_S.unsqueeze(1)
+        fraction_SH = counts_SH.double() / context_S.clamp(min=1).unsqueeze(1)
+        chosen_SH = (counts_SH > 0).double()
+        tokens_S = counts_SH.sum(1).double()
+        return cls(
+            chosen_SH.sum(1), tokens_S, fraction_SH.sum(1), fraction_SH.sum(0), chosen_SH.sum(0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBudget:
+    """A budget on its way: places in a `Readback`, to be read when it was fetched."""
+
+    owners: Sequence[tuple[int, int]]  # row among S, request id
+    widths: Mapping[int, int]  # heads of each layer that selects, in the order of the counts
+    places: Sequence[int]  # of the fields of BudgetSums
+
+    @classmethod
+    def of(
+        cls,
+        sums: BudgetSums,
+        owners: Sequence[tuple[int, int]],
+        widths: Mapping[int, int],
+        readback: Readback,
+    ) -> PendingBudget:
+        return cls(owners, widths, [readback.add(part) for part in sums])
+
+    def read(self, values: Sequence[Sequence[float]]) -> Budget:
+        """By request id, and the mean fraction by layer; what selected nothing is left out."""
+        pairs, tokens, fraction, head_fraction, head_pairs = (values[i] for i in self.places)
+        by_request = {
+            request_id: Attended(int(pairs[row]), int(tokens[row]), fraction[row])
+            for row, request_id in self.owners
+            if pairs[row]
+        }
+        by_layer, start = {}, 0
+        for layer, width in self.widths.items():
+            part = slice(start, start + width)
+            if rows := sum(head_pairs[part]):
+                by_layer[layer] = sum(head_fraction[part]) / rows
+            start += width
+        return by_request, by_layer
+
+
+def queue_budget(
+    batch: Batch, attended: Mapping[int, Tensor], readback: Readback
+) -> PendingBudget | None:
+    """The budget of a step that was run row by row; None where nothing was selected.
 
     Only rows that sample count: a replayed row was counted when its token was new.
 
     Args:
         batch: decode spans first.
-        attended: by layer, tokens attended, int64 [R, H]; 0 where a row did not select.
+        attended: by layer, tokens attended, int64 [R, heads]; 0 where a row did not select.
     """
-    owners = _sampling_rows(batch)
-    if not attended or not owners:
-        return {}, {}
-    rows = [row for row, _, _ in owners]
-    counts_SH = torch.cat([counts_RH[rows] for counts_RH in attended.values()], dim=1).cpu()
-    context_S1 = torch.tensor([[context] for _, _, context in owners])
-    fractions_SH = counts_SH / context_S1
-    by_request = {
-        request_id: Attended(int((counts > 0).sum()), int(counts.sum()), float(fractions.sum()))
-        for (_, request_id, _), counts, fractions in zip(
-            owners, counts_SH, fractions_SH, strict=True
-        )
-        if counts.any()
-    }
-    widths = [counts_RH.shape[1] for counts_RH in attended.values()]
-    by_layer = {
-        layer: float(fractions[fractions > 0].mean())
-        for layer, fractions in zip(attended, torch.split(fractions_SH, widths, 1), strict=True)
-        if fractions.any()
-    }
-    return by_request, by_layer
+    rows = _sampling_rows(batch)
+    if not attended or not rows:
+        return None
+    device = next(iter(attended.values())).device
+    at_S = upload([row for row, _, _ in rows], torch.int64, device)
+    context_S = upload([context for _, _, context in rows], torch.int64, device)
+    counts = [counts_RH[at_S] for counts_RH in attended.values()]
+    sums = BudgetSums.of(counts, context_S, torch.ones_like(context_S))
+    owners = [(place, request_id) for place, (_, request_id, _) in enumerate(rows)]
+    widths = {layer: counts_RH.shape[1] for layer, counts_RH in attended.items()}
+    return PendingBudget.of(sums, owners, widths, readback)
 
 
 def _sampling_rows(batch: Batch) -> list[tuple[int, int, int]]:

@@ -5,12 +5,16 @@ Legend: T tokens of the batch, E hidden size, R rows that sample, V logits width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.batch import Batch, Span
 from engine.config import AttentionMode
+from engine.decode_buffers import DecodeBuffers
+from engine.decode_step import CudaGraphs, DecodeStep, Eager
 from engine.messages import EngineInfo
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.batch_tensors import BatchTensors
@@ -19,10 +23,33 @@ from engine.model.decoder import Decoder
 from engine.model.kv_cache import KVCache
 from engine.prompt_logprobs import prompt_logprobs
 from engine.request import Request
-from engine.sampler import Sampler
+from engine.sampler import PendingSamples, Sampler, is_plain_greedy
 from engine.step import PromptLogprobs, Sample, StepResult
-from engine.token_budget import step_budget
-from kernels._launch import KernelLibrary
+from engine.token_budget import PendingBudget, queue_budget
+from engine.transfer import Readback, upload
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingStep:
+    """A step that the device is computing: what will be read of it, and how."""
+
+    finite: int  # place of a flag for each span: all its hidden states are finite
+    samples: PendingSamples | None
+    budget: PendingBudget | None
+    hidden_TE: Tensor | None = None  # of steps that may hold prompt tokens
+
+    def failed(self, batch: Batch, values: Sequence[Sequence[float]]) -> set[int]:
+        """Requests with a hidden state that is not finite; also those that do not sample yet,
+        because their pages would go into the prefix cache."""
+        flags = values[self.finite]  # padded rows follow
+        return {span.request_id for span, ok in zip(batch.spans, flags, strict=False) if not ok}
+
+    def read_samples(self, values: Sequence[Sequence[float]]) -> dict[int, Sample]:
+        """By request id."""
+        if self.samples is None:
+            return {}
+        ids = (request.request_id for request in self.samples.requests)
+        return dict(zip(ids, self.samples.read(values), strict=True))
 
 
 class ModelRunner:
@@ -35,7 +62,9 @@ class ModelRunner:
         info: EngineInfo,
         device: torch.device,
         prefill_attention: AttentionMode = "dense",
-        library: KernelLibrary | None = None,
+        kernels: DecodeKernels | None = None,
+        *,
+        cuda_graphs: bool = True,
     ) -> None:
         """
         Args:
@@ -44,22 +73,13 @@ class ModelRunner:
             info: facts that the front end is told.
             device: where all tensors of a step are made.
             prefill_attention: what retrieval heads with an indexer read for prompt tokens.
-            library: compiled kernels for decode rows; None: the PyTorch ops.
+            kernels: for decode rows; None: the PyTorch ops.
+            cuda_graphs: record steps of decode tokens and replay them, on a GPU with kernels.
         """
-        max_blocks = -(-info.max_model_len // info.block_tokens)
-        kernels = None
-        if library is not None:
-            kernels = DecodeKernels(
-                library,
-                decoder.config,
-                device,
-                decoder.embedding.weight.dtype,
-                max_rows=info.max_num_seqs,
-                max_blocks=max_blocks,
-            )
         self.info = info
         self._decoder = decoder
         self._cache = cache
+        self._device = device
         self._layers = AttentionLayers(
             decoder.config,
             cache,
@@ -71,26 +91,44 @@ class ModelRunner:
         self._sampler = Sampler(info.eos_token_ids)
         self._tensors = BatchTensors(
             max_num_seqs=info.max_num_seqs,
-            max_blocks=max_blocks,
+            max_blocks=-(-info.max_model_len // info.block_tokens),
             block_tokens=info.block_tokens,
             device=device,
+        )
+        self._decode = None if kernels is None else self._decode_step(cuda_graphs)
+
+    @torch.inference_mode()
+    def _decode_step(self, cuda_graphs: bool) -> DecodeStep:
+        # Experts are chosen on the host: such a step cannot be recorded.
+        recorded = cuda_graphs and self._device.type == "cuda" and self._decoder.config.moe is None
+        tables = (self._tensors.full, self._tensors.window)
+        rows = self.info.max_num_seqs
+        return DecodeStep(
+            self._decoder,
+            self._layers,
+            DecodeBuffers(rows, *tables, self.info.block_tokens),
+            CudaGraphs(self._device) if recorded else Eager(),
+            rows,
         )
 
     @torch.inference_mode()
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         """Compute one step. Requests whose values are not finite are named in `failed`."""
-        metadata = self._tensors.build(batch, requests)
-        attention = PagedAttention(self._layers, metadata)
-        hidden_TE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
-        failed = _not_finite(batch, hidden_TE)
-        samples = self._sample(batch, requests, hidden_TE, failed)
+        readback = Readback()
+        if self._decode is not None and self._decode.takes(batch):
+            pending = self._start_decode(self._decode, batch, requests, readback)
+        else:
+            pending = self._start_mixed(batch, requests, readback)
+        values = readback.fetch()  # the one point at which a step waits for the device
+        failed = pending.failed(batch, values)
+        samples = pending.read_samples(values)
         failed |= {request_id for request_id, sample in samples.items() if sample.token is None}
         self._scrub(span for span in batch.spans if span.request_id in failed)
-        attended, layer_fraction = step_budget(batch, attention.attended)
+        attended, layer_fraction = pending.budget.read(values) if pending.budget else ({}, {})
         return StepResult(
             samples=samples,
             failed=failed,
-            prompt_logprobs=self._prompt_logprobs(batch, requests, hidden_TE, failed),
+            prompt_logprobs=self._prompt_logprobs(batch, requests, pending.hidden_TE, failed),
             attended=attended,
             layer_attended_fraction=layer_fraction,
         )
@@ -99,33 +137,62 @@ class ModelRunner:
         """Drop what is kept for a request that ended; unknown ids are ignored."""
         self._sampler.forget(request_id)
 
-    def _sample(
+    def _start_decode(
         self,
+        decode: DecodeStep,
         batch: Batch,
         requests: Mapping[int, Request],
-        hidden_TE: torch.Tensor,
-        failed: set[int],
-    ) -> dict[int, Sample]:
-        """Logits and tokens of the rows that sample, and of no others."""
+        readback: Readback,
+    ) -> _PendingStep:
+        """One token of every span; a row's tokens are in the outputs unless a request asks more."""
+        outputs = decode.run(batch, requests)
+        rows = [row for row, span in enumerate(batch.spans) if span.sample]
+        owners = [requests[batch.spans[row].request_id] for row in rows]
+        finite = readback.add(outputs.finite_R)
+        if not all(map(is_plain_greedy, owners)):
+            logits_RV = outputs.logits_RV[upload(rows, torch.int64, self._device)]
+            samples = self._sampler.queue(logits_RV, owners, readback)
+        else:
+            samples = PendingSamples(owners, readback.add(outputs.tokens_R), finite, rows=rows)
+        budget = None
+        if outputs.budget is not None:
+            ids = [(row, batch.spans[row].request_id) for row in rows]
+            budget = PendingBudget.of(outputs.budget, ids, outputs.widths, readback)
+        return _PendingStep(finite, samples, budget)
+
+    def _start_mixed(
+        self, batch: Batch, requests: Mapping[int, Request], readback: Readback
+    ) -> _PendingStep:
+        """Any spans; logits only of the rows that sample."""
+        metadata = self._tensors.build(batch, requests)
+        attention = PagedAttention(self._layers, metadata)
+        hidden_TE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
+        ends = upload([stop - 1 for _, stop in _rows(batch)], torch.int64, self._device)
+        unfit_T = ~hidden_TE.float().sum(dim=-1).isfinite()
+        unfit_S = unfit_T.cumsum(0)[ends]  # up to the end of each span
+        finite = readback.add(unfit_S.diff(prepend=unfit_S.new_zeros(1)) == 0)
         rows, owners = [], []
         for span, (_, stop) in zip(batch.spans, _rows(batch), strict=True):
-            if span.sample and span.request_id not in failed:
+            if span.sample:
                 rows.append(stop - 1)
                 owners.append(requests[span.request_id])
-        if not rows:
-            return {}
-        logits_RV = self._decoder.logits(hidden_TE[rows])
-        samples = self._sampler.sample(logits_RV, owners)
-        return {request.request_id: sample for request, sample in zip(owners, samples, strict=True)}
+        samples = None
+        if rows:
+            logits_RV = self._decoder.logits(hidden_TE[upload(rows, torch.int64, self._device)])
+            samples = self._sampler.queue(logits_RV, owners, readback)
+        budget = queue_budget(batch, attention.attended, readback)
+        return _PendingStep(finite, samples, budget, hidden_TE)
 
     def _prompt_logprobs(
         self,
         batch: Batch,
         requests: Mapping[int, Request],
-        hidden_TE: torch.Tensor,
+        hidden_TE: Tensor | None,
         failed: set[int],
     ) -> dict[int, PromptLogprobs]:
-        result = {}
+        result: dict[int, PromptLogprobs] = {}
+        if hidden_TE is None:
+            return result
         for span, (start, stop) in zip(batch.spans, _rows(batch), strict=True):
             request = requests[span.request_id]
             asked = span.rule == "prefill" and request.params.prompt_logprobs is not None
@@ -162,14 +229,3 @@ def _rows(batch: Batch) -> list[tuple[int, int]]:
         rows.append((start, start + len(span.tokens)))
         start += len(span.tokens)
     return rows
-
-
-def _not_finite(batch: Batch, hidden_TE: torch.Tensor) -> set[int]:
-    """Requests with a hidden state that is not finite; also those that do not sample yet, because
-    their pages would go into the prefix cache. One reduction and one transfer for the batch."""
-    finite = hidden_TE.float().sum(dim=-1).isfinite().tolist()
-    return {
-        span.request_id
-        for span, (start, stop) in zip(batch.spans, _rows(batch), strict=True)
-        if not all(finite[start:stop])
-    }

@@ -60,6 +60,7 @@ class ServerConfig(BaseSettings):
     dtype: str = "auto"
     kernels: KernelMode = "auto"
     kernel_cache: Path | None = None
+    cuda_graphs: bool = True
     max_model_len: Annotated[int, Field(ge=2)] | None = None  # tokens
     max_num_seqs: Count = 32
     max_batch_tokens: Count = 2048  # tokens of one engine step
@@ -132,6 +133,7 @@ class ServerConfig(BaseSettings):
                 "device": self.device,
                 "dtype": self.dtype,
                 "kernels": self.kernels,
+                "cuda_graphs": self.cuda_graphs,
                 "kernel_cache": None if self.kernel_cache is None else str(self.kernel_cache),
                 "max_model_len": self.max_model_len,
                 "max_num_seqs": self.max_num_seqs,

@@ -5,14 +5,17 @@ Shapes: T tokens of the step, R decode rows, S prefill spans, B block-table widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch, Span
 from engine.request import Request
+from engine.transfer import upload
 from kernels.prefill_sparse import DENSE_TAIL
 
 
@@ -55,7 +58,10 @@ class BlockTables:
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._rows_SB = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64, device=device)
+        shape = (max_num_seqs + 1, max_blocks)
+        self.rows_SB = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.spare_slot = max_num_seqs
+        """A row that no sequence has, for rows that pad a batch."""
         self._owners: list[tuple[int, int] | None] = [None] * max_num_seqs
         self._lengths = [0] * max_num_seqs
 
@@ -67,14 +73,29 @@ class BlockTables:
             self._lengths[slot] = 0
         known = self._lengths[slot]
         if known < len(blocks):
-            self._rows_SB[slot, known : len(blocks)] = torch.tensor(blocks[known:])
+            pages = upload(blocks[known:], torch.int64, self.rows_SB.device)
+            self.rows_SB[slot, known : len(blocks)] = pages
             self._lengths[slot] = len(blocks)
+
+    def extend(self, span: Span, blocks: list[int], column: int) -> int:
+        """The page of logical block `column`, the only one that the device may still lack.
+
+        Whoever calls puts it into the table there; what else is missing is sent at once.
+        """
+        if not blocks:
+            return 0
+        slot = span.slot
+        if self._owners[slot] == (span.request_id, span.epoch) and self._lengths[slot] >= column:
+            self._lengths[slot] = max(self._lengths[slot], column + 1)
+        else:
+            self.update(span, blocks)
+        return blocks[column]
 
     def rows(self, slots: list[int], width: int) -> Tensor:
         """[len(slots), width]; a view where all rows are of one slot (a long replay)."""
         if slots and slots.count(slots[0]) == len(slots):
-            return self._rows_SB[slots[0], :width].expand(len(slots), -1)
-        return self._rows_SB[slots, :width]
+            return self.rows_SB[slots[0], :width].expand(len(slots), -1)
+        return self.rows_SB[upload(slots, torch.int64, self.rows_SB.device), :width]
 
 
 class BatchTensors:
@@ -85,14 +106,14 @@ class BatchTensors:
     ) -> None:
         self._block_tokens = block_tokens
         self._device = device
-        self._full = BlockTables(max_num_seqs, max_blocks, device)
-        self._window = BlockTables(max_num_seqs, max_blocks, device)
+        self.full = BlockTables(max_num_seqs, max_blocks, device)
+        self.window = BlockTables(max_num_seqs, max_blocks, device)
 
     def build(self, batch: Batch, requests: Mapping[int, Request]) -> AttentionMetadata:
         """Tensors of a batch that has its decode spans first; `requests` by request id."""
         for span in batch.spans:
-            self._full.update(span, span.full_blocks)
-            self._window.update(span, span.window_blocks)
+            self.full.update(span, span.full_blocks)
+            self.window.update(span, span.window_blocks)
         decodes = [span for span in batch.spans if span.rule == "decode"]
         prefills = [span for span in batch.spans if span.rule == "prefill"]
         assert batch.spans == decodes + prefills, "decode spans come first"
@@ -101,7 +122,7 @@ class BatchTensors:
         lens = [start + 1 for span in decodes for start in range(span.start, span.stop)]
         top_p = [requests[span.request_id].params.attention_top_p for span in rows]
         span_slots = [span.slot for span in prefills]
-        starts = torch.tensor([0] + [len(span.tokens) for span in prefills]).cumsum(0)
+        starts = list(accumulate((len(span.tokens) for span in prefills), initial=0))
         decode_width = self._width(decodes)
         prefill_width = self._width(prefills)
         return AttentionMetadata(
@@ -111,15 +132,15 @@ class BatchTensors:
             ),
             full_slots_T=self._slots(batch, full=True),
             window_slots_T=self._slots(batch, full=False),
-            decode_full_RB=self._full.rows(row_slots, decode_width),
-            decode_window_RB=self._window.rows(row_slots, decode_width),
+            decode_full_RB=self.full.rows(row_slots, decode_width),
+            decode_window_RB=self.window.rows(row_slots, decode_width),
             decode_lens_R=self._ints(lens),
-            top_p_R=torch.tensor(
-                [float("nan") if p is None else p for p in top_p], device=self._device
+            top_p_R=upload(
+                [math.nan if p is None else p for p in top_p], torch.float32, self._device
             ),
-            prefill_full_SB=self._full.rows(span_slots, prefill_width),
-            prefill_window_SB=self._window.rows(span_slots, prefill_width),
-            prefill_starts=starts.to(self._device),
+            prefill_full_SB=self.full.rows(span_slots, prefill_width),
+            prefill_window_SB=self.window.rows(span_slots, prefill_width),
+            prefill_starts=self._ints(starts),
             prefill_lens_S=self._ints([span.stop for span in prefills]),
             prefill_dense_from_S=self._ints(
                 [len(requests[span.request_id].prompt) - DENSE_TAIL for span in prefills]
@@ -142,4 +163,4 @@ class BatchTensors:
         return max((-(-span.stop // self._block_tokens) for span in spans), default=1)
 
     def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return upload(values, torch.int64, self._device)

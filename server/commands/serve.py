@@ -40,6 +40,9 @@ def serve(
         Path | None,
         typer.Option(help="Folder of compiled kernels; default: ~/.cache/rtpurbo/kernels."),
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None, typer.Option(help="Record decode steps and replay them (with CUDA kernels).")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest prompt and output together, in tokens.")
     ] = None,
@@ -89,6 +92,7 @@ def serve(
         "dtype": dtype,
         "kernels": kernels,
         "kernel_cache": kernel_cache,
+        "cuda_graphs": cuda_graphs,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_batch_tokens": max_batch_tokens,

@@ -16,7 +16,8 @@ from engine.loading import load_engine_parts, resolve_device
 from engine.messages import Add
 from engine.request import SamplingParams
 from engine.step import EngineParts
-from engine.token_budget import step_budget
+from engine.token_budget import queue_budget
+from engine.transfer import Readback
 from engine.worker import ModelRunner
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
@@ -139,7 +140,10 @@ def test_the_budget_counts_rows_that_sample_and_selected() -> None:
         0: torch.tensor([[10], [1], [1], [11], [1], [1], [0]]),
         2: torch.tensor([[5, 20], [1, 1], [1, 1], [22, 33], [1, 1], [1, 1], [0, 0]]),
     }
-    by_request, by_layer = step_budget(batch, attended)
+    readback = Readback()
+    pending = queue_budget(batch, attended, readback)
+    assert pending is not None
+    by_request, by_layer = pending.read(readback.fetch())
     assert [(i, a.pairs, a.tokens) for i, a in by_request.items()] == [(1, 3, 35), (2, 3, 66)]
     assert by_request[1].fraction == pytest.approx(0.5 + 0.25 + 1.0)
     assert by_request[2].fraction == pytest.approx(1 / 3 + 2 / 3 + 1.0)
@@ -148,4 +152,4 @@ def test_the_budget_counts_rows_that_sample_and_selected() -> None:
 
 
 def test_the_budget_of_a_step_without_selection_is_empty() -> None:
-    assert step_budget(Batch([span(1, 0, 4, "prefill", True)]), {}) == ({}, {})
+    assert queue_budget(Batch([span(1, 0, 4, "prefill", True)]), {}, Readback()) is None

@@ -17,9 +17,9 @@ from engine.embedded import embedded_model_path
 from server.cli import app
 
 FLAGS = {
-    "serve": """allow-unauthenticated api-key-file attention cache-generated device dtype host
-        kernel-cache kernels kv-cache-gib max-batch-tokens max-model-len max-num-seqs model-name
-        port prefill-attention prefix-caching threads""",
+    "serve": """allow-unauthenticated api-key-file attention cache-generated cuda-graphs device
+        dtype host kernel-cache kernels kv-cache-gib max-batch-tokens max-model-len max-num-seqs
+        model-name port prefill-attention prefix-caching threads""",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
         distil-data
         distil-learning-rate distil-steps distil-tokens document-tokens documents fit-learning-rate

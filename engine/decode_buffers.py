@@ -1,0 +1,94 @@
+"""Inputs of a decode step in device memory that stays where it is, so that a graph can read it.
+
+Shapes: R rows, B block-table width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.model.batch_tensors import AttentionMetadata, BlockTables
+from engine.request import Request
+
+_COLUMNS = 8
+
+
+class DecodeBuffers:
+    """One int64 buffer [8, max rows], filled from pinned memory by one copy a step.
+
+    A row is a token: its id, position, context length and slot, the page that it is stored to in
+    each pool, whether it samples, and its request's selection mass. The device puts the pages into
+    the block tables itself, so that nothing else has to be sent. Rows past the batch pad it: their
+    context is 0, and they write to the null page and to a row of the tables that nobody has.
+    """
+
+    def __init__(
+        self, max_rows: int, full: BlockTables, window: BlockTables, block_tokens: int
+    ) -> None:
+        """
+        Args:
+            full, window: tables of both pools, on the device, shared with the other steps.
+        """
+        self._tables = (full, window)
+        self._block_tokens = block_tokens
+        self._inputs = full.rows_SB.new_zeros((_COLUMNS, max_rows))
+        pinned = self._inputs.device.type == "cuda"
+        self._host = torch.zeros((_COLUMNS, max_rows), dtype=torch.int64, pin_memory=pinned)
+        self._top_p = self._host[_COLUMNS - 1].view(torch.float64)
+
+    def fill(self, batch: Batch, requests: Mapping[int, Request]) -> None:
+        """Start the copy of a batch whose spans are single tokens under the decode rule.
+
+        The step before has been waited for, so the pinned memory is free.
+        """
+        rows = []
+        for span in batch.spans:
+            pages = [
+                tables.extend(span, blocks, span.start // self._block_tokens)
+                for tables, blocks in zip(
+                    self._tables, (span.full_blocks, span.window_blocks), strict=True
+                )
+            ]
+            rows.append(
+                [span.tokens[0], span.start, span.stop, span.slot, *pages, int(span.sample)]
+            )
+        padding = [0, 0, 0, self._tables[0].spare_slot, 0, 0, 0]
+        rows += [padding] * (self._host.shape[1] - len(rows))
+        self._host[: _COLUMNS - 1] = torch.tensor(rows, dtype=torch.int64).T
+        own = (requests[span.request_id].params.attention_top_p for span in batch.spans)
+        self._top_p.fill_(math.nan)
+        self._top_p[: len(batch.spans)] = torch.tensor(
+            [math.nan if p is None else p for p in own], dtype=torch.float64
+        )
+        self._inputs.copy_(self._host, non_blocking=True)
+
+    def metadata(self, rows: int) -> tuple[AttentionMetadata, Tensor]:
+        """What the first `rows` rows mean, computed on the device, and which of them sample."""
+        token, position, context, slot, full_page, window_page, samples, top_p = self._inputs[
+            :, :rows
+        ]
+        column_R, place_R = position // self._block_tokens, position % self._block_tokens
+        tables_RB = []
+        for tables, page_R in zip(self._tables, (full_page, window_page), strict=True):
+            tables.rows_SB.index_put_((slot, column_R), page_R)
+            tables_RB.append(tables.rows_SB.index_select(0, slot))
+        none = position.new_empty(0)
+        return AttentionMetadata(
+            token_ids_T=token,
+            positions_T=position,
+            full_slots_T=full_page * self._block_tokens + place_R,
+            window_slots_T=window_page * self._block_tokens + place_R,
+            decode_full_RB=tables_RB[0],
+            decode_window_RB=tables_RB[1],
+            decode_lens_R=context,
+            top_p_R=top_p.view(torch.float64).float(),
+            prefill_full_SB=none.view(0, 1),
+            prefill_window_SB=none.view(0, 1),
+            prefill_starts=none.new_zeros(1),
+            prefill_lens_S=none,
+        ), samples

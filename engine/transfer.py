@@ -1,0 +1,47 @@
+"""Between host and device without waiting more than once a step.
+
+What goes up is pinned and copied while the host goes on; what comes back is gathered into one
+tensor and fetched by one copy, the only point at which a step waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(
+    values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Numbers of the host as a tensor [len(values)] on `device`; does not wait for it."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
+class Readback:
+    """Tensors that the host wants, fetched together.
+
+    They travel as float64, which holds integers up to 2^53, flags and any float32 exactly.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, values: Tensor) -> int:
+        """Remember a tensor of numbers or flags; returns its place in what `fetch` gives."""
+        self._parts.append(values.detach().flatten().double())
+        return len(self._parts) - 1
+
+    def fetch(self) -> list[list[float]]:
+        """All of them as flat lists, in the order in which they were added. Waits."""
+        if not self._parts:
+            return []
+        whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        values: list[float] = whole.tolist()
+        lists, start = [], 0
+        for part in self._parts:
+            lists.append(values[start : start + part.numel()])
+            start += part.numel()
+        return lists
