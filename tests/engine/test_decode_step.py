@@ -1,0 +1,243 @@
+"""Steps over fixed buffers give what steps over fresh tensors give; the kernels run on the CPU."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.batch import Batch, Span
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.decode_buffers import DecodeBuffers
+from engine.decode_step import DecodeStep, Eager, Step, padded_sizes
+from engine.loading import load_engine_parts
+from engine.messages import Add, Attended
+from engine.model.batch_tensors import BlockTables
+from engine.request import Request, SamplingParams
+from engine.step import EngineParts
+from engine.worker import ModelRunner
+from kernels._launch import KernelLibrary
+from tests.engine.fake_channel import FakeChannel
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.kernels.emulation.library import build_emulation, compiler
+
+MODEL = TinyModel(head_dim=64, block=16, index_dim=8, top_p=0.4)
+POISONED = 59  # token id whose embedding a test makes NaN
+CPU = torch.device("cpu")
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    return build_emulation(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), MODEL)
+
+
+class CountingBackend(Eager):
+    """Counts how often each recording is replayed; index 0 is the largest size."""
+
+    def __init__(self) -> None:
+        self.replays: Counter[int] = Counter()
+
+    def capture(self, step: Step) -> Step:
+        step()  # as a recording does, which must leave nothing behind
+        index = len(self.replays)
+        self.replays[index] = 0
+
+        def replay() -> Any:
+            self.replays[index] += 1
+            return step()
+
+        return replay
+
+
+@pytest.fixture
+def backend(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> CountingBackend:
+    """Engines that are loaded now take the emulated kernels and this backend."""
+    found = CountingBackend()
+    monkeypatch.setattr("engine.loading.choose_kernels", lambda *_: library)
+    monkeypatch.setattr("engine.worker.Eager", lambda: found)
+    return found
+
+
+def load(folder: Path, **settings: Any) -> EngineParts:
+    options = {"device": "cpu", "threads": 1, "max_num_seqs": 5, "max_model_len": 160, **settings}
+    return load_engine_parts(EngineConfig(model=str(folder), **options))
+
+
+Answer = tuple[list[int], str | None, Attended]
+
+
+def generate(parts: EngineParts, requests: list[tuple[list[int], SamplingParams]]) -> list[Answer]:
+    """Tokens, finish reason and token budget of each request, all computed together."""
+    channel = FakeChannel()
+    core = EngineCore(parts.scheduler, parts.runner, channel)
+    for request_id, (prompt, params) in enumerate(requests):
+        ids = array("i", prompt).tobytes()
+        channel.inbox.append(Add(request_id=request_id, params=params, prompt=ids, arrival=0.0))
+    answers: dict[int, Answer] = {i: ([], None, Attended()) for i in range(len(requests))}
+    while any(reason is None for _, reason, _ in answers.values()):
+        core.turn()
+        for report in channel.reports:
+            for update in report.updates:
+                tokens, reason, attended = answers[update.request_id]
+                answers[update.request_id] = (
+                    tokens + update.tokens,
+                    update.finish_reason or reason,
+                    update.attended or attended,
+                )
+        channel.reports.clear()
+    parts.scheduler.check_integrity()
+    return [answers[i] for i in range(len(requests))]
+
+
+def greedy(count: int, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, **params)
+
+
+PROMPTS = [[7 + i * k % 50 for i in range(n)] for k, n in ((3, 40), (7, 3), (11, 90), (13, 17))]
+GREEDY = [(prompt, greedy(12 + 9 * i)) for i, prompt in enumerate(PROMPTS)]
+MIXED = [
+    (PROMPTS[0], greedy(30)),
+    (PROMPTS[1], greedy(25, logit_bias={9: 4.0}, repetition_penalty=1.3, logprobs=3)),
+    (
+        PROMPTS[2],
+        SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=40, ignore_eos=True),
+    ),
+    (PROMPTS[3], greedy(33, attention_top_p=0.05, presence_penalty=0.5, min_tokens=4)),
+]
+
+
+def same(got: list[Answer], want: list[Answer]) -> None:
+    for (tokens, reason, attended), (tokens_2, reason_2, attended_2) in zip(got, want, strict=True):
+        assert tokens == tokens_2
+        assert reason == reason_2
+        assert (attended.pairs, attended.tokens) == (attended_2.pairs, attended_2.tokens)
+        assert attended.fraction == pytest.approx(attended_2.fraction)
+
+
+@needs_compiler
+@pytest.mark.parametrize("requests", [GREEDY, MIXED], ids=["greedy", "mixed"])
+def test_tokens_and_budget_equal_those_of_the_ops(
+    folder: Path, backend: CountingBackend, requests: list[tuple[list[int], SamplingParams]]
+) -> None:
+    got = generate(load(folder), requests)
+    assert sum(backend.replays.values()) > 25, "decode steps took the fixed buffers"
+    assert len(+backend.replays) > 2, "of several sizes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.loading.choose_kernels", lambda *_: None)
+        want = generate(load(folder), requests)
+    assert want[0][2].pairs > 0
+    same(got, want)
+
+
+@needs_compiler
+def test_preemption_and_taken_over_slots_change_nothing(
+    folder: Path, backend: CountingBackend
+) -> None:
+    """Tables are brought up to date by the device itself, in slots that change their owners."""
+    prompts = [PROMPTS[0], PROMPTS[0][::-1], *PROMPTS[:0:-1]]
+    requests = [(prompt, greedy(20)) for prompt in prompts]
+    roomy = generate(load(folder), requests)
+    page = load(folder).runner.info.kv_bytes_per_token * MODEL.block
+    tight = load(folder, kv_cache_bytes=22 * page, max_num_seqs=3, max_model_len=112)
+    got = generate(tight, requests)
+    assert [tokens for tokens, _, _ in got] == [tokens for tokens, _, _ in roomy]
+    assert tight.scheduler.preemptions > 0
+
+
+@needs_compiler
+def test_f07_a_row_that_is_not_finite_fails_alone(folder: Path, backend: CountingBackend) -> None:
+    requests = [(PROMPTS[0], greedy(12)), (PROMPTS[1], greedy(12)), (PROMPTS[3], greedy(12))]
+    expected = generate(load(folder), requests)
+    parts = load(folder)
+    assert isinstance(parts.runner, ModelRunner)
+    with torch.no_grad():
+        parts.runner._decoder.embedding.weight[POISONED] = torch.nan
+    spoiled = greedy(12, logit_bias={POISONED: 1000.0})  # the next decode step reads the bad row
+    got = generate(parts, [requests[0], (PROMPTS[1], spoiled), requests[2]])
+    assert got[1][:2] == ([POISONED], "error")
+    assert [got[0], got[2]] == [expected[0], expected[2]]
+    for layer in parts.runner._cache.layers:
+        for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+            assert pool.isfinite().all(), "pages go back clean"
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_models_without_a_selection_have_no_budget(
+    tmp_path: Path, backend: CountingBackend, mode: str
+) -> None:
+    model = TinyModel(head_dim=64, block=16, index_dim=8, retrieval_heads=((), ()))
+    folder = write_checkpoint(tmp_path, model)
+    tokens, _, attended = generate(load(folder, attention=mode), [(PROMPTS[0], greedy(5))])[0]
+    assert len(tokens) == 5
+    assert attended == Attended()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])],
+)
+def test_padded_sizes(most: int, sizes: list[int]) -> None:
+    assert padded_sizes(most) == sizes
+
+
+def buffers_of(rows: int) -> tuple[DecodeBuffers, BlockTables, BlockTables]:
+    full, window = (BlockTables(rows, 8, CPU) for _ in range(2))
+    return DecodeBuffers(rows, full, window, 16), full, window
+
+
+def test_buffers_hold_the_batch_and_padding() -> None:
+    buffers, full, _ = buffers_of(4)
+    spans = [
+        Span(1, 2, 35, [50], "decode", [4, 6, 5], [0, 3, 8], True),
+        Span(2, 0, 16, [51], "decode", [9, 7], [2, 1], False),
+    ]
+    params = {1: SamplingParams(attention_top_p=0.25), 2: SamplingParams()}
+    buffers.fill(Batch(spans), {i: Request(i, [0], p) for i, p in params.items()})
+    metadata, samples = buffers.metadata(4)
+    assert metadata.token_ids_T.tolist() == [50, 51, 0, 0]
+    assert metadata.positions_T.tolist() == [35, 16, 0, 0]
+    assert metadata.decode_lens_R.tolist() == [36, 17, 0, 0]
+    assert metadata.full_slots_T.tolist() == [5 * 16 + 3, 7 * 16, 0, 0]
+    assert metadata.window_slots_T.tolist() == [8 * 16 + 3, 16, 0, 0]
+    assert metadata.decode_full_RB[:2, :3].tolist() == [[4, 6, 5], [9, 7, 0]]
+    assert not metadata.decode_full_RB[2:].any()
+    assert metadata.top_p_R[0] == 0.25
+    assert metadata.top_p_R[1:].isnan().all()
+    assert samples.tolist() == [1, 0, 0, 0]
+    assert full.rows([2, 0], 3).tolist() == [[4, 6, 5], [9, 7, 0]]
+
+
+def test_only_the_newest_page_is_left_to_the_device() -> None:
+    """A sequence that enters, or that missed pages, is sent whole; else one page a row suffices."""
+    buffers, full, _ = buffers_of(1)
+    request = {1: Request(1, [0], SamplingParams())}
+    pages = [3, 4, 5, 6]
+    for position, known in ((31, 2), (32, 3), (63, 4)):
+        span = Span(1, 0, position, [9], "decode", pages[:known], [], True)
+        buffers.fill(Batch([span]), request)
+        buffers.metadata(1)
+        assert full.rows([0], known).tolist() == [pages[:known]]
+
+
+def test_batches_that_need_more_than_a_token_a_row_are_left_alone() -> None:
+    step = object.__new__(DecodeStep)
+    step.sizes = [1, 2]
+    one = Span(1, 0, 5, [1], "decode", [1], [1], True)
+    replay = Span(1, 0, 5, [1, 2], "decode", [1], [1], True)
+    prefill = Span(1, 0, 5, [1], "prefill", [1], [1], True)
+    assert step.takes(Batch([one, one]))
+    for spans in ([], [one, one, one], [replay], [one, prefill]):
+        assert not step.takes(Batch(spans))
