@@ -101,6 +101,7 @@ class DecodeStep:
         self._decoder = decoder
         self._layers = layers
         self._buffers = buffers
+        self.is_recorded = isinstance(backend, CudaGraphs)
         self.sizes = padded_sizes(max_rows)
         self._steps: dict[int, Step] = {}
         for size in reversed(self.sizes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -96,6 +97,13 @@ class ModelRunner:
             device=device,
         )
         self._decode = None if kernels is None else self._decode_step(cuda_graphs)
+
+    @property
+    def decodes_with(self) -> Literal["PyTorch ops", "CUDA kernels", "CUDA graphs"]:
+        """What a step of decode tokens is made of."""
+        if self._decode is None:
+            return "PyTorch ops"
+        return "CUDA graphs" if self._decode.is_recorded else "CUDA kernels"
 
     @torch.inference_mode()
     def _decode_step(self, cuda_graphs: bool) -> DecodeStep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.core import EngineCore
 from engine.decode_buffers import DecodeBuffers
 from engine.decode_step import DecodeStep, Eager, Step, padded_sizes
 from engine.loading import load_engine_parts
-from engine.messages import Add, Attended
+from engine.messages import Add, Attended, TokenLogprobs
 from engine.model.batch_tensors import BlockTables
 from engine.request import Request, SamplingParams
 from engine.step import EngineParts
@@ -78,7 +79,11 @@ def load(folder: Path, **settings: Any) -> EngineParts:
 Answer = tuple[list[int], str | None, Attended]
 
 
-def generate(parts: EngineParts, requests: list[tuple[list[int], SamplingParams]]) -> list[Answer]:
+def generate(
+    parts: EngineParts,
+    requests: list[tuple[list[int], SamplingParams]],
+    on_logprobs: Callable[[int, list[TokenLogprobs]], None] = lambda _, __: None,
+) -> list[Answer]:
     """Tokens, finish reason and token budget of each request, all computed together."""
     channel = FakeChannel()
     core = EngineCore(parts.scheduler, parts.runner, channel)
@@ -90,6 +95,7 @@ def generate(parts: EngineParts, requests: list[tuple[list[int], SamplingParams]
         core.turn()
         for report in channel.reports:
             for update in report.updates:
+                on_logprobs(update.request_id, update.logprobs or [])
                 tokens, reason, attended = answers[update.request_id]
                 answers[update.request_id] = (
                     tokens + update.tokens,
