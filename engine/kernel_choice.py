@@ -10,9 +10,8 @@ import torch
 from engine.config import KernelMode
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.kv_bytes import block_tokens_of
 from kernels._build import KernelBuildError, default_cache, find_library
-from kernels._launch import KernelError, KernelLibrary
+from kernels._launch import MAX_BLOCKS, KernelError, KernelLibrary
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +26,14 @@ def choose_kernels(
     model: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
+    block_tokens: int,
 ) -> KernelLibrary | None:
     """The compiled kernels, or None for the PyTorch ops; says which, and why, in one line of log.
 
     Args:
         cache: folder of compiled kernels; None takes the default one.
+        model: as it is served.
+        block_tokens: tokens of a page.
 
     Raises:
         ConfigError: mode is "cuda" and the kernels cannot be had; the message says why.
@@ -39,7 +41,7 @@ def choose_kernels(
     try:
         if mode == "torch":
             raise _UnsupportedError("the setting kernels says so")
-        library = _library(cache, model, device, dtype)
+        library = _library(cache, model, device, dtype, block_tokens)
     except (_UnsupportedError, KernelBuildError, KernelError) as reason:
         if mode == "cuda":
             raise ConfigError(f"kernels cuda is not possible: {reason}") from None
@@ -50,14 +52,19 @@ def choose_kernels(
 
 
 def _library(
-    cache: str | None, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    cache: str | None,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
 ) -> KernelLibrary:
     """The library, asked for every kernel that the model needs."""
     if device.type != "cuda":
         raise _UnsupportedError(f"the device is {device}")
-    block = block_tokens_of(model)
-    if block % 16:
-        raise _UnsupportedError(f"pages hold {block} tokens, not a multiple of 16")
+    if block_tokens % 16:
+        raise _UnsupportedError(f"pages hold {block_tokens} tokens, not a multiple of 16")
+    if (blocks := -(-model.max_position_embeddings // block_tokens)) > MAX_BLOCKS:
+        raise _UnsupportedError(f"contexts have up to {blocks} pages, more than {MAX_BLOCKS}")
     with torch.cuda.device(device):
         library = KernelLibrary(find_library(Path(cache) if cache else default_cache()))
     library.decode_plan(device, dtype, model.head_dim)

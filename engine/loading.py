@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.host_memory import free_host_bytes, resident_bytes
 from engine.kernel_choice import choose_kernels
 from engine.kv_pools import KvPools
-from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory
+from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory, recorded_step_bytes
 from engine.messages import EngineInfo
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.config import ModelConfig
@@ -26,6 +26,7 @@ from engine.model.weights import load_decoder
 from engine.scheduler import Scheduler
 from engine.step import EngineParts
 from engine.worker import ModelRunner
+from kernels._launch import KernelLibrary
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,15 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     block_tokens = block_tokens_of(stored.config)
     checkpoint = _as_served(stored, config)
     _check_fit(checkpoint, device, dtype)
-    library = choose_kernels(config.kernels, config.kernel_cache, checkpoint.config, device, dtype)
+    library = choose_kernels(
+        config.kernels, config.kernel_cache, checkpoint.config, device, dtype, block_tokens
+    )
     decoder = load_decoder(checkpoint, device, dtype)
     model = checkpoint.config
-    plan = _plan(config, decoder, device, dtype, block_tokens)
+    kernels = None
+    if library is not None:
+        kernels = _decode_kernels(config, model, library, device, dtype, block_tokens)
+    plan = _plan(config, decoder, device, dtype, block_tokens, kernels)
     cache = KVCache(
         model,
         full_pages=plan.full_pages,
@@ -60,16 +66,6 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         dtype=dtype,
     )
     info = _describe(config, model, plan, device, dtype)
-    kernels = None
-    if library is not None:
-        kernels = DecodeKernels(
-            library,
-            model,
-            device,
-            dtype,
-            max_rows=config.max_num_seqs,
-            max_blocks=-(-plan.max_model_len // block_tokens),
-        )
     runner = ModelRunner(
         decoder,
         cache,
@@ -132,19 +128,50 @@ def _free_bytes(device: torch.device) -> int:
     return free
 
 
+def _max_blocks(config: EngineConfig, model: ModelConfig, block_tokens: int) -> int:
+    """Blocks of the longest context that can be asked for; the plan may find room for less."""
+    most = model.max_position_embeddings
+    longest = min(config.max_model_len or most, most)
+    return -(-longest // block_tokens)
+
+
+def _decode_kernels(
+    config: EngineConfig,
+    model: ModelConfig,
+    library: KernelLibrary,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+) -> DecodeKernels:
+    """Made before the rest of the memory is divided, so that it is counted as it is."""
+    return DecodeKernels(
+        library,
+        model,
+        device,
+        dtype,
+        max_rows=config.max_num_seqs,
+        max_blocks=_max_blocks(config, model, block_tokens),
+    )
+
+
 def _plan(
     config: EngineConfig,
     decoder: Decoder,
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
+    kernels: DecodeKernels | None,
 ) -> MemoryPlan:
     model, weights = decoder.config, decoder.num_bytes
+    recorded = 0
+    if kernels is not None and config.cuda_graphs:
+        blocks = _max_blocks(config, model, block_tokens)
+        recorded = recorded_step_bytes(model, dtype.itemsize, config.max_num_seqs, blocks)
     cache_bytes = config.kv_cache_bytes
     if cache_bytes is None:
         cache_bytes = default_cache_bytes(
             model,
-            free_bytes=_free_bytes(device),
+            free_bytes=max(_free_bytes(device) - recorded, 0),
             on_cuda=device.type == "cuda",
             smallest_tokens=config.max_model_len or model.max_position_embeddings,
             item_bytes=dtype.itemsize,
@@ -159,6 +186,7 @@ def _plan(
         max_batch_tokens=config.max_batch_tokens,
         block_tokens=block_tokens,
         process_bytes=_process_bytes(weights) if device.type == "cpu" else 0,
+        decode_bytes=0 if kernels is None else kernels.num_bytes + recorded,
     )
 
 

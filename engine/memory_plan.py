@@ -24,6 +24,7 @@ class MemoryPlan:
     process_bytes: int  # taken already by interpreter and libraries; 0 where that is not known
     weight_bytes: int
     workspace_bytes: int  # largest activations of one step, an estimate
+    decode_bytes: int  # workspace of the decode kernels, and what recorded steps keep
     block_tokens: int
     full_pages: int  # usable; one null page more is allocated
     window_pages: int
@@ -40,7 +41,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        fixed = self.process_bytes + self.weight_bytes
+        fixed = self.process_bytes + self.weight_bytes + self.decode_bytes
         return fixed + self.cache_bytes + self.workspace_bytes
 
     @property
@@ -71,6 +72,7 @@ class MemoryPlan:
             "full pool": full,
             "window pool": window,
             "workspace": f"about {shown_bytes(self.workspace_bytes)}",
+            "decode kernels": shown_bytes(self.decode_bytes) if self.decode_bytes else "none",
             "total": shown_bytes(self.total_bytes),
             "KV per token": f"{self.bytes_per_token:,} B, dense {self.bytes_per_token_dense:,} B",
             "tokens that fit": f"{tokens}, dense {self.tokens_dense:,}",
@@ -90,6 +92,7 @@ def plan_memory(
     max_batch_tokens: int,
     block_tokens: int,
     process_bytes: int = 0,
+    decode_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide `cache_bytes` between the pools.
 
@@ -100,6 +103,7 @@ def plan_memory(
         item_bytes: of one element of keys, values and index keys.
         max_model_len: None takes the model's limit, or what fits if that is less.
         process_bytes: taken already, weights not counted; 0 if that is not known.
+        decode_bytes: for the decode kernels; `cache_bytes` is what they leave.
 
     Raises:
         ConfigError: one request of the maximum length does not fit; the message names the bytes.
@@ -145,6 +149,7 @@ def plan_memory(
         workspace_bytes=_workspace_bytes(
             config, item_bytes, max_batch_tokens, max_num_seqs, wanted_len
         ),
+        decode_bytes=decode_bytes,
         block_tokens=block_tokens,
         full_pages=full_pages,
         window_pages=window_pages,
@@ -170,13 +175,28 @@ def default_cache_bytes(
     return min(int(free_bytes * CPU_SHARE), max(CPU_CACHE_LIMIT, one_request))
 
 
+def recorded_step_bytes(
+    config: ModelConfig, item_bytes: int, num_seqs: int, max_blocks: int
+) -> int:
+    """What recorded decode steps of all padded sizes keep: the widest one's activations and block
+    tables, which the others use again, and logits for each size, twice `num_seqs` rows in all."""
+    tables = 2 * num_seqs * max_blocks * 8
+    logits = 2 * num_seqs * config.vocab_size * (4 + item_bytes)
+    return _activation_bytes(config, item_bytes) * num_seqs + tables + logits
+
+
+def _activation_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """Of a token: hidden states, projections, MLP."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    mlp = 3 * (config.intermediate_size if config.moe is None else config.moe.intermediate_size)
+    return (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
+
+
 def _workspace_bytes(
     config: ModelConfig, item_bytes: int, batch_tokens: int, num_seqs: int, model_len: int
 ) -> int:
     """Activations of the widest step: hidden states, projections, MLP, one KV head of the longest
     context as prefill gathers it, and logits in float32."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    mlp = 3 * (config.intermediate_size if config.moe is None else config.moe.intermediate_size)
-    per_token = (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
+    per_token = _activation_bytes(config, item_bytes)
     gathered = 2 * model_len * config.head_dim * item_bytes
     return batch_tokens * per_token + gathered + num_seqs * config.vocab_size * 4 * 2

@@ -51,7 +51,7 @@ def test_the_log_names_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert choose_kernels(mode, None, MODEL, device, torch.float32) is None
+    assert choose_kernels(mode, None, MODEL, device, torch.float32, 16) is None
     assert message in reason(caplog)
 
 
@@ -64,22 +64,27 @@ def test_no_library_means_the_ops_unless_the_kernels_were_asked_for(
 
     monkeypatch.setattr(kernel_choice, "find_library", missing)
     caplog.set_level(logging.INFO)
-    assert choose_kernels("auto", "/some/folder", MODEL, CUDA, torch.float32) is None
+    assert choose_kernels("auto", "/some/folder", MODEL, CUDA, torch.float32, 16) is None
     assert "nothing in /some/folder" in reason(caplog)
     with pytest.raises(ConfigError, match="not possible: nothing in /some/folder"):
-        choose_kernels("cuda", "/some/folder", MODEL, CUDA, torch.float32)
+        choose_kernels("cuda", "/some/folder", MODEL, CUDA, torch.float32, 16)
 
 
 @pytest.mark.usefixtures("a_gpu")
 def test_pages_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:
-    assert MODEL.sparse is not None
-    small = dataclasses.replace(MODEL.sparse, block_tokens=8)
-    model = dataclasses.replace(MODEL, sparse=small)
     caplog.set_level(logging.INFO)
-    assert choose_kernels("auto", None, model, CUDA, torch.float32) is None
+    assert choose_kernels("auto", None, MODEL, CUDA, torch.float32, 8) is None
     assert "8 tokens, not a multiple of 16" in reason(caplog)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_contexts_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    model = dataclasses.replace(MODEL, max_position_embeddings=2**21)
+    caplog.set_level(logging.INFO)
+    assert choose_kernels("auto", None, model, CUDA, torch.float32, 16) is None
+    assert "131072 pages, more than 65535" in reason(caplog)
 
 
 def test_cuda_kernels_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="the device is cpu"):
-        choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32)
+        choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32, 16)

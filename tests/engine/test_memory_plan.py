@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.memory_plan import MemoryPlan, plan_memory
+from engine.memory_plan import MemoryPlan, plan_memory, recorded_step_bytes
 from engine.model.config import ModelConfig
 from engine.model.kv_bytes import page_bytes
 from tests.engine.paged_driver import make_model
@@ -53,6 +53,24 @@ def test_a_model_without_retrieval_heads_has_no_full_pool() -> None:
     assert plan.full_pages == plan.full_page_bytes == plan.bytes_per_token == 0
     assert plan.window_pages > 0
     assert plan.tokens is None
+
+
+def test_the_decode_kernels_are_counted_and_shown() -> None:
+    model = make_model([[0], [1, 2, 3]])
+    plain, with_kernels = (make_plan(model, 10**6, decode_bytes=n) for n in (0, 3 * 2**20))
+    assert with_kernels.total_bytes - plain.total_bytes == 3 * 2**20
+    assert with_kernels.full_pages == plain.full_pages
+    assert "decode kernels  3 MiB" in with_kernels.render()
+    assert "decode kernels  none" in plain.render()
+
+
+def test_recorded_steps_grow_with_rows_and_tables() -> None:
+    model = make_model([[0]])
+    one, more_rows, longer = (
+        recorded_step_bytes(model, 4, rows, blocks) for rows, blocks in ((2, 9), (6, 9), (2, 10))
+    )
+    assert more_rows == 3 * one
+    assert longer - one == 2 * 2 * 8, "a page id for each row in both pools"
 
 
 def test_max_model_len_shrinks_to_what_fits_unless_it_was_asked_for() -> None:
