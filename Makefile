@@ -2,14 +2,18 @@
 # make test    set up, then run the whole test suite
 # make check   set up, then format check, lint and type check
 # make bench   set up, then measure serving beside transformers
+# make up      server, Prometheus and Grafana in containers; CPU=1 where there is no GPU
+# make down    stop them; their data stays
 
 PYTHON ?= python3
 PORT ?= 8000
 VENV ?= .venv
 TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
+SECRETS := docker/secrets
+SERVER := $(if $(CPU),server-cpu,server)
 
-.PHONY: serve test check bench clean
+.PHONY: serve test check bench up down clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve-ready
@@ -40,6 +44,19 @@ $(VENV)/.serve-ready: pyproject.toml constraints.txt $(VENV)/.created
 $(VENV)/.test-ready: $(VENV)/.serve-ready
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
 	@touch $@
+
+up: $(SECRETS)/api_key $(SECRETS)/grafana_admin_password
+	docker compose up --detach --build --wait $(SERVER) prometheus grafana
+	@echo "keys and passwords: $(SECRETS)/"
+
+down:
+	docker compose --profile cpu down
+
+# The folder is closed to other users, its files are not: containers read them under ids of their own.
+$(SECRETS)/%:
+	@mkdir -p -m 0700 $(SECRETS) && chmod 0700 $(SECRETS)
+	@$(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(32))' > $@.new && chmod 0444 $@.new && mv $@.new $@
+	@echo "made $@ (random)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -108,7 +108,11 @@ def find_library(
     if compiler is None:
         return _built_before(cache, targets, "no nvcc on this host")
     library = cache / f"rtpurbo-{source_hash()}-{_tool_hash(compiler, targets)}.so"
-    if library.exists():
+    try:
+        is_built = library.exists()
+    except PermissionError as error:
+        raise KernelBuildError(f"cannot look into {cache}: {error.strerror}; {FALLBACK}") from None
+    if is_built:
         _check_private(cache)
         return library
     if cache.exists() and not os.access(cache, os.W_OK):

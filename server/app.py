@@ -11,13 +11,13 @@ from starlette.types import ASGIApp
 from engine.client import Engine
 from engine.errors import EngineError
 from engine.tokenizer import Tokenizer
-from server.auth import KeyRing
+from server.auth import OPEN_PATHS, KeyRing
 from server.chat import chat_router
 from server.completions import completions_router
 from server.config import ServerConfig
 from server.edge import Edge
 from server.errors import ApiError, answer_error, answer_unexpected, to_api_error
-from server.info_api import info_router
+from server.info_api import METRICS, info_router
 from server.service import Service
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -26,7 +26,8 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
     """The ASGI application of one server. The engine is started and stopped by the caller."""
     service = Service(engine, tokenizer, config)
-    keys = KeyRing(config.keys())
+    open_paths = OPEN_PATHS | {METRICS} if config.open_metrics else OPEN_PATHS
+    keys = KeyRing(config.keys(), open_paths)
     return Edge(create_routes(service), config, keys, service.metrics.count_rejected)
 
 

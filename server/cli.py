@@ -7,6 +7,8 @@ them does more than turn flags into a settings object and hand it on.
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from server.commands.ablate import ablate
@@ -14,6 +16,8 @@ from server.commands.bench import bench_attention, bench_serving
 from server.commands.build_kernels import build_kernels
 from server.commands.convert import convert
 from server.commands.evaluate import evaluate
+from server.commands.failure import misused
+from server.commands.health import health
 from server.commands.inspect import inspect
 from server.commands.report import report
 from server.commands.serve import serve
@@ -25,6 +29,7 @@ app = typer.Typer(
     help="Turn a full-attention language model into a sparse one, and serve it over HTTP.",
 )
 app.command()(serve)
+app.command()(health)
 app.command()(convert)
 app.command("eval")(evaluate)
 app.command()(ablate)
@@ -39,8 +44,20 @@ app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script.
+
+    What Typer finds wrong with a call is one line on stderr, as every other error is, exit code 2.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 1
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # Typer does not export the base class
+        if message is None:
+            raise
+        misused(" ".join(message().split()))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

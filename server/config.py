@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +35,10 @@ class ServerConfig(BaseSettings):
     model_name: str = ""  # in answers and metrics; empty: the folder's name
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 takes a free one
-    api_key: SecretStr | None = None  # environment only
+    api_key: Annotated[SecretStr, Field(min_length=1)] | None = None  # environment only
     api_key_file: Path | None = None  # one key a line, several for rotation; wins over api_key
     allow_unauthenticated: bool = False  # listen on other than loopback without a key
+    open_metrics: bool = False  # answer /metrics without a key, for a scraper that can send none
 
     max_body_bytes: Count = 16 * 2**20  # a prompt of 1M tokens needs it
     max_header_bytes: Count = 32 * 2**10
@@ -76,6 +78,7 @@ class ServerConfig(BaseSettings):
         Raises:
             ConfigError: one line that names the setting.
         """
+        _refuse_unknown_environment(cls.model_fields)
         try:
             config = (
                 cls(**flags) if "model" in flags else cls(**_with_default(flags, default_model))
@@ -150,6 +153,18 @@ class ServerConfig(BaseSettings):
         """Every setting on a line of its own; secrets are not shown."""
         values = self.model_dump(mode="json")
         return "\n".join(f"{name:>22}  {value}" for name, value in values.items())
+
+
+def _refuse_unknown_environment(fields: Iterable[str]) -> None:
+    """A misspelt variable would leave its setting at the default, unnoticed.
+
+    Raises:
+        ConfigError: names the variable.
+    """
+    known = {f"RTPURBO_{name.upper()}" for name in fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith("RTPURBO_") and name.upper() not in known:
+            raise ConfigError(f"environment: {name} is not a setting of rtpurbo")
 
 
 def _with_default(flags: dict[str, Any], default_model: Path) -> dict[str, Any]:

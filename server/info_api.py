@@ -18,6 +18,7 @@ from server.validation import encode_prompt
 
 LIVE = "/health/live"
 READY = "/health/ready"
+METRICS = "/metrics"
 
 
 def info_router(service: Service) -> APIRouter:
@@ -66,7 +67,7 @@ def info_router(service: Service) -> APIRouter:
             return _json({"status": problem}, 503, {"Retry-After": "5"})
         return _json({"status": "ready"})
 
-    @router.get("/metrics")
+    @router.get(METRICS)
     async def metrics() -> Response:
         return Response(await page.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

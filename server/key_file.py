@@ -15,8 +15,10 @@ def read_keys(file: Path) -> tuple[str, ...]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"api_key_file: cannot read {file}") from None
+    except OSError as error:
+        raise ConfigError(f"api_key_file: cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"api_key_file: cannot read {file}: not UTF-8 text") from None
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise ConfigError(f"api_key_file: {file} holds no key")

@@ -5,6 +5,7 @@ Torch-free, so that the front end checks a folder in milliseconds and names the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,10 @@ def preflight(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: one line that names the file.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+    if not os.access(folder, os.F_OK) or not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder, or this user may not reach it")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: this user may not read the folder")
     config = read_config(folder)
     read_json_object(folder / "tokenizer.json")
     tensors = _model_tensors(folder)

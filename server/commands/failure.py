@@ -14,5 +14,6 @@ def fail(error: object) -> NoReturn:
 
 def misused(message: str) -> NoReturn:
     """One line for the operator on a flag's value, exit code 2 as for any other misuse."""
-    print(f"rtpurbo: {message}", file=sys.stderr)
+    if message:  # none where the help was shown instead
+        print(f"rtpurbo: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -20,6 +20,7 @@ FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated cuda-graphs device
         dtype host kernel-cache kernels kv-cache-gib max-batch-tokens max-model-len max-num-seqs
         model-name port prefill-attention prefix-caching threads""",
+    "health": "host live port timeout",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
         distil-data
         distil-learning-rate distil-steps distil-tokens document-tokens documents fit-learning-rate
@@ -61,6 +62,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     [
         "",
         "serve",
+        "health",
         "convert",
         "eval",
         "ablate",

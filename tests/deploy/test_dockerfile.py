@@ -1,0 +1,113 @@
+"""docker/Dockerfile, read as its builder reads it: what is shipped, who runs it, what is pinned."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.deploy.dockerfile_stages import (
+    ROOT,
+    Step,
+    command,
+    environment,
+    health_check,
+    read_stages,
+    values,
+)
+
+SHIPPED = ("cpu", "gpu")
+COMPILERS = re.compile(r"-devel|(?<!\w)(g\+\+|(gcc|clang|build-essential|nvcc|c?make|ninja)\b)")
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, list[Step]]:
+    return read_stages()
+
+
+def test_the_default_target_is_the_gpu_one(stages: dict[str, list[Step]]) -> None:
+    assert list(stages)[-1] == "gpu"
+    assert set(SHIPPED) <= set(stages)
+
+
+def test_every_base_has_an_exact_version(stages: dict[str, list[Step]]) -> None:
+    text = (ROOT / "docker/Dockerfile").read_text()
+    versions = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", versions["CUDA_VERSION"])
+    assert re.fullmatch(r"noble-\d{8}(\.\d+)?", versions["UBUNTU"])
+    for steps in stages.values():
+        base = steps[0]["value"].split(" AS ")[0]
+        assert base in stages or re.fullmatch(
+            r"ubuntu:\$\{UBUNTU\}|nvidia/cuda:\$\{CUDA_VERSION\}-(base|devel)-ubuntu24\.04", base
+        ), base
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_has_no_compiler(stages: dict[str, list[Step]], name: str) -> None:
+    for step in stages[name]:
+        assert not COMPILERS.search(step["value"]), step["content"]
+
+
+def test_a_compiler_would_be_noticed(stages: dict[str, list[Step]]) -> None:
+    assert COMPILERS.search(stages["kernels"][0]["value"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_runs_as_a_numbered_user_that_exists(stages: dict[str, list[Step]], name: str) -> None:
+    (user,) = values(stages[name], "USER")
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)
+    assert f"useradd --uid {user.split(':')[0]} " in " ".join(values(stages[name], "RUN"))
+    after = stages[name][[s["instruction"] for s in stages[name]].index("USER") + 1 :]
+    assert {step["instruction"] for step in after} <= {
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+        "COMMENT",
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_is_asked_for_its_health_without_a_shell(
+    stages: dict[str, list[Step]], name: str
+) -> None:
+    assert health_check(stages[name]) == ["rtpurbo", "health"]
+    assert command(stages[name]) == ["rtpurbo", "serve"]
+
+
+def test_kernels_are_found_where_they_were_built(stages: dict[str, list[Step]]) -> None:
+    cache = environment(stages["gpu"])["RTPURBO_KERNEL_CACHE"]
+    (build,) = [run for run in values(stages["kernels"], "RUN") if "build-kernels" in run]
+    assert f"--kernel-cache {cache} " in build
+    assert f"install -d -m 0755 {cache} " in build  # the server refuses what others may write to
+    assert f"--from=kernels {cache} {cache}" in values(stages["gpu"], "COPY")
+
+
+def test_python_packages_are_pinned_wheels(stages: dict[str, list[Step]]) -> None:
+    assert environment(stages["python"])["PIP_ONLY_BINARY"] == ":all:"
+    assert environment(stages["python"])["PIP_CONSTRAINT"] == "/src/constraints.txt"
+    pinned = re.search(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    for name in ("gpu-libraries", "cpu-libraries"):
+        assert pinned.group() in " ".join(values(stages[name], "RUN"))
+
+
+def test_both_images_are_set_up_alike(stages: dict[str, list[Step]]) -> None:
+    """They stand twice in the file, since their bases differ."""
+    gpu, cpu = environment(stages["gpu"]), environment(stages["cpu"])
+    extra = {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "RTPURBO_KERNEL_CACHE"}
+    assert {name: value for name, value in gpu.items() if name not in extra} == cpu
+    for instruction in ("USER", "HEALTHCHECK", "ENTRYPOINT", "CMD", "EXPOSE", "STOPSIGNAL"):
+        assert values(stages["gpu"], instruction) == values(stages["cpu"], instruction)
+
+
+def test_the_build_sees_only_what_it_needs() -> None:
+    """Everything is left out but what is named, so no secret and no checkpoint slips in."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    named = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert named == {
+        "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
+        "server", "engine", "kernels", "conversion", "benchmarks",
+    }  # fmt: skip
+    assert all((ROOT / name).exists() for name in named)
