@@ -5,6 +5,7 @@ Legend: T tokens of the batch, E hidden size, R rows that sample, V logits width
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,8 @@ from engine.sampler import PendingSamples, Sampler, is_plain_greedy
 from engine.step import PromptLogprobs, Sample, StepResult
 from engine.token_budget import PendingBudget, queue_budget
 from engine.transfer import Readback, upload
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _decode_step(self, cuda_graphs: bool) -> DecodeStep:
-        # Experts are chosen on the host: such a step cannot be recorded.
-        recorded = cuda_graphs and self._device.type == "cuda" and self._decoder.config.moe is None
+        recorded = cuda_graphs and self._device.type == "cuda"
+        if recorded and self._decoder.config.moe is not None:
+            logger.info("decode steps are not recorded as CUDA graphs: the host sorts experts")
+            recorded = False
         tables = (self._tensors.full, self._tensors.window)
         rows = self.info.max_num_seqs
         return DecodeStep(
