@@ -30,11 +30,11 @@ class NameMaker:
         self._used: set[str] = set()
         self._pools: list[list[str]] | None = None
         if rng.random() < SHARED:
-            sizes = rng.integers(FEWEST_WORDS, MOST_WORDS + 1, int(rng.integers(2, 4)))
+            sizes = rng.integers(FEWEST_WORDS, MOST_WORDS + 1, int(rng.integers(1, 4)))
             self._pools = [[self._word() for _ in range(size)] for size in sizes]
 
     def name(self) -> str:
-        """Two or three words joined by underscores."""
+        """One to three words joined by underscores."""
         while True:
             name = "_".join(self._parts())
             if name not in self._used:
@@ -45,7 +45,7 @@ class NameMaker:
 
     def _parts(self) -> list[str]:
         if self._pools is None:
-            return [self._word() for _ in range(int(self._rng.integers(2, 4)))]
+            return [self._word() for _ in range(int(self._rng.integers(1, 4)))]
         return [pool[int(self._rng.integers(len(pool)))] for pool in self._pools]
 
     def _word(self) -> str:
