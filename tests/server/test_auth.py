@@ -127,3 +127,9 @@ def test_key_files_that_hold_no_key(tmp_path: Path, text: str | None) -> None:
 def test_bad_settings_are_named(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         ServerConfig.resolve({name: value}, tmp_path)
+
+
+def test_open_metrics_open_metrics_alone(tmp_path: Path) -> None:
+    with live_server(tmp_path / "model", api_key="key", open_metrics=True) as server:
+        assert httpx.get(server.url + "/metrics").status_code == 200
+        assert httpx.get(server.url + "/v1/models").status_code == 401
