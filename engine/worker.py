@@ -149,6 +149,7 @@ class ModelRunner:
     def forget(self, request_id: int) -> None:
         """Drop what is kept for a request that ended; unknown ids are ignored."""
         self._sampler.forget(request_id)
+        self._tensors.forget(request_id)
 
     def _start_decode(
         self,

@@ -77,6 +77,13 @@ class BlockTables:
             self.rows_SB[slot, known : len(blocks)] = pages
             self._lengths[slot] = len(blocks)
 
+    def forget(self, request_id: int) -> None:
+        """Nobody owns the rows of a request that ended; they are written anew for the next one."""
+        self._owners = [
+            None if owner is not None and owner[0] == request_id else owner
+            for owner in self._owners
+        ]
+
     def extend(self, span: Span, blocks: list[int], column: int) -> int:
         """The page of logical block `column`, the only one that the device may still lack.
 
@@ -108,6 +115,11 @@ class BatchTensors:
         self._device = device
         self.full = BlockTables(max_num_seqs, max_blocks, device)
         self.window = BlockTables(max_num_seqs, max_blocks, device)
+
+    def forget(self, request_id: int) -> None:
+        """Drop what is kept for a request that ended; unknown ids are ignored."""
+        for tables in (self.full, self.window):
+            tables.forget(request_id)
 
     def build(self, batch: Batch, requests: Mapping[int, Request]) -> AttentionMetadata:
         """Tensors of a batch that has its decode spans first; `requests` by request id."""

@@ -132,6 +132,13 @@ def same(got: list[Answer], want: list[Answer]) -> None:
         assert attended.fraction == pytest.approx(attended_2.fraction)
 
 
+def test_a_request_with_the_id_of_an_ended_one_reads_its_own_pages(folder: Path) -> None:
+    """Also without kernels: the block tables are the same."""
+    parts = load(folder)
+    for request in GREEDY:  # every call numbers its requests from 0
+        same(generate(parts, [request]), generate(load(folder), [request]))
+
+
 @needs_compiler
 @pytest.mark.parametrize("requests", [GREEDY, MIXED], ids=["greedy", "mixed"])
 def test_tokens_and_budget_equal_those_of_the_ops(
