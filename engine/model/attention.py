@@ -194,7 +194,7 @@ class PagedAttention:
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
             q = group.pick(q_THD)
-            mask_ZHB = self._select_tiles(layer, group.pick(q_pre_THD), cache)
+            mask_ZHB = self._select_tiles(layer, q_pre_THD, cache)
             group.place(
                 prefill_dense(q, group.kv_row_H, *full, static.scale)
                 if mask_ZHB is None
@@ -224,7 +224,7 @@ class PagedAttention:
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
             q = group.pick(q_RHD)
-            mask_RHB = self._select(layer, group.pick(q_pre_RHD), cache)
+            mask_RHB = self._select(layer, q_pre_RHD, cache)
             group.place(
                 decode_dense(q, group.kv_row_H, *full, static.scale)
                 if mask_RHB is None
@@ -245,8 +245,7 @@ class PagedAttention:
         if static.prefill_attention == "dense" or indexer is None or dense_from_S is None:
             return None
         roles, tiles = static.roles[layer], self._tiles()
-        identity_H = torch.arange(q_pre_THD.shape[1], device=q_pre_THD.device)
-        qi_THI = project_index(q_pre_THD, indexer.q_proj_HID, identity_H)
+        qi_THI = project_index(q_pre_THD, indexer.q_proj_HID, roles.retrieval.heads_H)
         log_share_ZHB = score_tiles(
             qi_THI, roles.index_row_H, cache.index, metadata.prefill_full_SB, tiles
         )
@@ -284,8 +283,7 @@ class PagedAttention:
             return None
         roles = self.layers.roles[layer]
         lens_R, block = metadata.decode_lens_R, self.layers.block_tokens
-        identity_H = torch.arange(q_pre_RHD.shape[1], device=q_pre_RHD.device)
-        qi_RHI = project_index(q_pre_RHD, indexer.q_proj_HID, identity_H)
+        qi_RHI = project_index(q_pre_RHD, indexer.q_proj_HID, roles.retrieval.heads_H)
         log_mass_RHB = score_blocks(
             qi_RHI, roles.index_row_H, cache.index, metadata.decode_full_RB, lens_R
         )

@@ -311,3 +311,22 @@ class Driver:
             self.block,
         )
         return mask_11B[0, 0]
+
+
+RAGGED = ((1, 12), (41, 60), (64, 70))  # prompt and total tokens of the sequences of a driver
+
+
+def ragged_outputs(driver: Driver) -> list[Tensor]:
+    """What each sequence of `RAGGED` gets, prefill chunks and decode rows mixed in every step."""
+    steps: list[list[Take]] = [
+        [(0, 1, "prefill"), (1, 17, "prefill")],
+        [(0, 1, "decode"), (1, 23, "prefill"), (2, 33, "prefill")],
+        [(0, 1, "decode"), (1, 1, "prefill"), (2, 30, "prefill")],
+        [(1, 1, "decode"), (0, 9, "decode"), (2, 1, "prefill")],
+        [(1, 18, "decode"), (2, 6, "decode")],
+    ]
+    outputs: list[list[Tensor]] = [[] for _ in RAGGED]
+    for takes in steps:
+        for (index, _, _), out in zip(takes, driver.step(takes), strict=True):
+            outputs[index].append(out)
+    return [torch.cat(parts, dim=1) for parts in outputs]

@@ -10,7 +10,7 @@ import torch
 from engine.batch import Batch, Span
 from engine.model.batch_tensors import BatchTensors, BlockTables
 from engine.request import Request, SamplingParams
-from tests.engine.paged_driver import Driver, Take, make_model
+from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "no-retrieval": {"retrieval": [[]]},
@@ -39,20 +39,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_ragged_batches_equal_naive_masks(layout: dict[str, Any]) -> None:
     """Chunked prefills and decodes of three sequences, mixed in every step."""
-    driver = Driver(make_model(**layout), [(1, 12), (41, 60), (64, 70)])
-    steps: list[list[Take]] = [
-        [(0, 1, "prefill"), (1, 17, "prefill")],
-        [(0, 1, "decode"), (1, 23, "prefill"), (2, 33, "prefill")],
-        [(0, 1, "decode"), (1, 1, "prefill"), (2, 30, "prefill")],
-        [(1, 1, "decode"), (0, 9, "decode"), (2, 1, "prefill")],
-        [(1, 18, "decode"), (2, 6, "decode")],
-    ]
-    outputs: list[list[torch.Tensor]] = [[], [], []]
-    for takes in steps:
-        for (index, _, _), out in zip(takes, driver.step(takes), strict=True):
-            outputs[index].append(out)
-    for index, parts in enumerate(outputs):
-        torch.testing.assert_close(torch.cat(parts, dim=1), driver.expected(index))
+    driver = Driver(make_model(**layout), RAGGED)
+    for index, got in enumerate(ragged_outputs(driver)):
+        torch.testing.assert_close(got, driver.expected(index))
 
 
 def test_replay_after_preemption_repeats_every_step() -> None:
@@ -73,6 +62,9 @@ def test_a_slot_taken_over_holds_the_new_pages() -> None:
     assert tables.rows([0], 5).tolist() == [[5, 6, 7, 8, 9]]
     tables.update(Span(1, 0, 0, [0] * 9, "prefill", [3, 4], [], True, epoch=1), [3, 4])
     assert tables.rows([0], 2).tolist() == [[3, 4]]
+    tables.forget(1)
+    tables.update(Span(1, 0, 0, [0] * 9, "prefill", [6, 7], [], True, epoch=1), [6, 7])
+    assert tables.rows([0], 2).tolist() == [[6, 7]]
     tables.update(Span(2, 0, 0, [0] * 9, "prefill", [2, 1], [], True, epoch=1), [2, 1])
     assert tables.rows([0], 2).tolist() == [[2, 1]]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels._launch import KernelLibrary
-from tests.engine.paged_driver import Driver, Take, make_model
+from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
 from tests.engine.test_attention import LAYOUTS
 from tests.kernels.emulation.library import build_emulation, compiler
 
@@ -27,21 +27,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 def test_ragged_batches_equal_naive_masks(library: KernelLibrary, layout: dict[str, Any]) -> None:
     """Decode rows, replays of more rows than a launch takes, and prefill chunks in every step."""
     model = make_model(**SIZES | layout)
-    driver = Driver(model, [(1, 12), (41, 60), (64, 70)], library=library)
-    steps: list[list[Take]] = [
-        [(0, 1, "prefill"), (1, 17, "prefill")],
-        [(0, 1, "decode"), (1, 23, "prefill"), (2, 33, "prefill")],
-        [(0, 1, "decode"), (1, 1, "prefill"), (2, 30, "prefill")],
-        [(1, 1, "decode"), (0, 9, "decode"), (2, 1, "prefill")],
-        [(1, 18, "decode"), (2, 6, "decode")],
-    ]
-    outputs: list[list[torch.Tensor]] = [[], [], []]
-    for takes in steps:
-        for (index, _, _), out in zip(takes, driver.step(takes), strict=True):
-            outputs[index].append(out)
-    for index, parts in enumerate(outputs):
-        got, want = torch.cat(parts, dim=1), driver.expected(index)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+    driver = Driver(model, RAGGED, library=library)
+    for index, got in enumerate(ragged_outputs(driver)):
+        torch.testing.assert_close(got, driver.expected(index), rtol=1e-4, atol=2e-6)
 
 
 def test_the_token_budget_is_the_ops(library: KernelLibrary) -> None:
