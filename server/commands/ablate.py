@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from server.commands.failure import fail
-from server.commands.options import names, numbers
+from server.commands.options import (
+    DataOption,
+    DecodedOption,
+    DeviceOption,
+    FactsOption,
+    LengthsOption,
+    SamplesOption,
+    TextSamplesOption,
+    names,
+    numbers,
+)
 
 
 def ablate(
@@ -23,24 +33,14 @@ def ablate(
     tasks: Annotated[
         str, typer.Option(help="Tasks or groups as in eval, comma separated.")
     ] = "code,code_passkey,text",
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer, comma separated.")
-    ] = "4096,8192,16384",
-    samples: Annotated[
-        int, typer.Option(help="Documents or prompts per task, length and setting.")
-    ] = 20,
-    facts: Annotated[
-        str, typer.Option(help="Planted facts of a document, comma separated.")
-    ] = "1,4,16",
-    text_samples: Annotated[int, typer.Option(help="Documents of the task text.")] = 8,
-    decoded: Annotated[
-        int, typer.Option(help="Tokens at a text's end that run under the decode rule.")
-    ] = 512,
-    data: Annotated[
-        Path | None, typer.Option(help="Text of code and text tasks; default: Python sources.")
-    ] = None,
+    lengths: LengthsOption = "4096,8192,16384",
+    samples: SamplesOption = 20,
+    facts: FactsOption = "1,4,16",
+    text_samples: TextSamplesOption = 8,
+    decoded: DecodedOption = 512,
+    data: DataOption = None,
     seed: Annotated[int, typer.Option(help="Of documents, facts and random heads.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Show what each part of a converted MODEL is worth: replace one at a time and measure.
 

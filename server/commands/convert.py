@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from server.commands.failure import fail
+from server.commands.options import DeviceOption
 
 
 def convert(
@@ -69,7 +70,7 @@ def convert(
         float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
     ] = 3e-6,
     seed: Annotated[int, typer.Option(help="Of documents, needles and samples.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Make a sparse model of a dense one: calibrate, fit the indexer, distil, export.
 

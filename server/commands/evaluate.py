@@ -10,8 +10,15 @@ import typer
 
 from server.commands.failure import fail
 from server.commands.options import (
+    DataOption,
+    DecodedOption,
+    DeviceOption,
+    FactsOption,
     JsonOption,
+    LengthsOption,
     ModelArgument,
+    SamplesOption,
+    TextSamplesOption,
     attention_modes,
     names,
     numbers,
@@ -25,12 +32,8 @@ def evaluate(
         str,
         typer.Option(help="Tasks or groups (ruler, code, trace, grid, kv, text), comma separated."),
     ] = "code,code_passkey,trace,text",
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer, comma separated.")
-    ] = "4096,8192,16384",
-    samples: Annotated[
-        int, typer.Option(help="Documents or prompts per task, length and setting.")
-    ] = 20,
+    lengths: LengthsOption = "4096,8192,16384",
+    samples: SamplesOption = 20,
     attention: Annotated[
         str | None,
         typer.Option(help="dense, sparse or both; default: both if the model is converted."),
@@ -39,25 +42,19 @@ def evaluate(
         Literal["sparse", "dense"],
         typer.Option(help="What retrieval heads of the sparse model read for prompt tokens."),
     ] = "dense",
-    facts: Annotated[
-        str, typer.Option(help="Planted facts of a document, comma separated.")
-    ] = "1,4,16",
+    facts: FactsOption = "1,4,16",
     depths: Annotated[
         str, typer.Option(help="Depths of the passkey grid, 0 to 1, comma separated.")
     ] = "0,0.25,0.5,0.75,1",
-    text_samples: Annotated[int, typer.Option(help="Documents of the task text.")] = 8,
-    decoded: Annotated[
-        int, typer.Option(help="Tokens at a text's end that run under the decode rule.")
-    ] = 512,
+    text_samples: TextSamplesOption = 8,
+    decoded: DecodedOption = 512,
     teacher: Annotated[
         Path | None, typer.Option(help="Dense model to compare with instead of MODEL itself.")
     ] = None,
     haystack: Annotated[
         Path | None, typer.Option(help="Prose for RULER; default: docstrings of Python.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Text of code and text tasks; default: Python sources.")
-    ] = None,
+    data: DataOption = None,
     url: Annotated[
         list[str] | None,
         typer.Option(help="Measure a server instead: URL or NAME=URL; may be given again."),
@@ -72,7 +69,7 @@ def evaluate(
     timeout: Annotated[float, typer.Option(help="Seconds of one request to --url.")] = 600.0,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots (needs matplotlib).")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and facts.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: DeviceOption = "cpu",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="auto: bfloat16 on CUDA, else float32."),

@@ -15,6 +15,21 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
+# What eval and ablate measure by.
+LengthsOption = Annotated[str, typer.Option(help="Tokens of prompt and answer, comma separated.")]
+SamplesOption = Annotated[
+    int, typer.Option(help="Documents or prompts per task, length and setting.")
+]
+FactsOption = Annotated[str, typer.Option(help="Planted facts of a document, comma separated.")]
+TextSamplesOption = Annotated[int, typer.Option(help="Documents of the task text.")]
+DecodedOption = Annotated[
+    int, typer.Option(help="Tokens at a text's end that run under the decode rule.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Text of code and text tasks; default: Python sources.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
 
 def names(text: str) -> tuple[str, ...]:
     """The words of a list such as `ruler,text`; empty ones are left out."""
