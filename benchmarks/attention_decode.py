@@ -35,6 +35,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.attention_layer import (
+    BLOCK,
+    DIM,
+    HEADS,
+    INDEX_DIM,
+    KV_HEADS,
+    RETRIEVAL,
+    SINKS,
+    TOP_P,
+    WINDOW,
+)
 from benchmarks.hardware import describe_hardware
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
@@ -43,10 +54,7 @@ from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
 
-HEADS, KV_HEADS, DIM, INDEX_DIM, BLOCK = 32, 4, 128, 16, 64
-RETRIEVAL = (0, 8, 16, 24, 25)
-RULE = WindowRule(window=8192, sinks=4)
-TOP_P = 0.9
+RULE = WindowRule(WINDOW, SINKS)
 SHAPES = ((1, 2**15), (1, 2**17), (1, 2**20), (8, 2**15), (8, 2**17))  # rows, context
 SHARES = (0.01, 0.03, 0.1)
 BYTES_PER_GRAPH = 2**29

@@ -1,7 +1,6 @@
 """Prefill attention of one layer: inputs, work and times; `rtpurbo bench attention` prints them.
 
-Shape: a layer of Qwen3-30B-A3B (32 query heads, 4 KV heads, head_dim 128, bfloat16), window 8192,
-4 sinks, pages of 64, five retrieval heads spread over all KV heads. One whole prompt, no chunks.
+The layer is that of `benchmarks.attention_layer`. One whole prompt, no chunks.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.attention_layer import BLOCK, DIM, HEADS, KV_HEADS, RETRIEVAL, SINKS
 from kernels.span_inputs import SpanInputs
-
-HEADS, KV_HEADS, BLOCK = 32, 4, 64
-RETRIEVAL = (0, 8, 16, 24, 25)
-WINDOW, SINKS = 8192, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class PrefillCase:
     sinks: int = SINKS
 
     @classmethod
-    def make(cls, tokens: int, *, dim: int = 128, seed: int = 0) -> PrefillCase:
+    def make(cls, tokens: int, *, dim: int = DIM, seed: int = 0) -> PrefillCase:
         generator = torch.Generator("cuda").manual_seed(seed)
 
         def random(*shape: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.attention_prefill import BLOCK, PrefillCase, milliseconds
+from benchmarks.attention_layer import BLOCK, INDEX_DIM, TOP_P
+from benchmarks.attention_prefill import PrefillCase, milliseconds
 from kernels._launch import KernelLibrary
 from kernels.cuda_prefill import BlockLists
 from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
@@ -19,8 +20,6 @@ from kernels.span_inputs import SpanInputs
 
 SHARE = 0.2  # of the blocks before a tile
 CHUNK = 2**14  # queries at once, as a server computes a long prompt
-INDEX_DIM = 16
-TOP_P = 0.9
 
 
 class Chunk(NamedTuple):
