@@ -89,7 +89,8 @@ class EpisodeWriter:
         Every fact is asked once: a question that was answered before would be a second needle.
 
         Args:
-            early: share of the facts that are asked inside the code instead.
+            early: mean share of the facts that are asked inside the code instead; each episode
+                draws its own, from 0 to twice as much. At least one is asked at the end.
         """
         order = rng.permutation(len(facts))
         late = order[int(early * rng.random() * 2 * len(facts)) :] if early else order

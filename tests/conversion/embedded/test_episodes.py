@@ -1,0 +1,55 @@
+"""Planted facts of an episode: names that never repeat, and every fact asked once."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from conversion.code_facts import FACT_KINDS
+from conversion.embedded import names
+from conversion.embedded.episodes import EpisodeWriter
+from conversion.embedded.names import NameMaker
+from engine.embedded import embedded_model_path
+
+WORDS = np.array(["ALPHA", "BRAVO", "CHARLIE"])
+QUESTION = re.compile(r"assert (.+) == ")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(embedded_model_path() / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_name_comes_twice_however_few_words_there_are(seed: int) -> None:
+    maker = NameMaker(WORDS, np.random.default_rng(seed))
+    made = [maker.name() for _ in range(300)]
+    assert len(set(made)) == 300
+    assert all(1 <= len(name.split("_")) <= 3 and name.isupper() for name in made)
+
+
+def test_names_of_some_documents_share_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = np.array([f"W{chr(65 + i)}{chr(65 + j)}" for i in range(26) for j in range(26)])
+    last_words = {}
+    for shared in (0.0, 1.0):
+        monkeypatch.setattr(names, "SHARED", shared)
+        maker = NameMaker(words, np.random.default_rng(1))
+        last_words[shared] = len({maker.name().split("_")[-1] for _ in range(100)})
+    assert last_words[1.0] < last_words[0.0] / 2
+
+
+@pytest.mark.parametrize("kind", FACT_KINDS)
+def test_every_fact_is_asked_once(tokenizer: Tokenizer, kind: str) -> None:
+    """A question that was answered before would be a second needle."""
+    writer = EpisodeWriter(tokenizer, 5.0)
+    code = np.array(tokenizer.encode("value = compute(value)\n" * 2000).ids, dtype=np.int64)
+    early = 0
+    for seed in range(10):
+        episode = writer.write(code[:4000], np.random.default_rng(seed), kind)
+        asked = QUESTION.findall(tokenizer.decode(episode.ids.tolist()))
+        assert len(asked) == len(set(asked))
+        early += len(asked) - len(episode.answers)
+    assert early, "some facts are asked inside the code"
