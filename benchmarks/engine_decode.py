@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--kernels", default="auto", choices=["auto", "cuda", "torch"])
     parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--kv-cache-gib", type=float, help="both pools; default: as the engine")
     given = parser.parse_args()
     config = EngineConfig(
         model=str(given.model),
@@ -132,6 +133,7 @@ def main() -> None:
         dtype=given.dtype,
         kernels=given.kernels,
         cuda_graphs=not given.no_cuda_graphs,
+        kv_cache_bytes=None if given.kv_cache_gib is None else int(given.kv_cache_gib * 2**30),
         max_num_seqs=given.streams,
         max_model_len=given.context + given.steps + 64,
     )
