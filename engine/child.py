@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from engine.child_protocol import ChildEndedError
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.ipc import FrontEndChannel
@@ -22,12 +23,11 @@ _ERRORS: dict[str, type[EngineError]] = {
 }
 
 
-class ChildEndedError(EngineError):
-    """The engine process is of no use any more: it ended, hangs or speaks nonsense."""
-
-
 class EngineChild:
-    """A running engine process. Made by `launch`; `close` must follow in every case."""
+    """Implements `engine.child_protocol.Child` with a process of its own.
+
+    Made by `launch`; `close` must follow in every case.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, channel: FrontEndChannel) -> None:
         self._process = process
@@ -36,8 +36,11 @@ class EngineChild:
         self._incoming = asyncio.ensure_future(channel.receive())
 
     @classmethod
-    async def launch(cls, config: EngineConfig, module: str) -> EngineChild:
-        """Start `python -m module`; output goes where ours goes. Raises EngineError."""
+    async def launch(cls, config: EngineConfig, module: str = "engine.core") -> EngineChild:
+        """Start `python -m module`; output goes where ours goes. Raises EngineError.
+
+        Tests name a module that puts a fake model behind the same loop.
+        """
         channel = FrontEndChannel()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -64,12 +67,7 @@ class EngineChild:
         self._channel.send(message)
 
     async def receive(self, silence: float) -> FromEngine:
-        """The next message.
-
-        Raises:
-            ChildEndedError: none came within `silence` seconds, the process ended and has left
-                nothing unread, or it sent a frame that is no message.
-        """
+        """The next message; raises ChildEndedError as the protocol says."""
         waiting = {self._incoming, self._exited}
         await asyncio.wait(waiting, timeout=silence, return_when=asyncio.FIRST_COMPLETED)
         if not self._incoming.done() and self._exited.done():

@@ -11,17 +11,17 @@ States:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 from engine.admission import AdmissionQueue
-from engine.child import ChildEndedError, EngineChild
+from engine.child import EngineChild
+from engine.child_protocol import Child, ChildEndedError, LaunchChild
 from engine.client import EngineState, Generation
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineUnavailableError, RequestError
@@ -43,21 +43,24 @@ class EngineProcess:
         *,
         max_queued_requests: int = 256,
         policy: SupervisionPolicy | None = None,
+        launch: LaunchChild = EngineChild.launch,
         clock: Callable[[], float] = time.monotonic,
-        module: str = "engine.core",
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """
         Args:
             config: sent to the child as it is.
             max_queued_requests: requests that may wait for their first computation.
             policy: deadlines and restart limits.
+            launch: starts the child; a simulation gives one without a process.
             clock: monotonic seconds, the same clock as in the child.
-            module: run as the child; tests put a fake model behind the same loop.
+            sleep: waits for seconds of that clock.
         """
         self._config = config
-        self._module = module
         self._policy = policy if policy is not None else SupervisionPolicy()
+        self._launch_child = launch
         self._clock = clock
+        self._sleep = sleep
         self._budget = RestartBudget(self._policy, clock)
         self._queue = AdmissionQueue(max_queued_requests, clock)
         self._live: dict[int, Generation] = {}
@@ -66,7 +69,7 @@ class EngineProcess:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._child: EngineChild | None = None
+        self._child: Child | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
         self._stats = Stats()
@@ -145,9 +148,15 @@ class EngineProcess:
     async def drain(self, seconds: float) -> None:
         """Take no new work; wait until live requests end, at most `seconds`."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
+        tasks = {
+            asyncio.ensure_future(self._idle.wait()),
+            asyncio.ensure_future(self._sleep(seconds)),
+        }
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def stop(self) -> None:
         """End the engine process; live requests fail. Harmless when called again."""
@@ -160,9 +169,9 @@ class EngineProcess:
         await self._drop_child()
         self._fail_live("the engine was stopped")
 
-    async def _launch(self) -> EngineChild:
+    async def _launch(self) -> Child:
         """A child that is ready; it is cleaned up if it does not get that far."""
-        child = self._child = await EngineChild.launch(self._config, self._module)
+        child = self._child = await self._launch_child(self._config)
         try:
             self._info = await child.wait_ready(self._policy.load_seconds)
         except BaseException:
@@ -173,7 +182,7 @@ class EngineProcess:
         logger.info("engine process %d is ready", child.pid)
         return child
 
-    async def _supervise(self, child: EngineChild | None) -> None:
+    async def _supervise(self, child: Child | None) -> None:
         """Listen to the engine; whenever it is lost, clean up and start another."""
         try:
             while child is not None:
@@ -186,7 +195,7 @@ class EngineProcess:
         self._fail_live("the engine is dead")
         await self._drop_child()
 
-    async def _listen(self, child: EngineChild) -> None:
+    async def _listen(self, child: Child) -> None:
         """Dispatch reports until the child is lost."""
         while True:
             try:
@@ -211,7 +220,7 @@ class EngineProcess:
             if update.finish_reason is not None:
                 self._forget(update.request_id)
 
-    async def _restart(self) -> EngineChild | None:
+    async def _restart(self) -> Child | None:
         """Another child that is ready, or None when the budget is spent."""
         self._phase = "restarting"
         self._fail_live("the engine failed and is restarting")
@@ -219,7 +228,7 @@ class EngineProcess:
         self._stats_before = self._stats
         self._stats = _add_counters(Stats(), self._stats_before)
         while (delay := self._budget.spend()) is not None:
-            await asyncio.sleep(delay)
+            await self._sleep(delay)
             self._restarts += 1
             try:
                 return await self._launch()

@@ -1,4 +1,4 @@
-"""An engine process with the toy model: `EngineProcess(module="tests.engine.fake_engine")`.
+"""An engine process with the toy model: `EngineProcess(config, launch=launch_toy)`.
 
 `config.model` chooses what happens at start; see `build`. The loop, the scheduler, the wire and
 the supervision are the real ones.
@@ -11,11 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+from engine.child import EngineChild
 from engine.config import EngineConfig
 from engine.core import run_engine
 from engine.errors import CheckpointError, ConfigError
 from engine.step import EngineParts
 from tests.engine.fake_runner import FakeRunner, toy_info, toy_scheduler
+
+
+async def launch_toy(config: EngineConfig) -> EngineChild:
+    """Start this module as the child."""
+    return await EngineChild.launch(config, "tests.engine.fake_engine")
 
 
 def build(config: EngineConfig) -> EngineParts:

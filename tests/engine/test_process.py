@@ -17,6 +17,7 @@ import psutil
 import pytest
 import zmq
 
+from engine.child import EngineChild
 from engine.client import Engine, Generation
 from engine.config import EngineConfig
 from engine.errors import (
@@ -32,6 +33,7 @@ from engine.messages import RequestUpdate
 from engine.process import EngineProcess
 from engine.request import SamplingParams
 from engine.supervision import RestartBudget, SupervisionPolicy
+from tests.engine.fake_engine import launch_toy
 from tests.engine.fake_runner import HANG, KILL, NOT_FINITE, RAISE, toy_generate
 from tests.engine.oracle import Oracle
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
@@ -45,7 +47,7 @@ def make_engine(
     model: str = "toy", policy: SupervisionPolicy = POLICY, **kwargs: Any
 ) -> EngineProcess:
     config = EngineConfig(model=model)
-    return EngineProcess(config, policy=policy, module="tests.engine.fake_engine", **kwargs)
+    return EngineProcess(config, policy=policy, launch=launch_toy, **kwargs)
 
 
 @asynccontextmanager
@@ -110,8 +112,9 @@ def test_generates_for_several_requests_and_stops_without_a_trace() -> None:
 
 
 def channel_folder(engine: EngineProcess) -> str:
-    assert engine._child is not None
-    return engine._child._channel.folder
+    child = engine._child
+    assert isinstance(child, EngineChild)
+    return child._channel.folder
 
 
 def test_abort_frees_the_engine_and_the_queue() -> None:
@@ -387,9 +390,10 @@ PARENT = """
 import asyncio, sys
 from engine.config import EngineConfig
 from engine.process import EngineProcess
+from tests.engine.fake_engine import launch_toy
 
 async def main():
-    engine = EngineProcess(EngineConfig(model="toy"), module="tests.engine.fake_engine")
+    engine = EngineProcess(EngineConfig(model="toy"), launch=launch_toy)
     await engine.start()
     print(engine.pid, flush=True)
     await asyncio.sleep(3600)
