@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class DecodeLoop:
     """Streams that decode together, with the engine's scheduler and runner, in this process."""
 
     def __init__(self, parts: EngineParts, prompts: list[list[int]], max_tokens: int) -> None:
-        """Prefills all prompts; afterwards every step gives each stream a token."""
+        """Prefills all prompts; afterwards every step gives each stream a token.
+
+        Args:
+            max_tokens: of a stream, `stream_tokens` at least: the loop ends none.
+        """
         self._parts = parts
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         self._requests = {i: Request(i, prompt, params) for i, prompt in enumerate(prompts)}
@@ -53,6 +58,8 @@ class DecodeLoop:
 
     def step(self) -> tuple[float, float]:
         """Seconds of a turn of the loop, and of the runner in it."""
+        longest = max(self._requests.values(), key=lambda request: len(request.output))
+        assert len(longest.output) < longest.params.max_tokens, "a stream has all its tokens"
         start = time.perf_counter()
         batch = self._parts.scheduler.schedule()
         before = time.perf_counter()
@@ -67,11 +74,24 @@ class DecodeLoop:
         self._parts.scheduler.update(batch, {i: t for i, t in tokens.items() if t is not None})
 
 
-def measure(parts: EngineParts, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    """Figures of `steps` decode steps; times in milliseconds."""
+def stream_tokens(prompt_tokens: int, streams: int, steps: int, batch_tokens: int) -> int:
+    """Tokens that a stream generates at most: the first ones decode while others are prefilled.
+
+    Args:
+        prompt_tokens: of all prompts together.
+        batch_tokens: of one engine step, more than there are streams.
+    """
+    prefill_steps = -(-prompt_tokens // (batch_tokens - streams)) + 1
+    return prefill_steps + WARM_STEPS + steps + PROFILED_STEPS
+
+
+def measure(
+    parts: EngineParts, prompts: list[list[int]], steps: int, max_tokens: int
+) -> dict[str, Any]:
+    """Figures of `steps` decode steps; times in milliseconds. `max_tokens` as in `DecodeLoop`."""
     assert isinstance(parts.runner, ModelRunner)
     on_gpu = parts.runner.info.device.startswith("cuda")
-    loop = DecodeLoop(parts, prompts, WARM_STEPS + steps + PROFILED_STEPS + 2)
+    loop = DecodeLoop(parts, prompts, max_tokens)
     for _ in range(WARM_STEPS):
         loop.step()
     times = [loop.step() for _ in range(steps)]
@@ -115,7 +135,7 @@ def _kernel_times(loop: DecodeLoop) -> tuple[float, list[dict[str, Any]]]:
     return sum(micros.values()) / PROFILED_STEPS / 1e3, longest
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--context", type=int, default=16384, help="tokens of each prompt")
@@ -124,29 +144,46 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--kernels", default="auto", choices=["auto", "cuda", "torch"])
+    parser.add_argument("--kernel-cache", help="folder of compiled kernels")
     parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of an engine step")
     parser.add_argument("--kv-cache-gib", type=float, help="both pools; default: as the engine")
-    given = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def engine_config(given: argparse.Namespace) -> tuple[EngineConfig, int]:
+    """Settings of the engine, and the tokens that a stream may generate."""
+    prompt_tokens = given.streams * given.context
+    tokens = stream_tokens(prompt_tokens, given.streams, given.steps, given.max_batch_tokens)
     config = EngineConfig(
         model=str(given.model),
         device=given.device,
         dtype=given.dtype,
         kernels=given.kernels,
+        kernel_cache=given.kernel_cache,
         cuda_graphs=not given.no_cuda_graphs,
         kv_cache_bytes=None if given.kv_cache_gib is None else int(given.kv_cache_gib * 2**30),
         max_num_seqs=given.streams,
-        max_model_len=given.context + given.steps + 64,
+        max_batch_tokens=given.max_batch_tokens,
+        max_model_len=given.context + tokens,
     )
+    return config, tokens
+
+
+def main() -> None:
+    given = parse()
+    config, tokens = engine_config(given)
     tokenizer = Tokenizer.from_folder(given.model)
     prompts = [code_prompt(tokenizer, given.context, seed) for seed in range(given.streams)]
     parts = load_engine_parts(config)
-    figures = measure(parts, prompts, given.steps)
+    figures = measure(parts, prompts, given.steps, tokens)
     workload = {
         "streams": given.streams,
         "context": given.context,
         "steps": given.steps,
         "model": given.model.name,
         "dtype": parts.runner.info.dtype,
+        "full_pages": parts.runner.info.full_pages,
     }
     print(json.dumps({**workload, **figures, "hardware": describe_hardware()}))
 

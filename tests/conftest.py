@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kernels._launch import KernelLibrary
 
 # Servers, engines and the tests themselves share two cores: threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,3 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a test process per core, so a thread 
 # Triton decides when a kernel is defined: interpreted on the CPU, compiled where there is a GPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    """The CUDA kernels, compiled for the CPU once: it takes longer than most tests of them."""
+    from tests.kernels.emulation.library import build_emulation
+
+    return build_emulation(tmp_path_factory.mktemp("emulated"))

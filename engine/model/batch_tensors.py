@@ -60,6 +60,7 @@ class BlockTables:
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         shape = (max_num_seqs + 1, max_blocks)
         self.rows_SB = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._width = max_blocks
         self.spare_slot = max_num_seqs
         """A row that no sequence has, for rows that pad a batch."""
         self._owners: list[tuple[int, int] | None] = [None] * max_num_seqs
@@ -72,6 +73,7 @@ class BlockTables:
             self._owners[slot] = owner
             self._lengths[slot] = 0
         known = self._lengths[slot]
+        assert len(blocks) <= self._width, "a context of more blocks than the tables have columns"
         if known < len(blocks):
             pages = upload(blocks[known:], torch.int64, self.rows_SB.device)
             self.rows_SB[slot, known : len(blocks)] = pages
@@ -91,6 +93,8 @@ class BlockTables:
         """
         if not blocks:
             return 0
+        # Past the last column the device would fail for good, without saying where.
+        assert column < self._width, "a context of more blocks than the tables have columns"
         slot = span.slot
         if self._owners[slot] == (span.request_id, span.epoch) and self._lengths[slot] >= column:
             self._lengths[slot] = max(self._lengths[slot], column + 1)

@@ -3,22 +3,80 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.engine_decode import measure
-from engine.config import EngineConfig
+from benchmarks.engine_decode import (
+    PROFILED_STEPS,
+    WARM_STEPS,
+    engine_config,
+    measure,
+    parse,
+    stream_tokens,
+)
+from engine.kv_pools import KvPools
 from engine.loading import load_engine_parts
+from engine.request import Request, SamplingParams
+from engine.scheduler import Scheduler
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
+PROMPTS = [[7] * 20, [8] * 31, [9] * 4]
 
-def test_every_step_gives_each_stream_a_token(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", TinyModel())
-    config = EngineConfig(model=str(folder), device="cpu", threads=1, max_num_seqs=3)
-    parts = load_engine_parts(config)
-    figures = measure(parts, [[7] * 20, [8] * 31, [9] * 4], steps=5)
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", TinyModel())
+
+
+def run(folder: Path, prompts: list[list[int]], *arguments: str) -> dict[str, Any]:
+    streams, context = len(prompts), max(map(len, prompts))
+    given = parse(
+        [f"--model={folder}", f"--streams={streams}", f"--context={context}", "--device=cpu"]
+        + ["--kv-cache-gib=0.01", *arguments]
+    )
+    config, tokens = engine_config(given)
+    return measure(load_engine_parts(config), prompts, given.steps, tokens)
+
+
+def test_every_step_gives_each_stream_a_token(folder: Path) -> None:
+    figures = run(folder, PROMPTS, "--steps=5")
     assert figures["decodes_with"] == "PyTorch ops"
     assert figures["runner_ms"] <= figures["step_ms"]
     per_second = 3e3 / figures["step_ms"]
     assert figures["tokens_per_second"] == pytest.approx(per_second, rel=1e-2)
     assert "kernels_ms" not in figures, "nothing to add up without a GPU"
+
+
+def test_the_first_stream_has_room_for_what_it_decodes_during_other_prefills(
+    folder: Path,
+) -> None:
+    """It used to run past the model length, and so past its block table: on a GPU that ended the
+    process with a device-side assertion in the middle of the measurement."""
+    prompts = [[7 + i] * 90 for i in range(4)]
+    figures = run(folder, prompts, "--steps=5", "--max-batch-tokens=12")
+    assert figures["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("batch_tokens", [100, 2048, 16384])
+def test_the_room_is_enough_for_the_scheduler(batch_tokens: int) -> None:
+    """Eight streams at 16K, in the scheduler alone."""
+    streams, context, steps = 8, 16384 if batch_tokens > 100 else 500, 64
+    pages = streams * 300
+    pools = KvPools(
+        full_pages=pages, window_pages=pages, block_tokens=64, window_tokens=512, sink_tokens=4
+    )
+    scheduler = Scheduler(pools, max_num_seqs=streams, max_batch_tokens=batch_tokens)
+    most = stream_tokens(streams * context, streams, steps, batch_tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+    requests = [Request(i, [i] * context, params) for i in range(streams)]
+    for request in requests:
+        scheduler.add(request)
+    left = WARM_STEPS + steps + PROFILED_STEPS
+    while left:
+        left -= all(request.output for request in requests)
+        batch = scheduler.schedule()
+        scheduler.update(batch, {span.request_id: 1 for span in batch.spans if span.sample})
+    generated = [len(request.output) for request in requests]
+    assert max(generated) <= most
+    assert max(generated) > min(generated), "the first streams decode while others are prefilled"

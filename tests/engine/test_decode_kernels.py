@@ -10,7 +10,7 @@ import torch
 from kernels._launch import KernelLibrary
 from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
 from tests.engine.test_attention import LAYOUTS
-from tests.kernels.emulation.library import build_emulation, compiler
+from tests.kernels.emulation.library import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 
@@ -19,8 +19,8 @@ SIZES: dict[str, Any] = {"dim": 64, "index_dim": 8, "block": 16, "window": 21}
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    return build_emulation(tmp_path_factory.mktemp("emulated"))
+def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
+    return emulated_kernels
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

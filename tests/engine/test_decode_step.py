@@ -25,7 +25,7 @@ from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
-from tests.kernels.emulation.library import build_emulation, compiler
+from tests.kernels.emulation.library import compiler
 
 MODEL = TinyModel(head_dim=64, block=16, index_dim=8, top_p=0.4)
 POISONED = 59  # token id whose embedding a test makes NaN
@@ -35,8 +35,8 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler 
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    return build_emulation(tmp_path_factory.mktemp("emulated"))
+def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
+    return emulated_kernels
 
 
 @pytest.fixture(scope="module")

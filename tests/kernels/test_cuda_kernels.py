@@ -17,7 +17,9 @@ from kernels import indexer, reference
 from kernels._launch import KernelError, KernelLibrary
 from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool
-from tests.kernels.emulation.library import build_emulation, compiler
+from kernels.paged_kv import store_kv
+from tests.kernels.emulation.library import compiler
+from tests.kernels.large_pool import moved, moved_pool, pages_past_int32
 from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
 from tests.kernels.paged_case import PagedCase, random_tensor
 from tests.kernels.test_indexer import masses
@@ -28,8 +30,8 @@ EDGES = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 400]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    return build_emulation(tmp_path_factory.mktemp("emulated"))
+def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
+    return emulated_kernels
 
 
 @pytest.mark.parametrize("index_dim", [8, 16, 32])
@@ -165,6 +167,35 @@ def test_more_rows_than_one_launch_takes(
 ) -> None:
     monkeypatch.setattr("kernels.cuda_decode.MAX_ITEMS", 7)  # three tiles: two rows a launch
     check_layer(LayerCase.make([70, 5, 200, 64, 33]), library)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_pools_of_more_elements_than_int32_counts(
+    library: KernelLibrary, dtype: torch.dtype
+) -> None:
+    """A GPU's default cache is that large; every page lies past 2^31 elements here."""
+    case = LayerCase.make([70, 300], dtype=dtype, index_dim=32)
+    want_RHD, want_attended = case.run(case.workspace(library))
+    assert case.selection is not None
+    index_cache = case.selection.index_cache
+    by = max(map(pages_past_int32, (case.full.k_cache, case.window.k_cache, index_cache)))
+    try:
+        full, window = moved_pool(case.full, by), moved_pool(case.window, by)
+        far = replace(case, full=full, window=window)
+        far = far.with_selection(index_cache=moved(index_cache, by))
+    except OSError:
+        pytest.skip("this host reserves all memory that is asked for")
+    got_RHD, attended = far.run(far.workspace(library))
+    assert torch.equal(got_RHD, want_RHD)
+    assert attended is not None
+    assert want_attended is not None
+    assert torch.equal(attended, want_attended)
+    slots_T = far.full.tables_RB[0, :1] * 64 + torch.tensor([9])
+    k_TND, v_TND = (random_tensor(1, 2, 64, seed=seed).to(dtype) for seed in (1, 2))
+    store_kv(k_TND, v_TND, full.k_cache, full.v_cache, slots_T)
+    page = int(far.full.tables_RB[0, 0])
+    assert torch.equal(full.k_cache[page, :, 9], k_TND[0])
+    assert torch.equal(full.v_cache[page, :, 9], v_TND[0])
 
 
 @pytest.mark.parametrize("seed", range(5))
