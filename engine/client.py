@@ -30,10 +30,12 @@ class Generation:
         prompt: Sequence[int],
         params: SamplingParams,
         abort: Callable[[int], None],
+        deadline: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.params = params
+        self.deadline = deadline  # time.monotonic() seconds
         self.output: list[int] = []  # all tokens received: what a replay needs
         self._abort = abort
         self._pending: RequestUpdate | None = None
@@ -123,8 +125,10 @@ class Engine(Protocol):
         """Age of the last sign of life of the engine loop, which also reports while idle."""
         ...
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
-        """Admit a request.
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
+    ) -> Generation:
+        """Admit a request; the engine drops it at `deadline`, in time.monotonic() seconds.
 
         Raises:
             QueueFullError: too much is queued.

@@ -16,6 +16,8 @@ from array import array
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError, RequestError
@@ -36,12 +38,12 @@ from engine.messages import (
 from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler
 from engine.step import EngineParts, Runner, StepResult
+from engine.step_accounts import StepAccounts
 from engine.tracker import RequestTracker
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5  # between reports of an idle engine; well inside any hang deadline
-_MEAN_WEIGHT = 0.02  # of the newest decode step in the moving means
 
 
 class Channel(Protocol):
@@ -70,10 +72,7 @@ class EngineCore:
         self._requests: dict[int, Request] = {}
         self._trackers: dict[int, RequestTracker] = {}
         self._updates: list[RequestUpdate] = []
-        self._step = 0
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
-        self._layer_means: dict[int, float] = {}
+        self._accounts = StepAccounts()
         self._rested = False
         self._stopping = False
 
@@ -86,6 +85,7 @@ class EngineCore:
         """Take the messages that are there, then compute one step or rest."""
         for message in self._channel.receive(0.0 if self._requests else IDLE_SECONDS):
             self._accept(message)
+        self._expire()
         if self._requests:
             self._rested = False
             self._compute()
@@ -113,6 +113,7 @@ class EngineCore:
             message.params,
             output=_tokens(message.output),
             arrival=message.arrival,
+            deadline=message.deadline,
         )
         tracker = RequestTracker(request, self._info.eos_token_ids, self._info.max_model_len)
         try:
@@ -120,7 +121,7 @@ class EngineCore:
             self._scheduler.add(request)
         except RequestError as error:
             logger.warning("request %d refused: %s", request.request_id, error)
-            self._updates.append(tracker.failure(self._clock()))
+            self._updates.append(tracker.cut_off("error", self._clock()))
             return
         self._requests[request.request_id] = request
         self._trackers[request.request_id] = tracker
@@ -135,15 +136,26 @@ class EngineCore:
         if request.total >= self._info.max_model_len + (params.max_tokens == 0):
             raise RequestError(f"{request.total} tokens leave no room to generate")
 
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed, queued or running.
+
+        The front end tells its client by itself; here the pages are freed, also if it is late.
+        """
+        if all(request.deadline is None for request in self._requests.values()):
+            return
+        now = self._clock()
+        for request in list(self._requests.values()):
+            if request.deadline is not None and request.deadline <= now:
+                self._end(request.request_id, "deadline", now)
+
     def _compute(self) -> None:
         """One step: schedule, execute, account."""
         batch = self._scheduler.schedule()
         assert batch.spans, "the scheduler has work and found none"
-        self._stamp(batch)
+        started = self._stamp(batch)
         result = self._runner.execute(batch, self._requests)
         now = self._clock()
-        self._step += 1
-        self._count(batch, result)
+        self._accounts.count_step(batch, result, now - started)
         failed = self._fail(batch, result, now)
         tokens = {
             request_id: sample.token
@@ -155,23 +167,28 @@ class EngineCore:
             if request_id not in failed:
                 self._advance(request_id, result, tokens.get(request_id), now)
 
-    def _stamp(self, batch: Batch) -> None:
-        """Note when requests left the queue; a preempted one keeps its first time."""
+    def _stamp(self, batch: Batch) -> float:
+        """Note when requests left the queue, that is now; a preempted one keeps its first time."""
         now = self._clock()
         for span in batch.spans:
             request = self._requests[span.request_id]
             if request.first_scheduled is None:
                 request.first_scheduled = now
+        return now
 
     def _fail(self, batch: Batch, result: StepResult, now: float) -> set[int]:
         """End the requests whose values were not finite, before their pages can be shared."""
         failed = result.failed | {r for r, sample in result.samples.items() if sample.token is None}
         for request_id in failed:
             logger.error("request %d: the model gave values that are not finite", request_id)
-            self._updates.append(self._trackers[request_id].failure(now))
-            self._scheduler.abort(request_id)
-            self._forget(request_id)
+            self._end(request_id, "error", now)
         return failed
+
+    def _end(self, request_id: int, reason: FinishReason, now: float) -> None:
+        """Cut a request off: its last update, its pages, its state."""
+        self._updates.append(self._trackers[request_id].cut_off(reason, now))
+        self._scheduler.abort(request_id)
+        self._forget(request_id)
 
     def _advance(self, request_id: int, result: StepResult, token: int | None, now: float) -> None:
         """Account one step of a request that is well; end it if this was its last."""
@@ -185,20 +202,12 @@ class EngineCore:
             token = None
             finish = None if request.is_prefill else "length"
         elif token is not None:
-            self._generated_tokens += 1
+            self._accounts.count_token()
             finish = tracker.finish_of(token)
         self._updates.append(tracker.update(result, token, finish, now))
         if finish is not None:
             self._scheduler.finish(request_id)
             self._forget(request_id)
-
-    def _count(self, batch: Batch, result: StepResult) -> None:
-        for span in batch.spans:
-            if span.rule == "prefill":
-                self._prompt_tokens += len(span.tokens)
-        for layer, fraction in result.layer_attended_fraction.items():
-            mean = self._layer_means.setdefault(layer, fraction)
-            self._layer_means[layer] = mean + _MEAN_WEIGHT * (fraction - mean)
 
     def _forget(self, request_id: int) -> None:
         del self._requests[request_id], self._trackers[request_id]
@@ -210,8 +219,8 @@ class EngineCore:
 
     def _stats(self) -> Stats:
         scheduler, pools = self._scheduler, self._scheduler.pools
-        return Stats(
-            step=self._step,
+        return msgspec.structs.replace(
+            self._accounts.stats,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             full_used=pools.full.used,
@@ -221,9 +230,6 @@ class EngineCore:
             prefill_remaining=scheduler.prefill_remaining,
             preemptions=scheduler.preemptions,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            layer_attended_fraction=dict(self._layer_means),
         )
 
 

@@ -21,6 +21,7 @@ class Add(msgspec.Struct, tag=True, kw_only=True):
     prompt: bytes  # int32 little endian
     output: bytes = b""  # int32 little endian
     arrival: float
+    deadline: float | None = None  # the engine drops it then by itself, queued or running
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -89,6 +90,18 @@ class Stats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0  # computed under the prefill rule, since start
     generated_tokens: int = 0  # sampled, since start
     layer_attended_fraction: dict[int, float] = {}  # layer -> moving mean over decode steps
+    # Where the time goes: steps since start by what they computed, and the seconds in them, from
+    # the call of the runner to its results. Decode: one new token of each sequence and nothing
+    # else; prefill: chunks of prompts, or of output that is replayed; mixed: both together.
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    prefill_steps: int = 0
+    prefill_seconds: float = 0.0
+    mixed_steps: int = 0
+    mixed_seconds: float = 0.0
+    step_seconds: float = 0.0  # of the newest step
+    step_seconds_predicted: float = 0.0  # the same as the scheduler foresaw it; 0: it did not
+    memory_retries: int = 0  # steps tried again in smaller chunks for want of memory, since start
 
 
 class Report(msgspec.Struct, tag=True, kw_only=True):

@@ -31,7 +31,11 @@ from engine.supervision import RestartBudget, SupervisionPolicy
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = ("step", "preemptions", "prefix_hit_tokens", "prompt_tokens", "generated_tokens")
+_COUNTERS = (
+    *("step", "preemptions", "prefix_hit_tokens", "prompt_tokens", "generated_tokens"),
+    *("decode_steps", "decode_seconds", "prefill_steps", "prefill_seconds"),
+    *("mixed_steps", "mixed_seconds", "memory_retries"),
+)
 
 
 class EngineProcess:
@@ -120,8 +124,10 @@ class EngineProcess:
             raise
         self._supervisor = asyncio.create_task(self._supervise(child), name="engine-supervisor")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
-        """Admit a request.
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
+    ) -> Generation:
+        """Admit a request; the engine drops it at `deadline`, by the clock that it was given.
 
         Raises:
             QueueFullError: too much is queued.
@@ -137,8 +143,9 @@ class EngineProcess:
             params=params,
             prompt=_int32_buffer(prompt),
             arrival=self._clock(),
+            deadline=deadline,
         )
-        generation = Generation(request_id, prompt, params, self._abort)
+        generation = Generation(request_id, prompt, params, self._abort, deadline)
         self._child.send(add)
         self._live[request_id] = generation
         self._queue.enter(request_id)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +47,7 @@ class Request:
         "arrival",
         "cached",
         "computed",
+        "deadline",
         "digests",
         "first_scheduled",
         "full_blocks",
@@ -68,6 +69,7 @@ class Request:
         params: SamplingParams,
         output: list[int] | None = None,
         arrival: float = 0.0,
+        deadline: float | None = None,
     ) -> None:
         assert prompt, "the edge refuses empty prompts"
         self.request_id = request_id
@@ -75,6 +77,7 @@ class Request:
         self.params = params
         self.output = output if output is not None else []  # non-empty on arrival: a resumed one
         self.arrival = arrival  # time.monotonic() seconds when the front end admitted it
+        self.deadline = deadline  # time.monotonic() seconds; None: it may take for ever
         self.first_scheduled: float | None = None  # time.monotonic() seconds
         self.cached = 0
         self.computed = 0

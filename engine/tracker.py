@@ -66,9 +66,9 @@ class RequestTracker:
             attended=self._attended if accounted else None,
         )
 
-    def failure(self, now: float) -> RequestUpdate:
-        """The last update of a request that failed on its own."""
-        return self.update(StepResult(), None, "error", now)
+    def cut_off(self, reason: FinishReason, now: float) -> RequestUpdate:
+        """The last update of a request that ends before it is done."""
+        return self.update(StepResult(), None, reason, now)
 
     def _new_prompt_logprobs(self, result: StepResult) -> list[TokenLogprobs | None]:
         """Those not sent yet: a preempted request computes its prompt again from the start."""

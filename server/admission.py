@@ -13,9 +13,12 @@ _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that distinct choices get distinct seeds
 
 
 def submit_all(
-    service: Service, prompts: list[tuple[list[int], SamplingParams]], n: int
+    service: Service,
+    prompts: list[tuple[list[int], SamplingParams]],
+    n: int,
+    deadline: float,
 ) -> list[Generation]:
-    """`n` generations of every prompt, prompt by prompt.
+    """`n` generations of every prompt, prompt by prompt, to end by `deadline`.
 
     Choice 0 keeps the request's seed; the others derive theirs, so that a seeded request is
     reproducible as a whole. With temperature 0 all choices of a prompt are equal.
@@ -28,7 +31,7 @@ def submit_all(
         for prompt, params in prompts:
             for choice in range(n):
                 own = params if choice == 0 else _reseeded(params, choice)
-                generations.append(service.engine.submit(prompt, own))
+                generations.append(service.engine.submit(prompt, own, deadline=deadline))
     except EngineError:
         for generation in generations:
             generation.abort()

@@ -18,11 +18,11 @@ class Answer:
     """The choices of one HTTP request. `close` must follow in every case."""
 
     def __init__(self, service: Service, choices: Sequence[Choice], deadline: float) -> None:
-        """`deadline` is in seconds from now."""
+        """`deadline` is in time.monotonic() seconds."""
         self.choices = choices
         self._service = service
         self._begun = time.monotonic()
-        self._deadline = self._begun + deadline
+        self._deadline = deadline
         self._newest = {choice.index: self._begun for choice in choices}
         self._closed = False
         self._wakeup = asyncio.Event()
@@ -40,10 +40,7 @@ class Answer:
         while open_choices:
             wait = min(pause, self._deadline - time.monotonic())
             if wait <= 0:
-                self.close("deadline")
-                raise ApiError(
-                    408, "the deadline of this request has passed", code="deadline_exceeded"
-                )
+                raise self._expired()
             arrived = [(c, update) for c in open_choices if (update := self._take(c))]
             if not arrived:
                 if not await self._woken(wait):
@@ -52,6 +49,8 @@ class Answer:
             for choice, update in arrived:
                 delta = choice.push(update)
                 self._observe(choice, update)
+                if choice.finish_reason == "deadline":  # the engine was first to see it
+                    raise self._expired()
                 if choice.finish_reason == "error":
                     self.close("error")
                     raise ApiError(500, "the request failed in the engine", code="request_failed")
@@ -118,6 +117,10 @@ class Answer:
                 timing=choice.timing,
                 attended=choice.attended,
             )
+
+    def _expired(self) -> ApiError:
+        self.close("deadline")
+        return ApiError(408, "the deadline of this request has passed", code="deadline_exceeded")
 
     def _take(self, choice: Choice) -> RequestUpdate | None:
         """The choice's next update; raises EngineError if the engine was lost."""

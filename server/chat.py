@@ -67,6 +67,7 @@ class ChatCall:
             EngineError: no room, or no engine.
         """
         info = service.engine.info
+        deadline = service.deadline(body.timeout_seconds)
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs", "top_logprobs")
         n = body.n or 1
@@ -80,12 +81,12 @@ class ChatCall:
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        generations = submit_all(service, [(prompt, sampling.params)], n)
+        generations = submit_all(service, [(prompt, sampling.params)], n, deadline)
         choices = [
             Choice(index, generation, service.tokenizer, sampling.stops)
             for index, generation in enumerate(generations)
         ]
-        answer = Answer(service, choices, service.deadline(body.timeout_seconds))
+        answer = Answer(service, choices, deadline)
         return cls(service, body, answer, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
 
     async def respond(self, request: Request) -> Response:

@@ -65,6 +65,7 @@ class CompletionCall:
             EngineError: no room, or no engine.
         """
         info = service.engine.info
+        deadline = service.deadline(body.timeout_seconds)
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not body.echo:
             raise invalid("max_tokens 0 makes sense with echo only", "max_tokens")
@@ -94,7 +95,7 @@ class CompletionCall:
             for prompt, ids in zip(prompts, encoded, strict=True)
             if body.echo
         ]
-        answer = _admit(service, body, jobs, echoes, common, n)
+        answer = _admit(service, jobs, echoes, common, n, deadline)
         return cls(service, body, answer, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
 
     async def respond(self, request: Request) -> Response:
@@ -183,15 +184,15 @@ def _for_prompt(common: SamplingChoice, max_tokens: int) -> SamplingChoice:
 
 def _admit(
     service: Service,
-    body: CompletionRequest,
     jobs: list[tuple[list[int], SamplingChoice]],
     echoes: list[PromptText],
     common: SamplingChoice,
     n: int,
+    deadline: float,
 ) -> Answer:
-    generations = submit_all(service, [(ids, job.params) for ids, job in jobs], n)
+    generations = submit_all(service, [(ids, job.params) for ids, job in jobs], n, deadline)
     choices = []
     for index, generation in enumerate(generations):
         echo = EchoedPrompt(echoes[index // n]) if echoes else None
         choices.append(Choice(index, generation, service.tokenizer, common.stops, echo))
-    return Answer(service, choices, service.deadline(body.timeout_seconds))
+    return Answer(service, choices, deadline)

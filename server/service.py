@@ -57,9 +57,13 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def deadline(self, wanted: float | None) -> float:
-        """Seconds that a request may take."""
+        """When a request that comes now must have ended, in time.monotonic() seconds.
+
+        Args:
+            wanted: seconds that its client gives it; None: as many as the server allows.
+        """
         most = self.config.max_request_seconds
-        return most if wanted is None else min(wanted, most)
+        return time.monotonic() + (most if wanted is None else min(wanted, most))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -43,7 +43,12 @@ class Bench:
         return self.now
 
     def add(
-        self, request_id: int, prompt: Sequence[int], output: Sequence[int] = (), **params: Any
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        deadline: float | None = None,
+        **params: Any,
     ) -> None:
         self.channel.inbox.append(
             Add(
@@ -52,6 +57,7 @@ class Bench:
                 prompt=array("i", prompt).tobytes(),
                 output=array("i", output).tobytes(),
                 arrival=self.now,
+                deadline=deadline,
             )
         )
 
@@ -228,6 +234,55 @@ def test_abort_at_any_point_frees_everything(turns: int) -> None:
     bench.add(3, [4] * 20, max_tokens=5)
     bench.until_idle()
     assert bench.tokens(3) == toy_generate([4] * 20, 5)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4], ids=["in prefill", "late prefill", "in decode"])
+def test_B83_the_engine_drops_a_running_request_at_its_deadline(chunks: int) -> None:
+    """Without an abort: a front end that is late or gone leaves no orphan."""
+    bench = Bench(max_batch_tokens=8)
+    bench.add(1, [4] * 20, max_tokens=90, deadline=bench.now + 3 * chunks)
+    bench.add(2, [5] * 5, max_tokens=20)
+    bench.until_idle()
+    assert bench.last(1).finish_reason == "deadline"
+    assert 0 < bench.updates(1)[-1].prefilled <= 20
+    assert len(bench.tokens(1)) < 90
+    assert bench.tokens(2) == toy_generate([5] * 5, 20)
+    stats = bench.channel.reports[-1].stats
+    assert (stats.full_used, stats.window_used, stats.prefill_remaining) == (0, 0, 0)
+    assert sorted(bench.runner.forgotten) == [1, 2]
+
+
+def test_B83_the_engine_drops_a_queued_request_at_its_deadline() -> None:
+    bench = Bench(full_pages=28, window_pages=28)
+    bench.add(1, [4] * 60, max_tokens=40)
+    bench.add(2, [5] * 60, max_tokens=40, deadline=bench.now + 9)
+    bench.until_idle()
+    assert bench.last(2).finish_reason == "deadline"
+    timing = bench.last(2).timing
+    assert timing is not None
+    assert timing.prefill is None, "it never ran"
+    assert bench.tokens(1) == toy_generate([4] * 60, 40)
+
+
+def test_B83_a_deadline_that_is_over_at_arrival_costs_no_step() -> None:
+    bench = Bench()
+    bench.add(1, [4] * 60, max_tokens=40, deadline=bench.now)
+    bench.turns(1)
+    assert bench.last(1).finish_reason == "deadline"
+    assert not bench.runner.steps
+
+
+def test_seconds_are_told_by_what_a_step_computed() -> None:
+    bench = Bench(max_batch_tokens=8)
+    bench.add(1, [1] * 16, max_tokens=4)  # two prefill steps, then three decode steps alone
+    bench.turns(4)
+    bench.add(2, [2] * 15, max_tokens=2)  # beside the last of them 7 tokens, then 8
+    bench.until_idle()
+    stats = bench.channel.reports[-1].stats
+    assert (stats.prefill_steps, stats.mixed_steps, stats.decode_steps) == (3, 1, 3)
+    assert (stats.prefill_seconds, stats.mixed_seconds, stats.decode_seconds) == (3.0, 1.0, 3.0)
+    assert stats.step == 7
+    assert stats.step_seconds == 1.0
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {

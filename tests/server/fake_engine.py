@@ -36,6 +36,7 @@ class FakeEngine:
         self.aborted: list[int] = []
         self.live: dict[int, Generation] = {}
         self.submitted: list[SamplingParams] = []
+        self.deadlines: list[float | None] = []
         self.scripts: dict[tuple[int, ...], list[int]] = {}
         self.minus_infinity = False
         self.silence = 0.0
@@ -65,14 +66,17 @@ class FakeEngine:
     def seconds_since_step(self) -> float:
         return self.silence
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
+    ) -> Generation:
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}", retry_after=7)
         if len(self.live) >= self.queue_limit:
             raise QueueFullError("full", retry_after=3)
-        generation = Generation(next(self._ids), prompt, params, self._abort)
+        generation = Generation(next(self._ids), prompt, params, self._abort, deadline)
         self.live[generation.request_id] = generation
         self.submitted.append(params)
+        self.deadlines.append(deadline)
         task = asyncio.get_running_loop().create_task(self._generate(generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -83,6 +87,11 @@ class FakeEngine:
         for generation in list(self.live.values()):
             generation.fail(EngineUnavailableError("the engine failed"))
         self.live.clear()
+
+    def expire_all(self) -> None:
+        """As if the engine had found every deadline passed."""
+        for generation in list(self.live.values()):
+            self._push(generation, RequestUpdate(request_id=0, finish_reason="deadline"))
 
     async def start(self) -> None: ...
 

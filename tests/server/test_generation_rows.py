@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -223,6 +225,32 @@ def test_b83_deadlines(held: LiveServer) -> None:
     assert events[-2]["error"]["code"] == "deadline_exceeded"
     assert events[-1] == "data: [DONE]"
     assert not held.engine.live
+
+
+def test_B83_a_deadline_that_the_engine_saw_first_is_answered_alike(held: LiveServer) -> None:
+    """Both sides watch the deadline; whoever is first, the client reads the same."""
+    engine = held.engine
+    for streamed in (False, True):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(held.post, prompt="a", stream=streamed)
+            held.until(lambda: bool(engine.live))
+            held.call(engine.expire_all)
+            answer = waiting.result()
+        assert answer.status_code == (200 if streamed else 408)
+        assert '"code":"deadline_exceeded"' in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n" if streamed else "}")
+        assert not engine.live
+
+
+def test_B83_the_engine_is_told_the_deadline(server: LiveServer) -> None:
+    before = time.monotonic()
+    server.post(prompt="a", max_tokens=1, timeout_seconds=7)
+    server.post(prompt="a", max_tokens=1)
+    after = time.monotonic()
+    named, longest = (deadline or 0.0 for deadline in server.engine.deadlines[-2:])
+    assert before + 7 <= named <= after + 7
+    most = server.config.max_request_seconds
+    assert before + most <= longest <= after + most
 
 
 def test_b81_a_reader_that_stops_reading_is_dropped(tmp_path: Any) -> None:
