@@ -96,7 +96,7 @@ def _split(frames: Sequence[bytes]) -> tuple[bytes, Sequence[bytes]]:
 def _decode_body(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"message body is not valid: {error}") from error
 
 

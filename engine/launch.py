@@ -55,7 +55,7 @@ def read_launch(stream: BinaryIO) -> Launch:
         raise EngineError(f"launch message ends after {len(body)} of {length} bytes")
     try:
         launch = msgspec.msgpack.decode(body, type=Launch)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"launch message is not valid: {error}") from error
     if launch.wire_version != WIRE_VERSION:
         raise EngineError(

@@ -11,6 +11,9 @@ import pytest
 if TYPE_CHECKING:
     from kernels._launch import KernelLibrary
 
+from tests.fuzzing import register_profiles
+
+register_profiles()
 # Servers, engines and the tests themselves share two cores: threads that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a test process per core, so a thread per process

@@ -25,6 +25,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # the limit of torch; the product of a million of them would take hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(f"{path}: tensor {shown(name)} has a malformed entry")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{path}: tensor {shown(name)} has {len(shape)} dimensions")
     begin, end = offsets
     if end - begin != prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(f"{path}: tensor {shown(name)} has a size that is not its shape's")
