@@ -16,13 +16,12 @@ from array import array
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
-
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError, RequestError
 from engine.ipc import EngineChannel
 from engine.launch import die_with_parent, read_launch
+from engine.load_snapshot import with_load
 from engine.messages import (
     Abort,
     Add,
@@ -32,7 +31,6 @@ from engine.messages import (
     Report,
     RequestUpdate,
     Shutdown,
-    Stats,
     ToEngine,
 )
 from engine.request import FinishReason, Request
@@ -72,7 +70,7 @@ class EngineCore:
         self._requests: dict[int, Request] = {}
         self._trackers: dict[int, RequestTracker] = {}
         self._updates: list[RequestUpdate] = []
-        self._accounts = StepAccounts()
+        self._accounts = StepAccounts(self._info.reads)
         self._rested = False
         self._stopping = False
 
@@ -214,23 +212,9 @@ class EngineCore:
         self._runner.forget(request_id)
 
     def _emit(self) -> None:
-        self._channel.send(Report(updates=self._updates, stats=self._stats()))
+        stats = with_load(self._accounts.stats, self._scheduler, self._requests.values())
+        self._channel.send(Report(updates=self._updates, stats=stats))
         self._updates = []
-
-    def _stats(self) -> Stats:
-        scheduler, pools = self._scheduler, self._scheduler.pools
-        return msgspec.structs.replace(
-            self._accounts.stats,
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            full_used=pools.full.used,
-            full_total=pools.full.total,
-            window_used=pools.window.used,
-            window_total=pools.window.total,
-            prefill_remaining=scheduler.prefill_remaining,
-            preemptions=scheduler.preemptions,
-            prefix_hit_tokens=scheduler.prefix_hit_tokens,
-        )
 
 
 def run_engine(build: Callable[[EngineConfig], EngineParts]) -> int:

@@ -69,6 +69,21 @@ class KvPools:
         live = self.blocks(self.window_tokens + chunk) + 2  # a partial block at each end, and sinks
         return blocks * self.has_full, min(blocks, live) * self.has_window
 
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of context that still fit, cached pages included.
+
+        The window pool bounds them only where another window does not fit: a sequence that has its
+        window may grow for ever in there.
+        """
+        window = self.window.available * self.block_tokens
+        if not self.has_full:
+            return window
+        full = self.full.available * self.block_tokens
+        live = self.blocks(self.window_tokens + 1) + 2  # as in `needed`
+        bounded = self.has_window and self.window.available < live
+        return min(full, window) if bounded else full
+
     def missing(self, request: Request, tokens: int) -> tuple[int, int]:
         """Those of the `needed` pages that the request does not hold yet."""
         full, window = self.needed(tokens)

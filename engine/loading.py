@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,7 @@ from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
 from engine.model.weights import load_decoder
+from engine.read_bytes import read_bytes
 from engine.scheduler import Scheduler
 from engine.step import EngineParts
 from engine.worker import ModelRunner
@@ -65,7 +67,8 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         device=device,
         dtype=dtype,
     )
-    info = _describe(config, model, plan, device, dtype)
+    kernel_mode: Literal["cuda", "torch"] = "torch" if kernels is None else "cuda"
+    info = _describe(config, model, plan, device, dtype, kernel_mode)
     runner = ModelRunner(
         decoder,
         cache,
@@ -216,6 +219,7 @@ def _describe(
     plan: MemoryPlan,
     device: torch.device,
     dtype: torch.dtype,
+    kernels: Literal["cuda", "torch"],
 ) -> EngineInfo:
     return EngineInfo(
         vocab_size=model.vocab_size,
@@ -229,8 +233,13 @@ def _describe(
         block_tokens=plan.block_tokens,
         full_pages=plan.full_pages,
         window_pages=plan.window_pages,
+        full_page_bytes=plan.full_page_bytes,
+        window_page_bytes=plan.window_page_bytes,
+        window_tokens=0 if model.sparse is None else model.sparse.window_tokens,
+        reads=read_bytes(model, dtype.itemsize),
         max_num_seqs=config.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        kernels=kernels,
         plan=plan.render(),
     )

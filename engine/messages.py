@@ -102,6 +102,23 @@ class Stats(msgspec.Struct, kw_only=True):
     step_seconds: float = 0.0  # of the newest step
     step_seconds_predicted: float = 0.0  # the same as the scheduler foresaw it; 0: it did not
     memory_retries: int = 0  # steps tried again in smaller chunks for want of memory, since start
+    full_cached: int = 0  # pages that only the prefix cache keeps
+    window_cached: int = 0
+    free_tokens: int = 0  # of context that still fit (KvPools.free_tokens)
+    prefilling: int = 0  # running requests whose prompt is being computed
+    oldest_prefill_done: int = 0  # prompt tokens of the one of these that runs for longest
+    oldest_prefill_total: int = 0  # 0: there is none
+    oldest_waiting: float | None = None  # arrival of the first of those that wait; monotonic
+    oldest_running: float | None = None  # the same of those that run
+    # What decode steps attended and read since start (engine.read_bytes). Sums of bytes leave the
+    # range of int64 within a day.
+    attended_tokens: int = 0
+    context_tokens: int = 0
+    read_selected_bytes: float = 0.0
+    read_whole_bytes: float = 0.0
+    read_window_bytes: float = 0.0
+    read_index_bytes: float = 0.0
+    read_dense_bytes: float = 0.0
 
 
 class Report(msgspec.Struct, tag=True, kw_only=True):
@@ -109,6 +126,17 @@ class Report(msgspec.Struct, tag=True, kw_only=True):
 
     updates: list[RequestUpdate]
     stats: Stats
+
+
+class ReadBytes(msgspec.Struct, kw_only=True, frozen=True):
+    """Bytes that a decode step reads per token of a row's context, by role (engine.read_bytes)."""
+
+    head: int  # keys and values of one KV head of one layer
+    full: int  # of all full KV heads
+    index: int  # index keys; 0: no indexer
+    local: int  # of all KV heads that a local query head reads, for tokens of the window only
+    dense: int  # of all KV heads
+    window_tokens: int  # window and sinks
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -125,9 +153,14 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     block_tokens: int
     full_pages: int  # usable pages of the full pool
     window_pages: int
+    full_page_bytes: int  # index keys included
+    window_page_bytes: int
+    window_tokens: int  # of local heads; 0: there are none
+    reads: ReadBytes
     max_num_seqs: int
     device: str
     dtype: str
+    kernels: Literal["cuda", "torch"]  # of decode attention
     plan: str  # the memory plan, ready to print
 
 

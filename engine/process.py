@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 _COUNTERS = (
     *("step", "preemptions", "prefix_hit_tokens", "prompt_tokens", "generated_tokens"),
     *("decode_steps", "decode_seconds", "prefill_steps", "prefill_seconds"),
-    *("mixed_steps", "mixed_seconds", "memory_retries"),
+    *("mixed_steps", "mixed_seconds", "memory_retries", "attended_tokens", "context_tokens"),
+    *("read_selected_bytes", "read_whole_bytes", "read_window_bytes"),
+    *("read_index_bytes", "read_dense_bytes"),
 )
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 import msgspec
 
 from engine.batch import Batch
-from engine.messages import Stats
+from engine.messages import ReadBytes, Stats
+from engine.read_bytes import count_reads
 from engine.step import StepResult
 
 StepKind = Literal["prefill", "decode", "mixed"]
@@ -26,8 +27,10 @@ def step_kind(batch: Batch) -> StepKind:
 class StepAccounts:
     """Sums and moving means over steps; `stats` has them in its fields, all others at 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: ReadBytes) -> None:
+        """`reads`: what a decode step reads per token of context."""
         self.stats = Stats()
+        self._reads = reads
 
     def count_step(self, batch: Batch, result: StepResult, seconds: float) -> None:
         """Account a step that took `seconds` in the runner."""
@@ -45,6 +48,7 @@ class StepAccounts:
                 f"{kind}_seconds": getattr(old, f"{kind}_seconds") + seconds,
             },
         )
+        count_reads(self.stats, self._reads, batch, result)
 
     def count_token(self) -> None:
         """Account a token that was sampled and is sent."""

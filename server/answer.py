@@ -10,20 +10,28 @@ from typing import Any
 from engine.errors import EngineError
 from engine.messages import RequestUpdate
 from server.choice import Choice, Delta
-from server.errors import ApiError
+from server.errors import ApiError, to_api_error
+from server.request_record import ChoiceAccount, RequestRecord
 from server.service import Service
 
 
 class Answer:
     """The choices of one HTTP request. `close` must follow in every case."""
 
-    def __init__(self, service: Service, choices: Sequence[Choice], deadline: float) -> None:
-        """`deadline` is in time.monotonic() seconds."""
+    def __init__(
+        self, service: Service, choices: Sequence[Choice], deadline: float, record: RequestRecord
+    ) -> None:
+        """
+        Args:
+            deadline: in time.monotonic() seconds.
+            record: of the HTTP request; told of every choice when it ends.
+        """
         self.choices = choices
         self._service = service
-        self._begun = time.monotonic()
+        self._record = record
         self._deadline = deadline
-        self._newest = {choice.index: self._begun for choice in choices}
+        self._first: dict[int, float] = {}  # by index of a choice: when its first token came
+        self._newest: dict[int, float] = {}
         self._closed = False
         self._wakeup = asyncio.Event()
         for choice in choices:
@@ -84,11 +92,7 @@ class Answer:
         pairs = sum(one.pairs for one in attended)
         tokens = sum(one.tokens for one in attended)
         fraction = sum(one.fraction for one in attended)
-        firsts = [
-            timing.queue + timing.prefill
-            for timing in timings
-            if timing.queue is not None and timing.prefill is not None
-        ]
+        firsts = [first - self._record.arrived for first in self._first.values()]
         return {
             "queue_seconds": _largest(timing.queue for timing in timings),
             "prefill_seconds": _largest(timing.prefill for timing in timings),
@@ -108,15 +112,23 @@ class Answer:
         self._closed = True
         for choice in self.choices:
             choice.generation.abort()
-            ended = choice.finish_reason or reason or "abort"
-            self._service.metrics.observe_request(
+            account = ChoiceAccount(
+                reason=choice.finish_reason or reason or "abort",
                 prompt_tokens=choice.prompt_tokens,
+                cached_tokens=choice.cached,
                 generated_tokens=choice.generated,
-                reason=ended,
-                duration=time.monotonic() - self._begun,
                 timing=choice.timing,
                 attended=choice.attended,
+                first_token=self._first.get(choice.index),
             )
+            self._record.choices.append(account)
+            self._service.metrics.observe_choice(account, self._record)
+
+    def failed(self, error: Exception) -> ApiError:
+        """What a stream that cannot go on tells its client; the record keeps it too."""
+        api_error = to_api_error(error)
+        self._record.error_code = api_error.reason
+        return api_error
 
     def _expired(self) -> ApiError:
         self.close("deadline")
@@ -141,12 +153,15 @@ class Answer:
         return True
 
     def _observe(self, choice: Choice, update: RequestUpdate) -> None:
-        if update.tokens:
-            now = time.monotonic()
-            if choice.generated > len(update.tokens):
-                since = now - self._newest[choice.index]
-                self._service.metrics.observe_tokens(since, len(update.tokens))
-            self._newest[choice.index] = now
+        if not update.tokens:
+            return
+        now, before = time.monotonic(), self._newest.get(choice.index)
+        if before is None:
+            self._first[choice.index] = now
+            self._service.metrics.observe_first_token(now, self._record)
+        else:
+            self._service.metrics.observe_tokens(now - before, len(update.tokens), self._record)
+        self._newest[choice.index] = now
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

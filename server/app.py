@@ -1,4 +1,4 @@
-"""The application: routes around one service, behind the edge."""
+"""The application: routes around one service, behind the edge, and the recorder around all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from server.config import ServerConfig
 from server.edge import Edge
 from server.errors import ApiError, answer_error, answer_unexpected, to_api_error
 from server.info_api import METRICS, info_router
+from server.recorder import Recorder
+from server.request_record import CLIENT_CLOSED_REQUEST, record_of
 from server.service import Service
-
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
@@ -28,7 +28,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> AS
     service = Service(engine, tokenizer, config)
     open_paths = OPEN_PATHS | {METRICS} if config.open_metrics else OPEN_PATHS
     keys = KeyRing(config.keys(), open_paths)
-    return Edge(create_routes(service), config, keys, service.metrics.count_rejected)
+    return Recorder(Edge(create_routes(service), config, keys), [service.metrics.observe_request])
 
 
 def create_routes(service: Service) -> FastAPI:
@@ -39,7 +39,7 @@ def create_routes(service: Service) -> FastAPI:
     app.include_router(info_router(service))
 
     async def rejected(request: Request, error: Exception) -> Response:
-        service.metrics.count_rejected(to_api_error(error).reason)
+        record_of(request).error_code = to_api_error(error).reason
         return await answer_error(request, error)
 
     async def gone(_request: Request, _error: Exception) -> Response:

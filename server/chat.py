@@ -21,6 +21,7 @@ from server.errors import invalid
 from server.event_stream import EventStream, answered
 from server.logprobs import LogprobEntry, chat_logprobs
 from server.protocol import ChatCompletionRequest
+from server.request_record import RequestRecord, Wanted, record_of
 from server.service import Service
 from server.streaming import stream_events
 from server.validation import clamp_max_tokens, encode_prompt, parse_sampling
@@ -36,7 +37,8 @@ def chat_router(service: Service) -> APIRouter:
         messages = parse_messages(body.messages)
         template = ChatTemplate(service.tokenizer)
         service.require_ready()
-        call = await answered(ChatCall.prepare(service, body, template, messages), request)
+        record = record_of(request)
+        call = await answered(ChatCall.prepare(service, body, template, messages, record), request)
         return await call.respond(request)
 
     return router
@@ -59,6 +61,7 @@ class ChatCall:
         body: ChatCompletionRequest,
         template: ChatTemplate,
         messages: list[dict[str, str]],
+        record: RequestRecord,
     ) -> ChatCall:
         """Render, tokenise and admit.
 
@@ -86,8 +89,10 @@ class ChatCall:
             Choice(index, generation, service.tokenizer, sampling.stops)
             for index, generation in enumerate(generations)
         ]
-        answer = Answer(service, choices, deadline)
-        return cls(service, body, answer, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+        answer = Answer(service, choices, deadline, record)
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        record.wanted = Wanted("chat", completion_id, bool(body.stream), sampling.params)
+        return cls(service, body, answer, completion_id, int(time.time()))
 
     async def respond(self, request: Request) -> Response:
         """The answer, whole or streamed."""

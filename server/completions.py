@@ -20,6 +20,7 @@ from server.errors import invalid
 from server.event_stream import EventStream, answered
 from server.logprobs import LogprobEntry, completion_logprobs
 from server.protocol import CompletionRequest
+from server.request_record import RequestRecord, Wanted, record_of
 from server.service import Service
 from server.streaming import stream_events
 from server.validation import (
@@ -40,7 +41,8 @@ def completions_router(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         body = await service.parse(CompletionRequest, request)
         service.require_ready()
-        call = await answered(CompletionCall.prepare(service, body), request)
+        record = record_of(request)
+        call = await answered(CompletionCall.prepare(service, body, record), request)
         return await call.respond(request)
 
     return router
@@ -57,7 +59,9 @@ class CompletionCall:
     created: int
 
     @classmethod
-    async def prepare(cls, service: Service, body: CompletionRequest) -> CompletionCall:
+    async def prepare(
+        cls, service: Service, body: CompletionRequest, record: RequestRecord
+    ) -> CompletionCall:
         """Validate, tokenise and admit.
 
         Raises:
@@ -95,8 +99,12 @@ class CompletionCall:
             for prompt, ids in zip(prompts, encoded, strict=True)
             if body.echo
         ]
-        answer = _admit(service, jobs, echoes, common, n, deadline)
-        return cls(service, body, answer, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
+        answer = _admit(service, jobs, echoes, common, n, deadline, record)
+        completion_id = f"cmpl-{uuid.uuid4().hex}"
+        record.wanted = Wanted(
+            "text_completion", completion_id, bool(body.stream), jobs[0][1].params
+        )
+        return cls(service, body, answer, completion_id, int(time.time()))
 
     async def respond(self, request: Request) -> Response:
         """The answer, whole or streamed."""
@@ -189,10 +197,11 @@ def _admit(
     common: SamplingChoice,
     n: int,
     deadline: float,
+    record: RequestRecord,
 ) -> Answer:
     generations = submit_all(service, [(ids, job.params) for ids, job in jobs], n, deadline)
     choices = []
     for index, generation in enumerate(generations):
         echo = EchoedPrompt(echoes[index // n]) if echoes else None
         choices.append(Choice(index, generation, service.tokenizer, common.stops, echo))
-    return Answer(service, choices, deadline)
+    return Answer(service, choices, deadline, record)

@@ -10,14 +10,13 @@ import asyncio
 import logging
 import re
 import time
-import uuid
-from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import KeyRing
 from server.config import ServerConfig
 from server.errors import ApiError, invalid, to_api_error
+from server.request_record import record_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +29,10 @@ _CLOSE = {"Connection": "close"}
 class Edge:
     """Request id, header and body rules, keys, and the last resort for exceptions."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        config: ServerConfig,
-        keys: KeyRing,
-        count_rejected: Callable[[str], None],
-    ) -> None:
-        """`count_rejected` is told the reason of every request that is refused here."""
+    def __init__(self, app: ASGIApp, config: ServerConfig, keys: KeyRing) -> None:
         self._app = app
         self._config = config
         self._keys = keys
-        self._count_rejected = count_rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +58,7 @@ class Edge:
             logger.exception("request %s failed", request_id, exc_info=error)
             api_error.message = f"{api_error.message} (request {request_id})"
         if not answer.started:
-            self._count_rejected(api_error.reason)
+            record_of(scope).error_code = api_error.reason
             api_error.headers.setdefault("Connection", "close")  # the body may be unread
             await api_error.response()(scope, receive, answer.send)
 
@@ -145,12 +136,13 @@ class _Answer:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's X-Request-Id if it is a plain label, else a new one; never a key to anything."""
+    """The client's X-Request-Id if it is a plain label, else ours; never a key to anything."""
+    record = record_of(scope)
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            label: str = value.decode()
-            return label
-    return uuid.uuid4().hex
+            record.label = value.decode()
+            return record.label
+    return record.request_id
 
 
 def _by_name(headers: list[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.errors import ApiError, invalid
-from server.metrics import MetricsPage
+from server.metrics_page import MetricsPage
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.service import Service
 from server.validation import encode_prompt
@@ -24,7 +24,7 @@ METRICS = "/metrics"
 def info_router(service: Service) -> APIRouter:
     """The routes, bound to their service."""
     router = APIRouter()
-    page = MetricsPage(service.metrics.registry)
+    page = MetricsPage(service.metrics.registry, service.config.model_name)
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -68,8 +68,9 @@ def info_router(service: Service) -> APIRouter:
         return _json({"status": "ready"})
 
     @router.get(METRICS)
-    async def metrics() -> Response:
-        return Response(await page.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        content, kind = await page.render(request.headers.get("accept", ""))
+        return Response(content, media_type=kind, headers={"Vary": "Accept"})
 
     @router.get("/version")
     async def show_version() -> Response:

@@ -1,241 +1,209 @@
-"""What Prometheus sees (design section 8): fed by finished requests and engine snapshots.
+"""What Prometheus sees of requests (design section 8), observed where they pass by.
 
-A registry of its own per server, no default one; labels are our words, never a client's.
+A registry of its own per server, no default one. Labels are our words, never a client's, and the
+sets of them are fixed: each series is there from the start, so that a first event has a rate.
+
+Durations that a client sees are measured here, by one clock; those of the phases in the engine come
+with its accounts. What the engine itself reports is in `server.engine_metrics`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
-from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
 from engine.client import Engine
-from engine.errors import EngineUnavailableError
-from engine.messages import Attended, Stats, Timing
+from server.engine_metrics import EngineCollector
+from server.metric_buckets import FRACTIONS, HTTP_SECONDS, LONG_SECONDS, STEP_SECONDS, TOKENS
+from server.request_record import ChoiceAccount, RequestRecord
 
-LONG_SECONDS = (
-    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300),
-    *(600, 1200, 1800),
+FINISH_REASONS = (
+    *("stop", "length"),  # as the client is told
+    *("abort", "slow_consumer", "deadline"),  # the client went away, did not read, or had no time
+    *("error", "engine_lost"),  # the request failed alone, or with its engine
 )
-STEP_SECONDS = (
-    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2),
-    *(0.3, 0.5, 1, 2, 5, 10, 30),
+REJECTIONS = (
+    *("invalid_request", "invalid_json", "context_length_exceeded", "no_chat_template"),
+    *("not_computable", "model_not_found", "not_found", "method_not_allowed"),
+    *("invalid_api_key", "invalid_host", "invalid_http", "unsupported_media_type"),
+    *("unsupported_encoding", "body_too_large", "queue_full", "engine_unavailable"),
+    *("deadline_exceeded", "request_failed", "internal_error"),
 )
-TOKENS = (*(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5)), 1e6)
-FRACTIONS = (
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1.0,
-)
-CACHE_SECONDS = 1.0  # scrapes closer together share one rendering
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+OTHER = "other"
 
 
 class ServerMetrics:
-    """All series of one server."""
+    """All series of one server. Observing takes a lock of one series for an addition at most."""
 
     def __init__(self, engine: Engine, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
-        self.queue_seconds = self._seconds("request_queue", "From arrival to the first computation")
-        self.prefill_seconds = self._seconds(
-            "request_prefill", "From first computation to first token"
+        self._durations()
+        self._sizes()
+        self._counts()
+        self.registry.register(EngineCollector(engine, model_name))
+        ProcessCollector(registry=self.registry)
+
+    def _durations(self) -> None:
+        self._queue = self._histogram(
+            "request_queue_seconds",
+            "Engine clock, of every choice: from its admission, when body and prompt have been "
+            "read and tokenised, to the first step that computes it.",
+            LONG_SECONDS,
         )
-        self.decode_seconds = self._seconds("request_decode", "From first to last token")
-        self.first_token_seconds = self._seconds(
-            "time_to_first_token", "From arrival to first token"
+        self._prefill = self._histogram(
+            "request_prefill_seconds",
+            "Engine clock, of every choice: from the first step that computes it to its first "
+            "token.",
+            LONG_SECONDS,
         )
-        self.duration_seconds = self._seconds("request_duration", "From arrival to the end")
-        self.inter_token_seconds = self._histogram(
-            "inter_token_latency_seconds", "Time between two tokens of a request", STEP_SECONDS
+        self._decode = self._histogram(
+            "request_decode_seconds",
+            "Engine clock, of every choice: from its first token to its last.",
+            LONG_SECONDS,
         )
-        self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt length", TOKENS)
-        self.generated_tokens = self._histogram(
-            "request_generated_tokens", "Generated tokens of a request", TOKENS
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "As a client sees it, of every choice, when it happens: from the arrival of the HTTP "
+            "request to its first token in the front end, with body, tokenising, queue and "
+            "prefill.",
+            LONG_SECONDS,
         )
-        self.attended_tokens = self._histogram(
+        self._duration = self._histogram(
+            "request_duration_seconds",
+            "As a client sees it, of every choice: from the arrival of the HTTP request to its end "
+            "for whatever reason.",
+            LONG_SECONDS,
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds",
+            "As a client sees it: time between two tokens of a choice when they reach the front "
+            "end; tokens that come together share the time since those before them.",
+            STEP_SECONDS,
+        )
+        self._http_duration = Histogram(
+            "rtpurbo_http_request_duration_seconds",
+            "From the head of an HTTP request to the end of its answer, by route template; "
+            "a stream lasts as long as its generation.",
+            ["model_name", "route"],
+            buckets=HTTP_SECONDS,
+            registry=self.registry,
+        )
+
+    def _sizes(self) -> None:
+        self._prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Tokens of the prompt, of every choice that ended.", TOKENS
+        )
+        self._generated_tokens = self._histogram(
+            "request_generated_tokens", "Tokens generated by every choice that ended.", TOKENS
+        )
+        self._attended_tokens = self._histogram(
             "attended_tokens",
-            "Tokens attended per retrieval head and decode step, mean of a request",
+            "Tokens that a retrieval head attended in a decode step: the mean over the heads and "
+            "steps of a choice that selected, observed when it ended.",
             TOKENS,
         )
-        self.attended_fraction = self._histogram(
+        self._attended_fraction = self._histogram(
             "attended_fraction",
-            "Attended share of the context per retrieval head and decode step, mean of a request",
+            "Share of the context that a retrieval head attended in a decode step: the mean over "
+            "the heads and steps of a choice that selected, observed when it ended.",
             FRACTIONS,
         )
-        self.finished = self._counter(
-            "requests_finished", "Requests that ended, by reason", "reason"
-        )
-        self.rejected = self._counter("requests_rejected", "Requests refused, by code", "reason")
-        self.unknown_fields = self._counter(
-            "request_unknown_fields", "Request fields that are not known and were ignored"
-        )
-        self.registry.register(EngineCollector(engine, model_name))
 
-    def observe_request(
-        self,
-        *,
-        prompt_tokens: int,
-        generated_tokens: int,
-        reason: str,
-        duration: float,
-        timing: Timing | None,
-        attended: Attended | None,
-    ) -> None:
-        """Account one engine request that ended for any reason; `duration` in seconds."""
-        self.finished.labels(self._model, reason).inc()
-        self.prompt_tokens.labels(self._model).observe(prompt_tokens)
-        self.generated_tokens.labels(self._model).observe(generated_tokens)
-        self.duration_seconds.labels(self._model).observe(duration)
-        if timing is not None:
-            self._observe_timing(timing)
-        if attended is not None and attended.pairs:
-            self.attended_tokens.labels(self._model).observe(attended.tokens / attended.pairs)
-            self.attended_fraction.labels(self._model).observe(attended.fraction / attended.pairs)
+    def _counts(self) -> None:
+        finished = self._counter(
+            "requests_finished",
+            "Choices that ended, by reason: stop and length as the client was told; abort: it went "
+            "away; slow_consumer: it did not read; deadline: its time was up; error: it failed "
+            "alone; engine_lost: it failed with its engine.",
+            "reason",
+        )
+        rejected = self._counter(
+            "requests_rejected",
+            "HTTP requests answered with an error, by its code; other: one that has no series.",
+            "reason",
+        )
+        self._finished = {
+            reason: finished.labels(self._model, reason) for reason in (*FINISH_REASONS, OTHER)
+        }
+        self._rejected = {
+            reason: rejected.labels(self._model, reason) for reason in (*REJECTIONS, OTHER)
+        }
+        self._http = self._counter(
+            "http_requests",
+            "HTTP requests answered, by route template (unmatched: no route), method and status; "
+            "499: the client went away before the answer began.",
+            *("route", "method", "status"),
+        )
+        for route in ("/v1/completions", "/v1/chat/completions"):
+            self._http.labels(self._model, route, "POST", "200")
+            self._http_duration.labels(self._model, route)
+        self._unknown_fields = self._counter(
+            "request_unknown_fields",
+            "Fields of request bodies that are not known and were ignored.",
+        ).labels(self._model)
 
-    def observe_tokens(self, seconds: float, tokens: int) -> None:
+    def observe_first_token(self, now: float, record: RequestRecord) -> None:
+        """Account the first token of a choice, which came `now` (time.monotonic)."""
+        self._first_token.observe(now - record.arrived, _exemplar(record))
+
+    def observe_tokens(self, seconds: float, tokens: int, record: RequestRecord) -> None:
         """Account `tokens` that arrived `seconds` after the ones before them."""
-        histogram = self.inter_token_seconds.labels(self._model)
+        exemplar = _exemplar(record)
         for _ in range(tokens):
-            histogram.observe(seconds / tokens)
+            self._inter_token.observe(seconds / tokens, exemplar)
+
+    def observe_choice(self, account: ChoiceAccount, record: RequestRecord) -> None:
+        """Account a choice that has just ended, for any reason."""
+        exemplar = _exemplar(record)
+        known = account.reason if account.reason in self._finished else OTHER
+        self._finished[known].inc()
+        self._prompt_tokens.observe(account.prompt_tokens, exemplar)
+        self._generated_tokens.observe(account.generated_tokens, exemplar)
+        self._duration.observe(time.monotonic() - record.arrived, exemplar)
+        self._observe_timing(account, exemplar)
+        attended = account.attended
+        if attended.pairs:
+            self._attended_tokens.observe(attended.tokens / attended.pairs, exemplar)
+            self._attended_fraction.observe(attended.fraction / attended.pairs, exemplar)
+
+    def observe_request(self, record: RequestRecord) -> None:
+        """Account an HTTP request that has just ended."""
+        method = record.method if record.method in METHODS else OTHER
+        seconds = time.monotonic() - record.arrived
+        self._http.labels(self._model, record.route, method, str(record.status)).inc()
+        self._http_duration.labels(self._model, record.route).observe(seconds, _exemplar(record))
+        if record.error_code is not None and record.status >= 400:
+            self.count_rejected(record.error_code)
 
     def count_rejected(self, reason: str) -> None:
         """`reason` is an error code of ours, of which there are few."""
-        self.rejected.labels(self._model, reason).inc()
+        self._rejected[reason if reason in self._rejected else OTHER].inc()
 
     def count_unknown_fields(self, count: int) -> None:
-        self.unknown_fields.labels(self._model).inc(count)
+        self._unknown_fields.inc(count)
 
-    def _observe_timing(self, timing: Timing) -> None:
+    def _observe_timing(self, account: ChoiceAccount, exemplar: dict[str, str]) -> None:
+        """A prefill that was cut off is none: it would make long prompts look short."""
+        timing = account.timing
         if timing.queue is not None:
-            self.queue_seconds.labels(self._model).observe(timing.queue)
-        if timing.prefill is not None:
-            self.prefill_seconds.labels(self._model).observe(timing.prefill)
+            self._queue.observe(timing.queue, exemplar)
+        if timing.prefill is not None and account.prefill_ended:
+            self._prefill.observe(timing.prefill, exemplar)
         if timing.decode is not None:
-            self.decode_seconds.labels(self._model).observe(timing.decode)
-        if timing.queue is not None and timing.prefill is not None and timing.decode is not None:
-            self.first_token_seconds.labels(self._model).observe(timing.queue + timing.prefill)
-
-    def _seconds(self, name: str, text: str) -> Histogram:
-        return self._histogram(f"{name}_seconds", f"{text}, seconds", LONG_SECONDS)
+            self._decode.observe(timing.decode, exemplar)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
             f"rtpurbo_{name}", text, ["model_name"], buckets=buckets, registry=self.registry
-        )
+        ).labels(self._model)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"rtpurbo_{name}", text, ["model_name", *labels], registry=self.registry)
 
 
-class EngineCollector(Collector):
-    """Gauges and counters read off the engine's newest snapshot when they are scraped."""
-
-    def __init__(self, engine: Engine, model_name: str) -> None:
-        self._engine = engine
-        self._model = model_name
-
-    def collect(self) -> Iterator[Metric]:
-        engine, stats = self._engine, self._engine.stats
-        yield self._gauge("engine_up", "1 while the engine takes work", engine.state == "ready")
-        yield self._gauge(
-            "seconds_since_engine_step",
-            "Age of the engine loop's last sign of life, seconds",
-            engine.seconds_since_step(),
-        )
-        yield self._counter("engine_restarts", "Engine processes started again", engine.restarts)
-        yield self._counter("requests_resumed", "Requests carried over an engine restart", 0)
-        yield from self._load(stats)
-        yield from self._pools(stats)
-        layers = self._family("layer_attended_fraction", "Attended share of the context", "layer")
-        for layer, fraction in sorted(stats.layer_attended_fraction.items()):
-            layers.add_metric([self._model, str(layer)], fraction)
-        yield layers
-        yield from self._constants()
-
-    def _load(self, stats: Stats) -> Iterator[Metric]:
-        yield self._gauge("requests_running", "Sequences being computed", stats.running)
-        yield self._gauge("requests_waiting", "Sequences that wait for a slot", stats.waiting)
-        yield self._gauge(
-            "prefill_tokens_remaining", "Prompt tokens still to compute", stats.prefill_remaining
-        )
-        yield self._counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
-        yield self._counter("generated_tokens", "Tokens generated", stats.generated_tokens)
-        yield self._counter(
-            "prefix_cache_hit_tokens",
-            "Prompt tokens from the prefix cache",
-            stats.prefix_hit_tokens,
-        )
-        yield self._counter("preemptions", "Sequences that lost their pages", stats.preemptions)
-
-    def _pools(self, stats: Stats) -> Iterator[Metric]:
-        usage = self._family("kv_cache_usage_ratio", "Used share of a pool's pages", "pool")
-        pools = {
-            "full": (stats.full_used, stats.full_total),
-            "window": (stats.window_used, stats.window_total),
-        }
-        for pool, (used, total) in pools.items():
-            usage.add_metric([self._model, pool], used / total if total else 0.0)
-        yield usage
-
-    def _constants(self) -> Iterator[Metric]:
-        try:
-            info = self._engine.info
-        except EngineUnavailableError:
-            return
-        size = self._family("kv_bytes_per_token", "KV bytes of one more token of context", "cache")
-        size.add_metric([self._model, "sparse"], info.kv_bytes_per_token)
-        size.add_metric([self._model, "dense"], info.kv_bytes_per_token_dense)
-        yield size
-        yield self._gauge("retrieval_heads", "Query heads with full context", info.retrieval_heads)
-        yield self._gauge("attention_heads", "Query heads of the model", info.attention_heads)
-
-    def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"rtpurbo_{name}", text, labels=["model_name", *labels])
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = self._family(name, text)
-        family.add_metric([self._model], float(value))
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"rtpurbo_{name}", text, labels=["model_name"])
-        family.add_metric([self._model], float(value))
-        return family
-
-
-class MetricsPage:
-    """Renders the registry off the event loop, one rendering at a time and at most one a second."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-        self._lock = threading.Lock()
-        self._page = b""
-        self._made = -CACHE_SECONDS
-
-    async def render(self) -> bytes:
-        """The exposition in Prometheus' text format."""
-        return await asyncio.to_thread(self._render)
-
-    def _render(self) -> bytes:
-        with self._lock:
-            if time.monotonic() - self._made >= CACHE_SECONDS:
-                self._page = generate_latest(self._registry)
-                self._made = time.monotonic()
-            return self._page
+def _exemplar(record: RequestRecord) -> dict[str, str]:
+    """What links an observation to the log line of its request; OpenMetrics allows 128 letters."""
+    return {"request_id": record.request_id}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from engine.errors import EngineError
 from server.answer import Answer
 from server.choice import Choice, Delta
-from server.errors import ApiError, to_api_error
+from server.errors import ApiError
 from server.event_stream import DONE, comment, event
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ async def stream_events(
         if usage is not None:
             yield event(usage)
     except (ApiError, EngineError) as error:
-        yield event(to_api_error(error).body())
+        yield event(answer.failed(error).body())
     except Exception as error:  # the status has left: only an event can still tell the client
         logger.exception("a stream failed")
         answer.close("error")
-        yield event(to_api_error(error).body())
+        yield event(answer.failed(error).body())
     yield DONE
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from engine.batch import Batch, Span
 from engine.kv_pools import KvPools
-from engine.messages import Attended, EngineInfo, TokenLogprobs
+from engine.messages import Attended, EngineInfo, ReadBytes, TokenLogprobs
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.step import Sample, StepResult
@@ -59,9 +59,14 @@ def toy_info(
         block_tokens=block_tokens,
         full_pages=full_pages,
         window_pages=window_pages,
+        full_page_bytes=8 * block_tokens,
+        window_page_bytes=4 * block_tokens,
+        window_tokens=WINDOW,
+        reads=ReadBytes(head=4, full=8, index=2, local=4, dense=16, window_tokens=WINDOW + SINKS),
         max_num_seqs=max_num_seqs,
         device="cpu",
         dtype="int",
+        kernels="torch",
         plan="toy",
     )
 

@@ -14,6 +14,7 @@ from engine.errors import EngineUnavailableError, QueueFullError
 from engine.messages import (
     Attended,
     EngineInfo,
+    ReadBytes,
     RequestUpdate,
     Stats,
     Timing,
@@ -54,9 +55,14 @@ class FakeEngine:
             block_tokens=8,
             full_pages=100,
             window_pages=100,
+            full_page_bytes=800,
+            window_page_bytes=400,
+            window_tokens=64,
+            reads=ReadBytes(head=4, full=8, index=2, local=4, dense=16, window_tokens=66),
             max_num_seqs=8,
             device="cpu",
             dtype="float32",
+            kernels="torch",
             plan="none",
         )
         self._letters = tokenizer.encode("abcdefghijklmnopqrstuvwxyz ,.\n")

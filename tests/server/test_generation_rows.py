@@ -345,12 +345,14 @@ def test_b79_the_same_prompt_many_times(server: LiveServer) -> None:
 
 
 def test_timings_are_reported(server: LiveServer) -> None:
+    """Phases by the engine's clock, which the toy makes up; the first token as it came here."""
+    begun = time.monotonic()
     metrics = server.post(prompt="a", max_tokens=4, ignore_eos=True).json()["metrics"]
+    assert 0 < metrics.pop("time_to_first_token_seconds") < time.monotonic() - begun
     assert metrics == {
         "queue_seconds": pytest.approx(0.001),
         "prefill_seconds": pytest.approx(0.5),
         "decode_seconds": pytest.approx(0.03),
-        "time_to_first_token_seconds": pytest.approx(0.501),
         "attended_tokens_mean": pytest.approx(20.0),
         "attended_fraction": pytest.approx(0.1),
     }

@@ -1,0 +1,39 @@
+"""The layer around everything: it sees a request come and its answer end, and tells who asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.request_record import UNMATCHED, RequestRecord
+
+Observer = Callable[[RequestRecord], None]
+
+
+class Recorder:
+    """Makes a record for every HTTP request and hands it to the observers when it has ended."""
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:
+        """Observers are called on the event loop, in order; they must not wait."""
+        self._app = app
+        self._observers = observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(scope["method"])
+        scope.setdefault("state", {})["record"] = record
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            record.route = getattr(scope.get("route"), "path", UNMATCHED)
+            for observe in self._observers:
+                observe(record)
