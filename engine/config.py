@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_attention: AttentionMode = "dense"  # of retrieval heads; "sparse" needs an indexer
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
-    kernels: KernelMode = "auto"  # of decode attention; auto: cuda where it can be had
+    kernels: KernelMode = "auto"  # of attention; auto: kernels where they can be had
     cuda_graphs: bool = True  # record decode steps and replay them; only with CUDA kernels
     kernel_cache: str | None = None  # folder of compiled kernels; None: ~/.cache/rtpurbo/kernels
     max_model_len: int | None = None  # tokens, prompt + output; None: the model's own limit

@@ -1,4 +1,6 @@
-"""Whether decode rows run on the CUDA kernels or on the PyTorch ops: decided once, at start."""
+"""Whether attention runs on kernels or on the PyTorch ops: decided once, at start, for decode rows
+and for prompt tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from engine.config import KernelMode
+from engine.config import AttentionMode, KernelMode
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from kernels._build import KernelBuildError, default_cache, find_library
 from kernels._launch import MAX_BLOCKS, KernelError, KernelLibrary
+from kernels.device_prefill import DevicePrefill
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,60 @@ def choose_kernels(
         return None
     logger.info("decode attention runs on the CUDA kernels")
     return library
+
+
+def choose_prefill(
+    mode: KernelMode,
+    library: KernelLibrary | None,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+    prefill_attention: AttentionMode,
+) -> DevicePrefill | None:
+    """The kernels of prompt tokens, compiled and tried out, or None for the PyTorch ops.
+
+    Args:
+        library: from `choose_kernels`; without it Triton's are left.
+        prefill_attention: of retrieval heads.
+
+    Raises:
+        ConfigError: mode is "cuda" and there are no kernels; the message says why.
+    """
+    try:
+        if mode == "torch":
+            raise _UnsupportedError("the setting kernels says so")
+        if device.type != "cuda":
+            raise _UnsupportedError(f"the device is {device}")
+        found = _tried_prefill(library, model, device, dtype, block_tokens, prefill_attention)
+    except _UnsupportedError as reason:
+        if mode == "cuda":
+            raise ConfigError(f"kernels cuda is not possible for prefill: {reason}") from None
+        logger.info("prefill attention runs on the PyTorch ops: %s", reason)
+        return None
+    logger.info("prefill attention runs on the %s kernels", found.name)
+    return found
+
+
+def _tried_prefill(
+    library: KernelLibrary | None,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+    prefill_attention: AttentionMode,
+) -> DevicePrefill:
+    index_dim = None
+    if prefill_attention == "sparse" and model.sparse is not None:
+        index_dim = model.sparse.index_dim
+    try:
+        with torch.cuda.device(device):
+            found = DevicePrefill(device, dtype, model.head_dim, block_tokens, library)
+            found.try_out(index_dim)
+    except Exception as error:  # Triton's compilers fail in their own ways on a host without them
+        lines = str(error).strip().splitlines() or [""]
+        raise _UnsupportedError(f"{type(error).__name__}: {lines[0]}") from error
+    return found
 
 
 def _library(

@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.host_memory import free_host_bytes, resident_bytes
-from engine.kernel_choice import choose_kernels
+from engine.kernel_choice import choose_kernels, choose_prefill
 from engine.kv_pools import KvPools
 from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory, recorded_step_bytes
 from engine.messages import EngineInfo
@@ -29,6 +29,7 @@ from engine.scheduler import Scheduler
 from engine.step import EngineParts
 from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
+from kernels.device_prefill import DevicePrefill
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,10 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     kernels = None
     if library is not None:
         kernels = _decode_kernels(config, model, library, device, dtype, block_tokens)
-    plan = _plan(config, decoder, device, dtype, block_tokens, kernels)
+    prefill = choose_prefill(
+        config.kernels, library, model, device, dtype, block_tokens, config.prefill_attention
+    )
+    plan = _plan(config, decoder, device, dtype, block_tokens, kernels, prefill)
     cache = KVCache(
         model,
         full_pages=plan.full_pages,
@@ -76,6 +80,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         device,
         config.prefill_attention,
         kernels,
+        prefill,
         cuda_graphs=config.cuda_graphs,
     )
     return EngineParts(_scheduler(config, model, plan), runner)
@@ -164,6 +169,7 @@ def _plan(
     dtype: torch.dtype,
     block_tokens: int,
     kernels: DecodeKernels | None,
+    prefill: DevicePrefill | None,
 ) -> MemoryPlan:
     model, weights = decoder.config, decoder.num_bytes
     recorded = 0
@@ -190,7 +196,17 @@ def _plan(
         block_tokens=block_tokens,
         process_bytes=_process_bytes(weights) if device.type == "cpu" else 0,
         decode_bytes=0 if kernels is None else kernels.num_bytes + recorded,
+        prefill_bytes=None if prefill is None else _prefill_bytes(config, model, prefill),
     )
+
+
+def _prefill_bytes(config: EngineConfig, model: ModelConfig, prefill: DevicePrefill) -> int:
+    """Workspace of the prefill kernels: they take some only where retrieval heads select."""
+    if config.prefill_attention == "dense":
+        return 0
+    selecting = max(len(heads.index_row) for heads in model_heads(model))
+    blocks = _max_blocks(config, model, block_tokens_of(model))
+    return prefill.workspace_bytes(config.max_batch_tokens, config.max_num_seqs, selecting, blocks)
 
 
 def _process_bytes(weights: int) -> int:

@@ -93,6 +93,7 @@ def plan_memory(
     block_tokens: int,
     process_bytes: int = 0,
     decode_bytes: int = 0,
+    prefill_bytes: int | None = None,
 ) -> MemoryPlan:
     """Divide `cache_bytes` between the pools.
 
@@ -104,6 +105,7 @@ def plan_memory(
         max_model_len: None takes the model's limit, or what fits if that is less.
         process_bytes: taken already, weights not counted; 0 if that is not known.
         decode_bytes: for the decode kernels; `cache_bytes` is what they leave.
+        prefill_bytes: for the prefill kernels; None: the PyTorch ops, which gather the context.
 
     Raises:
         ConfigError: one request of the maximum length does not fit; the message names the bytes.
@@ -147,7 +149,7 @@ def plan_memory(
         process_bytes=process_bytes,
         weight_bytes=weight_bytes,
         workspace_bytes=_workspace_bytes(
-            config, item_bytes, max_batch_tokens, max_num_seqs, wanted_len
+            config, item_bytes, max_batch_tokens, max_num_seqs, wanted_len, prefill_bytes
         ),
         decode_bytes=decode_bytes,
         block_tokens=block_tokens,
@@ -193,10 +195,16 @@ def _activation_bytes(config: ModelConfig, item_bytes: int) -> int:
 
 
 def _workspace_bytes(
-    config: ModelConfig, item_bytes: int, batch_tokens: int, num_seqs: int, model_len: int
+    config: ModelConfig,
+    item_bytes: int,
+    batch_tokens: int,
+    num_seqs: int,
+    model_len: int,
+    prefill_bytes: int | None,
 ) -> int:
-    """Activations of the widest step: hidden states, projections, MLP, one KV head of the longest
-    context as prefill gathers it, and logits in float32."""
+    """Activations of the widest step: hidden states, projections, MLP, what prefill attention takes
+    (the PyTorch ops gather one KV head of the longest context), and logits in float32."""
     per_token = _activation_bytes(config, item_bytes)
     gathered = 2 * model_len * config.head_dim * item_bytes
-    return batch_tokens * per_token + gathered + num_seqs * config.vocab_size * 4 * 2
+    attention = gathered if prefill_bytes is None else prefill_bytes
+    return batch_tokens * per_token + attention + num_seqs * config.vocab_size * 4 * 2

@@ -23,6 +23,7 @@ from engine.model.batch_tensors import BatchTensors
 from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Decoder
 from engine.model.kv_cache import KVCache
+from engine.model.prefill_kernels import SpanKernels
 from engine.prompt_logprobs import prompt_logprobs
 from engine.request import Request
 from engine.sampler import PendingSamples, Sampler, is_plain_greedy
@@ -67,6 +68,7 @@ class ModelRunner:
         device: torch.device,
         prefill_attention: AttentionMode = "dense",
         kernels: DecodeKernels | None = None,
+        prefill_kernels: SpanKernels | None = None,
         *,
         cuda_graphs: bool = True,
     ) -> None:
@@ -78,6 +80,7 @@ class ModelRunner:
             device: where all tensors of a step are made.
             prefill_attention: what retrieval heads with an indexer read for prompt tokens.
             kernels: for decode rows; None: the PyTorch ops.
+            prefill_kernels: for prompt tokens; None: the PyTorch ops.
             cuda_graphs: record steps of decode tokens and replay them, on a GPU with kernels.
         """
         self.info = info
@@ -91,6 +94,7 @@ class ModelRunner:
             device,
             prefill_attention=prefill_attention,
             kernels=kernels,
+            prefill_kernels=prefill_kernels,
         )
         self._sampler = Sampler(info.eos_token_ids)
         self._tensors = BatchTensors(
@@ -107,6 +111,12 @@ class ModelRunner:
         if self._decode is None:
             return "PyTorch ops"
         return "CUDA graphs" if self._decode.is_recorded else "CUDA kernels"
+
+    @property
+    def prefills_with(self) -> str:
+        """What computes attention of prompt tokens."""
+        kernels = self._layers.prefill_kernels
+        return "PyTorch ops" if kernels is None else f"{kernels.name} kernels"
 
     @torch.inference_mode()
     def _decode_step(self, cuda_graphs: bool) -> DecodeStep:

@@ -140,6 +140,14 @@ def _check_layout(inputs: SpanInputs) -> None:
         raise ValueError(
             f"no kernel for {q_THD.dtype}, head_dim {q_THD.shape[2]}, pages of {k_cache.shape[2]}"
         )
+    check_strides(inputs)
+
+
+def check_strides(inputs: SpanInputs) -> None:
+    """
+    Raises:
+        ValueError: a tensor does not lie in memory as the kernel reads it.
+    """
     for name in ("k_cache", "v_cache"):
         if not getattr(inputs, name).is_contiguous():
             raise ValueError(f"{name} must be contiguous")
@@ -147,6 +155,8 @@ def _check_layout(inputs: SpanInputs) -> None:
         tensor = getattr(inputs, name)
         if tensor.stride(2) != 1 or any(stride % 8 for stride in tensor.stride()[:2]):
             raise ValueError(f"{name} must have rows of heads that start at multiples of 16 bytes")
+    if inputs.block_tables_SB.stride(1) != 1:
+        raise ValueError("block tables must be in whole rows")
     for name in ("heads_G", "kv_row_G", "query_starts", "context_lens_S"):
         tensor = getattr(inputs, name)
         if tensor.dtype != torch.int64 or not tensor.is_contiguous():

@@ -9,14 +9,18 @@ server's chunks would make it two calls and a merge, and a gather of the whole c
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from kernels import cuda_prefill
-from kernels._launch import KernelLibrary
+from kernels._launch import KernelError, KernelLibrary
 from kernels.prefill_sparse import select_tiles
-from kernels.prefill_tiles import PrefillTiles
+from kernels.prefill_tiles import MAX_MASSES, SAMPLED, PrefillTiles
 from kernels.span_inputs import EVERYTHING, SpanInputs
+
+SELECT_BYTES = 48  # of a block, tile and head: shares, bins and masses of `select_tiles`, lists
 
 
 class DevicePrefill:
@@ -32,13 +36,16 @@ class DevicePrefill:
     ) -> None:
         """
         Args:
+            device: a GPU, or a CPU under Triton's interpreter, as tests do.
             library: compiled kernels, or None where there are none.
 
         Raises:
             ValueError: neither kernel takes such caches.
             ImportError: only Triton's would, and triton is not installed.
         """
-        is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        self._like = torch.empty((0, head_dim), dtype=dtype, device=device)
+        self._block_tokens = block_tokens
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
         takes = is_hopper and cuda_prefill.is_supported(dtype, head_dim, block_tokens)
         self.library = library if takes else None
         if self.library is None:
@@ -48,6 +55,55 @@ class DevicePrefill:
                 raise ValueError(
                     f"no kernel for pages of {block_tokens} tokens with head_dim {head_dim}"
                 )
+
+    @property
+    def name(self) -> Literal["CUDA", "Triton"]:
+        """What the kernels of dense and windowed attention are written in."""
+        return "Triton" if self.library is None else "CUDA"
+
+    def try_out(self, index_dim: int | None) -> None:
+        """Run every kernel once, so that it is compiled, and hold it to a known answer.
+
+        Args:
+            index_dim: of a sparse prefill; None: there will be none.
+
+        Raises:
+            KernelError: it gives something else.
+            Exception: whatever Triton and its compilers raise on a host that lacks what they need.
+        """
+        ones = self._like.new_ones((2, 1, self._block_tokens, self._like.shape[1]))
+        zero = torch.zeros(1, dtype=torch.int64, device=ones.device)
+        starts, lens_S = torch.tensor([[0, 3], [0, 3]], device=ones.device)
+        q_THD, out_THD = ones[0, :, :3].transpose(0, 1), ones.new_zeros((3, 1, ones.shape[3]))
+        tables_SB, ends = zero.view(1, 1), (starts, lens_S[1:])
+        inputs = SpanInputs(q_THD, out_THD, zero, zero, ones, ones, tables_SB, *ends)
+        self.attend_windowed(inputs, 2, 1, 1.0)
+        results = [out_THD.clone()]
+        self.attend_dense(inputs._replace(out_THD=out_THD.zero_()), 1.0)
+        results.append(out_THD.clone())
+        if index_dim is not None:
+            index = ones.new_zeros((2, 1, self._block_tokens, index_dim))
+            tiles = PrefillTiles.of_spans([0, 3], [3], ones.device)
+            mass = torch.ones(1, device=ones.device)
+            qi_TGI, emptied = index[0, :, :3].transpose(0, 1), out_THD.zero_()
+            self.attend_sparse(
+                inputs._replace(out_THD=emptied), tiles, qi_TGI, zero, index, mass, zero, 0, 1.0
+            )
+            results.append(emptied)
+        # Every mean of ones is one.
+        if not bool((torch.stack(results).float() - 1).abs().max() < 0.01):
+            raise KernelError(f"the {self.name} kernels of prefill give wrong results here")
+
+    def workspace_bytes(self, tokens: int, spans: int, heads: int, blocks: int) -> int:
+        """Most memory that a call of `attend_sparse` takes; the other calls take none.
+
+        Args:
+            tokens, spans: of a step.
+            heads: retrieval heads of a layer.
+            blocks: of the longest context.
+        """
+        scored = cuda_prefill.tile_count(tokens, spans) * heads * blocks
+        return 4 * min(scored * SAMPLED, MAX_MASSES) + scored * SELECT_BYTES
 
     def attend_windowed(self, inputs: SpanInputs, window: int, sinks: int, scale: float) -> None:
         """`kernels.reference.prefill_windowed` for some heads, written into `inputs.out_THD`."""

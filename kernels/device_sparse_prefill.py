@@ -18,13 +18,12 @@ from kernels import cuda_prefill
 from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary
 from kernels.cuda_prefill import BlockLists
-from kernels.prefill_tiles import SAMPLED, TILE_QUERIES, PrefillTiles
+from kernels.prefill_tiles import MAX_MASSES, SAMPLED, TILE_QUERIES, PrefillTiles
 from kernels.prefill_triton import TileConfig, is_supported, pages_of
 from kernels.span_inputs import EVERYTHING, SpanInputs
 from kernels.tile_kernels import list_attention, list_blocks, tile_masses, tile_shares
 
 RUN_BLOCKS = 64  # scored by one program
-MAX_MASSES = 2**28  # held at once: 1 GiB
 
 
 def score_tiles(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 TILE_QUERIES = 128
 SAMPLED = 16  # queries of a tile that score blocks: its every eighth, and the last of a short one
+MAX_MASSES = 2**28  # masses of blocks that a GPU holds at once: 1 GiB
 
 
 @dataclass(frozen=True, slots=True)

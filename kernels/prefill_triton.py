@@ -33,6 +33,7 @@ class TileConfig(NamedTuple):
         return cls(16, 8, 1) if dtype == torch.float32 else cls(64, 4, 2)
 
 
+MIN_SPANS = 32  # looked through by a program: fewer would only mean more variants to compile
 # Of head_dim 128 and 64; `benchmarks.prefill_sweep` times them.
 SWEEP = (
     TileConfig(64, 4, 2),
@@ -87,7 +88,7 @@ def attend_spans(
         DIM=dim,
         QUERIES=config.queries,
         KEYS=keys,
-        SPANS=triton.next_power_of_2(spans),
+        SPANS=max(MIN_SPANS, triton.next_power_of_2(spans)),
         STAGES=config.stages,
         PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
         num_warps=config.warps,

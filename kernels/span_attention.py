@@ -69,7 +69,7 @@ def attend_page(
     return acc, higher, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "tiles", "group", "table_row", "window", "sinks"])
 def span_attention(
     q_ptr,
     out_ptr,

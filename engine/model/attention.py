@@ -19,6 +19,7 @@ from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Indexer
 from engine.model.head_layout import LayerHeads, model_heads
 from engine.model.kv_cache import KVCache, LayerCache
+from engine.model.prefill_kernels import SpanKernels, attend_prefill
 from kernels.decode import decode_dense, decode_sparse, decode_windowed
 from kernels.indexer import count_attended, project_index, score_blocks, select_blocks
 from kernels.paged_kv import store_index_keys, store_kv
@@ -113,6 +114,7 @@ class AttentionLayers:
         selections: Sequence[BlockSelection] | None = None,
         prefill_attention: PrefillMode = "dense",
         kernels: DecodeKernels | None = None,
+        prefill_kernels: SpanKernels | None = None,
     ) -> None:
         """
         Args:
@@ -120,9 +122,11 @@ class AttentionLayers:
             prefill_attention: what retrieval heads with an indexer read for prompt tokens.
             kernels: computes decode rows; gives way to the PyTorch ops where `selections` are set,
                 since its own choice of blocks is part of it.
+            prefill_kernels: compute prompt tokens; None: the PyTorch ops.
         """
         self.prefill_attention = prefill_attention
         self.kernels = kernels if selections is None else None
+        self.prefill_kernels = prefill_kernels
         self.selections = selections or [select_blocks] * config.num_layers
         self.heads = model_heads(config)
         self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
@@ -188,6 +192,10 @@ class PagedAttention:
     def _prefill(self, layer: int, q_pre_THD: Tensor, q_THD: Tensor, out_THD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
         metadata, static = self.metadata, self.layers
+        if static.prefill_kernels is not None:
+            given = (static, layer, q_pre_THD, q_THD, out_THD, metadata)
+            attend_prefill(static.prefill_kernels, *given, self._tiles)
+            return
         ends = (metadata.prefill_starts, metadata.prefill_lens_S)
         full = (cache.full_k, cache.full_v, metadata.prefill_full_SB, *ends)
         window = (cache.window_k, cache.window_v, metadata.prefill_window_SB, *ends)

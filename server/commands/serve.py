@@ -34,7 +34,7 @@ def serve(
     ] = None,
     kernels: Annotated[
         Literal["auto", "cuda", "torch"] | None,
-        typer.Option(help="Of decode attention; auto: cuda where they can be had, else torch."),
+        typer.Option(help="Of attention; auto: cuda where they can be had, else torch."),
     ] = None,
     kernel_cache: Annotated[
         Path | None,

@@ -31,10 +31,9 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, prompts: list[list[int]], *arguments: str) -> dict[str, Any]:
     streams, context = len(prompts), max(map(len, prompts))
-    given = parse(
-        [f"--model={folder}", f"--streams={streams}", f"--context={context}", "--device=cpu"]
-        + ["--kv-cache-gib=0.01", *arguments]
-    )
+    host = ("--device=cpu", "--kv-cache-gib=0.01")
+    work = (f"--model={folder}", f"--streams={streams}", f"--context={context}")
+    given = parse([*host, *work, *arguments])
     config, tokens = engine_config(given)
     return measure(load_engine_parts(config), prompts, given.steps, tokens)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, Rule, Span
-from engine.model.attention import AttentionLayers, PagedAttention
+from engine.model.attention import AttentionLayers, PagedAttention, PrefillMode
 from engine.model.batch_tensors import BatchTensors
 from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
 from engine.model.decode_kernels import DecodeKernels
@@ -21,6 +21,7 @@ from engine.model.decoder import Indexer
 from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
+from engine.model.prefill_kernels import SpanKernels
 from engine.request import Request, SamplingParams
 from kernels._launch import KernelLibrary
 from kernels.reference import select_blocks
@@ -121,8 +122,16 @@ class Driver:
         top_p: Sequence[float | None] | None = None,
         seed: int = 0,
         library: KernelLibrary | None = None,
+        prefill_kernels: SpanKernels | None = None,
+        prefill_attention: PrefillMode = "dense",
+        prompt_tokens: int = 1,
     ) -> None:
-        """`lengths`: prompt and total tokens of each; decode rows by `library` if given."""
+        """
+        Args:
+            lengths: prompt and total tokens of each.
+            library: for decode rows, and `prefill_kernels` for prompts; None: the PyTorch ops.
+            prompt_tokens: that requests claim: their last 128 are read densely in any prefill.
+        """
         self.model = model
         self.generator = torch.Generator().manual_seed(seed)
         self.block = block_tokens_of(model)
@@ -166,8 +175,15 @@ class Driver:
                 max_blocks=-(-256 // self.block),
             )
         self.layers = AttentionLayers(
-            model, self.cache, self.indexers, torch.device("cpu"), kernels=kernels
+            model,
+            self.cache,
+            self.indexers,
+            torch.device("cpu"),
+            prefill_attention=prefill_attention,
+            kernels=kernels,
+            prefill_kernels=prefill_kernels,
         )
+        self.prompt_tokens = prompt_tokens
         self.newest: PagedAttention | None = None
 
     def _sequence(self, prompt: int, total: int, top_p: float | None) -> PagedSequence:
@@ -182,7 +198,9 @@ class Driver:
         """Compute the next tokens of some sequences; outputs [layers, taken, H, D] of each."""
         spans = [self._span(index, count, rule) for index, count, rule in takes]
         requests = {
-            index: Request(index, [0], SamplingParams(attention_top_p=sequence.top_p))
+            index: Request(
+                index, [0] * self.prompt_tokens, SamplingParams(attention_top_p=sequence.top_p)
+            )
             for index, sequence in enumerate(self.sequences)
         }
         metadata = self.tensors.build(Batch(spans), requests)

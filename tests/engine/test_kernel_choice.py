@@ -1,4 +1,4 @@
-"""Which kernels decode runs on, and that the log says why."""
+"""Which kernels attention runs on, and that the log says why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from engine import kernel_choice
-from engine.config import KernelMode
+from engine.config import AttentionMode, KernelMode
 from engine.errors import ConfigError
-from engine.kernel_choice import choose_kernels
+from engine.kernel_choice import choose_kernels, choose_prefill
 from kernels._build import KernelBuildError
+from kernels._launch import KernelLibrary
 from tests.engine.paged_driver import make_model
 
 MODEL = make_model([[0]], dim=64, index_dim=8, block=16)
@@ -88,3 +89,78 @@ def test_contexts_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture)
 def test_cuda_kernels_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="the device is cpu"):
         choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32, 16)
+
+
+class FakePrefill:
+    """Kernels of prompt tokens on a GPU that is not there."""
+
+    name = "CUDA"
+    problem: Exception | None = None
+
+    def __init__(self, *_: object) -> None:
+        self.tried: list[int | None] = []
+
+    def try_out(self, index_dim: int | None) -> None:
+        self.tried.append(index_dim)
+        if self.problem is not None:
+            raise self.problem
+
+
+@pytest.fixture
+def fake_prefill(monkeypatch: pytest.MonkeyPatch, a_gpu: None) -> type[FakePrefill]:
+    class Fresh(FakePrefill): ...
+
+    monkeypatch.setattr(kernel_choice, "DevicePrefill", Fresh)
+    return Fresh
+
+
+def prefill(
+    mode: KernelMode, device: torch.device = CUDA, attention: AttentionMode = "dense"
+) -> object:
+    library: KernelLibrary | None = None
+    return choose_prefill(mode, library, MODEL, device, torch.float32, 16, attention)
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "message"),
+    [
+        (
+            "auto",
+            torch.device("cpu"),
+            "prefill attention runs on the PyTorch ops: the device is cpu",
+        ),
+        ("torch", CUDA, "PyTorch ops: the setting kernels says so"),
+    ],
+)
+def test_prefill_on_the_ops_has_its_reason(
+    mode: KernelMode, device: torch.device, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert prefill(mode, device) is None
+    assert message in reason(caplog)
+
+
+@pytest.mark.parametrize(("attention", "tried"), [("dense", None), ("sparse", 8)])
+def test_prefill_kernels_are_tried_out(
+    fake_prefill: type[FakePrefill],
+    attention: AttentionMode,
+    tried: int | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    found = prefill("auto", attention=attention)
+    assert isinstance(found, FakePrefill)
+    assert found.tried == [tried]
+    assert "prefill attention runs on the CUDA kernels" in reason(caplog)
+
+
+def test_prefill_kernels_that_fail_when_tried_give_way_unless_asked_for(
+    fake_prefill: type[FakePrefill], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A host without a C compiler cannot build what Triton needs: better known before ready."""
+    fake_prefill.problem = RuntimeError("Failed to find C compiler.\nSet CC.")
+    caplog.set_level(logging.INFO)
+    assert prefill("auto") is None
+    assert reason(caplog).endswith("PyTorch ops: RuntimeError: Failed to find C compiler.")
+    with pytest.raises(ConfigError, match="not possible for prefill: RuntimeError: Failed"):
+        prefill("cuda")

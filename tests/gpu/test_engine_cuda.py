@@ -69,6 +69,8 @@ def test_greedy_tokens_in_float32_equal_the_cpus(
     parts = load(dtype="float32", **settings)
     assert isinstance(parts.runner, ModelRunner)
     assert parts.runner.decodes_with == name
+    uses_ops = name == "PyTorch ops"
+    assert parts.runner.prefills_with == ("PyTorch ops" if uses_ops else "Triton kernels")
     got = generate(parts, [(prompt, greedy(32)) for prompt in prompts()])
     assert tokens_of(got) == tokens_of(on_cpu)
     assert [a.pairs for *_, a in got] == [a.pairs for *_, a in on_cpu]

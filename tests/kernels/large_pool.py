@@ -15,7 +15,7 @@ _NO_RESERVE = 0x4000  # Linux: untouched pages are not counted
 
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in memory that is made when it is written; raises OSError where that is forbidden."""
+    """A tensor in memory that is made when it is written; OSError where that is refused."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=flags)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
