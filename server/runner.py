@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from engine.errors import ConfigError
+from engine.child import EngineChild
+from engine.child_protocol import LaunchChild
+from engine.errors import ConfigError, EngineError
 from engine.model.checkpoint import preflight
 from engine.process import EngineProcess
 from engine.tokenizer import Tokenizer
@@ -24,11 +26,12 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 3  # after draining, for last words to reach clients that read them
 
 
-def run_server(config: ServerConfig) -> int:
-    """Serve until a signal; returns the exit code.
+def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -> int:
+    """Serve until a signal; returns the exit code. Tests put another engine behind `launch`.
 
     Raises:
-        EngineError: one line; the settings, the address or the model folder are not usable.
+        EngineError: one line; the settings, the address or the model folder are not usable, or the
+            engine was lost too often.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     listener = bind(config.host, config.port)
@@ -40,7 +43,7 @@ def run_server(config: ServerConfig) -> int:
         with asyncio.Runner(
             loop_factory=uvicorn.Config("", loop="uvloop").get_loop_factory()
         ) as runner:
-            return runner.run(_serve(config, tokenizer, listener, port))
+            return runner.run(_serve(config, tokenizer, listener, port, launch))
     finally:
         listener.close()
 
@@ -69,10 +72,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    config: ServerConfig, tokenizer: Tokenizer, listener: socket.socket, port: int
+    config: ServerConfig,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    port: int,
+    launch: LaunchChild,
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
-    engine = EngineProcess(config.engine(), max_queued_requests=config.max_queued_requests)
+    engine = EngineProcess(
+        config.engine(), max_queued_requests=config.max_queued_requests, launch=launch
+    )
     server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
@@ -85,15 +94,20 @@ async def _serve(
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(_load(engine, config, port))
     stopping = asyncio.create_task(stop.wait())
+    dying = asyncio.create_task(engine.wait_dead())
     try:
         await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            ends = {stopping, serving, dying}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                raise EngineError(f"the engine is given up: {dying.result()}")
             await _drain(engine, config.drain_seconds, stop_now)
     finally:
         loading.cancel()
         stopping.cancel()
+        dying.cancel()
         await engine.stop()  # what still runs ends with an error event
         server.should_exit = True
         await serving
