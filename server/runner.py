@@ -19,10 +19,13 @@ from engine.process import EngineProcess
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
-from server.http_protocol import LINGER_SECONDS, limited_protocol
+from server.connections import BACKLOG, affordable_connections
+from server.http_protocol import LINGER_SECONDS, ProtocolLimits, limited_protocol
+from server.info_api import LIVE, METRICS, READY
 
 logger = logging.getLogger(__name__)
 
+DEAD_PEER_SECONDS = 120.0  # after which a peer that acknowledges nothing is gone
 CLOSE_SECONDS = 3  # after draining, for last words to reach clients that read them
 
 
@@ -34,7 +37,8 @@ def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -
             engine was lost too often.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    listener = bind(config.host, config.port)
+    dead_peer_seconds = max(DEAD_PEER_SECONDS, 2 * config.slow_reader_seconds)
+    listener = bind(config.host, config.port, dead_peer_seconds)
     try:
         preflight(config.model)
         tokenizer = Tokenizer.from_folder(config.model)
@@ -48,7 +52,7 @@ def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -
         listener.close()
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, dead_peer_seconds: float = DEAD_PEER_SECONDS) -> socket.socket:
     """A listening address, taken before the model is loaded so that a conflict shows at once.
 
     Raises:
@@ -60,6 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_dead_peers(listener, dead_peer_seconds)
         try:
             listener.bind(address)
         except OSError:
@@ -69,6 +74,22 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     listener.set_inheritable(False)
     return listener
+
+
+def _notice_dead_peers(listener: socket.socket, seconds: float) -> None:
+    """Options that accepted sockets inherit: a peer without power or network closes nothing.
+
+    The last one also ends a connection whose peer lets nothing in for `seconds`, so it has to be
+    longer than a slow reader is borne.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 30),  # seconds of silence before the first probe
+        (socket.TCP_KEEPINTVL, 10),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, int(seconds * 1000)),
+    ):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _serve(
@@ -138,11 +159,18 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # an ASGI application
         http=limited_protocol(
-            config.max_connections,
-            config.header_seconds,
-            # A stream gives up first, and accounts why.
-            config.slow_reader_seconds + LINGER_SECONDS,
+            ProtocolLimits(
+                max_header_bytes=config.max_header_bytes,
+                max_connections=affordable_connections(config.max_connections),
+                max_connections_per_client=config.max_connections_per_client,
+                header_seconds=config.header_seconds,
+                body_seconds=config.body_seconds,
+                # A stream gives up first, and accounts why.
+                reader_seconds=config.slow_reader_seconds + LINGER_SECONDS,
+                probes=(LIVE, READY, METRICS),
+            )
         ),
+        backlog=BACKLOG,
         ws="none",
         lifespan="off",
         loop="uvloop",
