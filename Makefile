@@ -1,6 +1,7 @@
 # make serve   set up, then serve the embedded model on 127.0.0.1:$(PORT)
 # make test    set up, then run the whole test suite
 # make check   set up, then format check, lint and type check
+# make docs    write again what is generated: the Grafana boards and docs/metrics.md
 # make bench   set up, then measure serving beside transformers
 # make up      server, Prometheus and Grafana in containers; CPU=1 where there is no GPU
 # make down    stop them; their data stays
@@ -13,19 +14,24 @@ BIN := $(VENV)/bin
 SECRETS := docker/secrets
 SERVER := $(if $(CPU),server-cpu,server)
 
-.PHONY: serve test check bench up down clean
+.PHONY: serve test check docs bench up down clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve-ready
 	$(BIN)/rtpurbo serve --port $(PORT)
 
 test: $(VENV)/.test-ready
+	-sh tests/observability/get_prometheus.sh $(VENV)/prometheus
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test-ready
+	$(BIN)/python -m docker.grafana.boards
+	$(BIN)/python -m tests.observability.metrics_page
 
 bench: $(VENV)/.serve-ready
 	$(BIN)/rtpurbo bench serving

@@ -28,7 +28,7 @@ def serving(model: str, *flags: str, deadline: float = 300.0) -> Iterator[Server
     Raises:
         RuntimeError: the server ended, or was not ready within `deadline` seconds.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", model, "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
@@ -59,7 +59,8 @@ def _wait_until_ready(
     raise RuntimeError(f"{' '.join(command)} was not ready in time")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -80,12 +80,14 @@ def test_every_port_is_on_loopback(compose: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_image_has_an_exact_version(compose: dict[str, Any], name: str) -> None:
+def test_every_image_is_pinned_by_digest(compose: dict[str, Any], name: str) -> None:
     service = compose["services"][name]
     if "build" in service:
         assert service["build"]["dockerfile"] == "docker/Dockerfile"
         return
-    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
+    assert re.fullmatch(r"[a-z]+/[a-z]+@sha256:[0-9a-f]{64}", service["image"])
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert re.search(rf"{service['image']}  # v?\d+\.\d+\.\d+$", text, re.MULTILINE)
 
 
 def test_the_gpu_is_reserved_for_the_server_alone(compose: dict[str, Any]) -> None:
@@ -124,6 +126,7 @@ def test_prometheus_takes_no_orders(compose: dict[str, Any]) -> None:
     command = " ".join(compose["services"]["prometheus"]["command"])
     assert "--web.enable" not in command  # neither lifecycle, nor admin, nor remote write
     assert "--storage.tsdb.retention.size=" in command
+    assert "--enable-feature=exemplar-storage" in command
     assert "healthcheck" in compose["services"]["prometheus"]
 
 

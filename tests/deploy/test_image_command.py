@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.server_process import free_port
 from tests.deploy.confinement import IS_ROOT, as_user, on_read_only_root
 from tests.deploy.dockerfile_stages import (
     ROOT,
@@ -57,13 +57,6 @@ class Container:
             assert time.monotonic() < deadline, done.stderr
             time.sleep(0.2)
         assert done.stdout == "ready\n"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def image_environment(stage: list[Step], port: int, key_file: Path, tmp: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ from engine.messages import (
     Timing,
     TokenLogprobs,
 )
-from engine.recovery import Recovery
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -33,9 +32,6 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer, max_model_len: int = 256) -> None:
         self.state: EngineState = "ready"
         self.restarts = 0
-        self.recovery = Recovery()
-        self.trouble: str | None = None
-        self.step_allowance = 0.0
         self.stats = Stats(full_total=100, window_total=100, layer_attended_fraction={3: 0.25})
         self.queue_limit = 64
         self.aborted: list[int] = []
@@ -75,9 +71,6 @@ class FakeEngine:
 
     def seconds_since_step(self) -> float:
         return self.silence
-
-    def step_seconds(self) -> float:
-        return self.step_allowance
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None

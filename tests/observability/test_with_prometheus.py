@@ -1,0 +1,155 @@
+"""Every panel and every rule, asked of a real Prometheus that scrapes a real server under load."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from benchmarks.server_process import serving
+from docker.grafana.boards.catalogue import BOARDS
+from docker.grafana.boards.panel import Query
+from engine.embedded import embedded_model_path
+from tests.observability.light_load import LightLoad
+from tests.observability.prometheus_process import ROOT, Prometheus, promtool, scraping, tool
+
+pytestmark = pytest.mark.timeout(400)
+
+KEY = "a-key-of-this-test"
+RULES = yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())["groups"]
+RECORDED = [rule for group in RULES for rule in group["rules"] if "record" in rule]
+ASKED = [
+    *(rule["expr"] for group in RULES for rule in group["rules"]),
+    *(query.expr for board in BOARDS for panel in board.panels for query in panel.queries),
+]
+QUERIES = [
+    pytest.param(query, id=f"{board.uid}/{panel.title}/{query.legend}")
+    for board in BOARDS
+    for panel in board.panels
+    for query in panel.queries
+]
+# What Grafana fills in before it asks.
+VARIABLES = {"$model": ".*", "$instance": ".*", "$__rate_interval": "1m", "$__interval": "15s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A server that was under load from `start` to `end` (seconds of the epoch)."""
+
+    prometheus: Prometheus
+    page: str
+    start: float
+    end: float
+
+    def values(self, expr: str) -> list[float]:
+        """Every value of every series while the load ran, without NaN."""
+        series = self.prometheus.query_range(expr, self.start, self.end, step=1)
+        found = [float(value) for one in series for _, value in one["values"]]
+        return [value for value in found if not math.isnan(value)]
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    tool("prometheus")  # skipped before a server is started
+    folder = tmp_path_factory.mktemp("prometheus")
+    key_file = folder / "api_key"
+    key_file.write_text(f"{KEY}\n")
+    flags = ("--api-key-file", str(key_file), "--max-num-seqs", "8", "--threads", "1")
+    with (
+        serving(str(embedded_model_path()), *flags) as server,
+        scraping(folder, httpx.URL(server.url).port or 0, key_file) as prometheus,
+    ):
+        start = time.time()
+        load = LightLoad(server.url, KEY)
+        for _ in range(2):  # a series that comes with its first event shows growth from the next on
+            load.run()
+            wait_for_scrapes(prometheus, 2)
+        page = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        yield Observed(prometheus, page.text, start, time.time())
+
+
+def wait_for_scrapes(prometheus: Prometheus, count: int) -> None:
+    """Until the server was scraped `count` more times, and rules were evaluated after that."""
+
+    def scrapes() -> float:
+        found = prometheus.query('count_over_time(up{job="rtpurbo"}[1h])')
+        return float(found[0]["value"][1]) if found else 0.0
+
+    target, deadline = scrapes() + count, time.monotonic() + 100
+    while scrapes() < target:
+        assert time.monotonic() < deadline, "Prometheus does not scrape"
+        time.sleep(0.3)
+
+
+def filled_in(expr: str) -> str:
+    for name, value in VARIABLES.items():
+        expr = expr.replace(name, value)
+    assert "$" not in expr, expr
+    return expr
+
+
+def test_the_scrape_is_authorised_and_fast(observed: Observed) -> None:
+    assert set(observed.values('up{job="rtpurbo"}')[-2:]) == {1.0}
+    (target,) = [
+        target
+        for target in observed.prometheus.api("targets")["activeTargets"]
+        if target["labels"]["job"] == "rtpurbo"
+    ]
+    assert target["health"] == "up", target["lastError"]
+
+
+def test_the_page_is_clean(observed: Observed) -> None:
+    done = promtool("check", "metrics", stdin=observed.page)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_panel_has_data(observed: Observed, query: Query) -> None:
+    values = observed.values(filled_in(query.expr))
+    assert values or query.empty, "no data, and the panel does not say why there may be none"
+    assert all(math.isfinite(value) for value in values)
+
+
+@pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])
+def test_every_recorded_series_has_data(observed: Observed, rule: dict[str, Any]) -> None:
+    assert observed.values(rule["record"])
+    assert observed.values(rule["expr"])
+
+
+def test_whatever_is_asked_for_exists(observed: Observed) -> None:
+    """Alerts of a healthy server are empty, as are alerts about a series that was renamed."""
+    recorded = {f":{rule['record'].split(':')[1]}" for rule in RECORDED}
+    asked = {name for text in ASKED for name in re.findall(r":?\brtpurbo_\w+", text)} - recorded
+    assert len(asked) > 40
+    served = set(re.findall(r"^(rtpurbo_\w+)[{ ]", observed.page, re.MULTILINE))
+    assert asked - served == set()
+
+
+def test_no_rule_fails_and_no_alert_fires(observed: Observed) -> None:
+    rules = [r for g in observed.prometheus.api("rules")["groups"] for r in g["rules"]]
+    assert len(rules) == sum(len(group["rules"]) for group in RULES)
+    assert [rule["name"] for rule in rules if rule["health"] == "err"] == []
+    firing = [rule["name"] for rule in rules if rule.get("state") == "firing"]
+    assert firing == []
+
+
+def test_the_load_was_seen_as_what_it_was(observed: Observed) -> None:
+    """Counts of two rounds, by way of Prometheus; so a panel can't pass on a series of zeros."""
+
+    def count(expr: str) -> float:
+        (found,) = observed.prometheus.query(f"sum({expr})", observed.end)
+        return float(found["value"][1])
+
+    assert count('rtpurbo_requests_finished_total{reason="length"}') == 2 * 4
+    assert count('rtpurbo_requests_finished_total{reason="abort"}') == 2
+    assert count("rtpurbo_requests_rejected_total") == 2
+    assert count("rtpurbo_attended_fraction_count") >= 2
+    assert 0 < count("rtpurbo_attended_fraction_sum") / count("rtpurbo_attended_fraction_count") < 1
