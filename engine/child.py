@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,12 @@ from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.ipc import FrontEndChannel
 from engine.launch import Launch, encode_launch
 from engine.messages import EngineInfo, Failed, FromEngine, Ready, Shutdown, ToEngine
+from engine.step_note import StepNote
+
+logger = logging.getLogger(__name__)
 
 _LAST_WORDS = 0.2  # seconds without a message after which an ended process has none left
+_REAP_SECONDS = 30.0  # for a killed process to go; one that waits for a broken device may not
 _ERRORS: dict[str, type[EngineError]] = {
     "engine": EngineError,
     "config": ConfigError,
@@ -41,15 +46,20 @@ class EngineChild:
 
         Tests name a module that puts a fake model behind the same loop.
         """
-        channel = FrontEndChannel()
+        try:
+            channel = FrontEndChannel()
+        except OSError as error:
+            raise EngineError(f"cannot make the engine's sockets: {error.strerror}") from error
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", module),
                 stdin=asyncio.subprocess.PIPE,
                 env=_child_environment(),
             )
-        except BaseException:
+        except BaseException as error:
             channel.close()
+            if isinstance(error, OSError):
+                raise EngineError(f"cannot start a process: {error.strerror}") from error
             raise
         child = cls(process, channel)
         assert process.stdin is not None
@@ -66,17 +76,21 @@ class EngineChild:
         """Queue a message; never waits, also when the process is gone."""
         self._channel.send(message)
 
-    async def receive(self, silence: float) -> FromEngine:
-        """The next message; raises ChildEndedError as the protocol says."""
+    async def receive(self, silence: float) -> FromEngine | None:
+        """The next message, None after silence; raises ChildEndedError as the protocol says."""
         waiting = {self._incoming, self._exited}
         await asyncio.wait(waiting, timeout=silence, return_when=asyncio.FIRST_COMPLETED)
-        if not self._incoming.done() and self._exited.done():
+        if not self._incoming.done():  # it may lie there unread: this loop was late, or its end won
             await asyncio.wait({self._incoming}, timeout=_LAST_WORDS)
         if self._incoming.done():
             return self._take_incoming()
         if self._exited.done():
             raise ChildEndedError(f"engine process {_describe_exit(self._exited.result())}")
-        raise ChildEndedError(f"engine process said nothing for {silence:g} s")
+        return None
+
+    def step(self) -> StepNote | None:
+        """The step under way, or that the process ended in."""
+        return self._channel.step()
 
     async def wait_ready(self, silence: float) -> EngineInfo:
         """Wait until the model is loaded.
@@ -85,6 +99,8 @@ class EngineChild:
             EngineError: one line for the operator; ConfigError or CheckpointError where it is one.
         """
         message = await self.receive(silence)
+        if message is None:
+            raise ChildEndedError(f"engine process said nothing for {silence:g} s")
         if isinstance(message, Failed):
             raise _ERRORS[message.kind](message.message)
         if not isinstance(message, Ready):
@@ -102,7 +118,10 @@ class EngineChild:
         if not self._exited.done():
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-        await self._exited
+        await asyncio.wait({self._exited}, timeout=_REAP_SECONDS)
+        if not self._exited.done():
+            logger.error("engine process %d does not end although it was killed", self.pid)
+            self._exited.cancel()
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._incoming.cancel()

@@ -5,7 +5,8 @@
 hands out at the next turn; `receive` turns the core until it has sent something (`Ready` comes
 first, from `wait_ready`), and advances a simulated clock by what a turn is to cost. A crash is
 simulated by raising `ChildEndedError` from `receive`, a hang by advancing the clock by `silence`
-before raising it. What was sent before a crash and not received may be delivered or lost.
+and returning None. `step` hands out what the core passed to its `note` last. What was sent before a
+crash and not received may be delivered or lost.
 Give `EngineProcess` the same clock, and a sleep that advances it, so that no real time passes:
 
     EngineProcess(config, launch=simulated_launch, clock=clock, sleep=clock.sleep)
@@ -19,6 +20,7 @@ from typing import Protocol
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.messages import EngineInfo, FromEngine, ToEngine
+from engine.step_note import StepNote
 
 
 class ChildEndedError(EngineError):
@@ -37,12 +39,21 @@ class Child(Protocol):
         """Queue a message; never waits and never fails, also when the process is gone."""
         ...
 
-    async def receive(self, silence: float) -> FromEngine:
-        """The next message; called by one task at a time, and never again after it raised.
+    async def receive(self, silence: float) -> FromEngine | None:
+        """The next message; None if none came within `silence` seconds.
+
+        Called by one task at a time, and never again after it raised.
 
         Raises:
-            ChildEndedError: none came within `silence` seconds, the process ended and has left
-                nothing unread, or it sent a frame that is no message.
+            ChildEndedError: the process ended and has left nothing unread, or it sent a frame that
+                is no message.
+        """
+        ...
+
+    def step(self) -> StepNote | None:
+        """The step that the engine computes, or was computing when it ended; None between steps.
+
+        It tells how long silence is in order, and who was being computed at a crash.
         """
         ...
 

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 from engine.errors import EngineError
 from engine.messages import EngineInfo, RequestUpdate, Stats
+from engine.received import Received
+from engine.recovery import Recovery
 from engine.request import SamplingParams
 
 EngineState = Literal["loading", "ready", "restarting", "draining", "dead"]
@@ -21,7 +23,8 @@ class Generation:
     """One live request, read by one task of the event loop.
 
     Updates that arrive faster than they are read are merged into one, so a slow reader costs the
-    memory of its own answer and nothing more.
+    memory of its own answer and nothing more. It lives on when the engine process is lost: what
+    was received stays, and the next process goes on from there.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Generation:
         self.prompt = prompt
         self.params = params
         self.deadline = deadline  # time.monotonic() seconds
-        self.output: list[int] = []  # all tokens received: what a replay needs
+        self.received = Received()
         self._abort = abort
         self._pending: RequestUpdate | None = None
         self._error: EngineError | None = None
@@ -44,16 +47,25 @@ class Generation:
         self._wakeup = asyncio.Event()
 
     @property
+    def output(self) -> list[int]:
+        """All tokens received."""
+        return self.received.output
+
+    @property
     def finished(self) -> bool:
         """Whether the engine has nothing more to say about this request."""
         return self._finished
 
-    def push(self, update: RequestUpdate) -> None:
-        """Called by the engine client, on the event loop, for every update."""
-        self.output.extend(update.tokens)
+    def push(self, update: RequestUpdate) -> bool:
+        """Called by the engine client, on the event loop, for every update.
+
+        Returns whether the request has got further than ever before.
+        """
+        further = self.received.take(update)
         self._finished = self._finished or update.finish_reason is not None
         self._pending = update if self._pending is None else _merge(self._pending, update)
         self._wakeup.set()
+        return further
 
     def fail(self, error: EngineError) -> None:
         """End the request with an error that `next_update` raises once pending updates are read."""
@@ -119,10 +131,26 @@ class Engine(Protocol):
         ...
 
     @property
-    def restarts(self) -> int: ...
+    def restarts(self) -> int:
+        """Engine processes started again, those included that did not get ready."""
+        ...
+
+    @property
+    def recovery(self) -> Recovery:
+        """What the failures of engine processes have cost."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no engine although it was started again, in words that anyone may read."""
+        ...
 
     def seconds_since_step(self) -> float:
         """Age of the last sign of life of the engine loop, which also reports while idle."""
+        ...
+
+    def step_seconds(self) -> float:
+        """How much longer than an ordinary one the step under way may take; 0 between steps."""
         ...
 
     def submit(
@@ -133,6 +161,7 @@ class Engine(Protocol):
         Raises:
             QueueFullError: too much is queued.
             EngineUnavailableError: loading, restarting, draining or dead.
+            RequestError: it can not be computed; PoisonError where it ended the engine before.
         """
         ...
 

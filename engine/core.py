@@ -37,6 +37,7 @@ from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler
 from engine.step import EngineParts, Runner, StepResult
 from engine.step_accounts import StepAccounts
+from engine.step_note import StepNote
 from engine.tracker import RequestTracker
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,21 @@ class EngineCore:
         runner: Runner,
         channel: Channel,
         clock: Callable[[], float] = time.monotonic,
+        note: Callable[[StepNote | None], None] = lambda _: None,
     ) -> None:
+        """
+        Args:
+            scheduler: decides what is computed.
+            runner: computes it.
+            channel: where messages come from and go to.
+            clock: monotonic seconds, the front end's clock.
+            note: told of each step before it is computed, and None after it.
+        """
         self._scheduler = scheduler
         self._runner = runner
         self._channel = channel
         self._clock = clock
+        self._note = note
         self._info = runner.info
         self._requests: dict[int, Request] = {}
         self._trackers: dict[int, RequestTracker] = {}
@@ -91,6 +102,7 @@ class EngineCore:
             self._scheduler.check_integrity()
             self._rested = True
         self._emit()
+        self._note(None)
 
     def _accept(self, message: ToEngine) -> None:
         if isinstance(message, Add):
@@ -113,7 +125,8 @@ class EngineCore:
             arrival=message.arrival,
             deadline=message.deadline,
         )
-        tracker = RequestTracker(request, self._info.eos_token_ids, self._info.max_model_len)
+        info = self._info
+        tracker = RequestTracker(request, info.eos_token_ids, info.max_model_len, message.progress)
         try:
             self._check(request)
             self._scheduler.add(request)
@@ -151,6 +164,8 @@ class EngineCore:
         batch = self._scheduler.schedule()
         assert batch.spans, "the scheduler has work and found none"
         started = self._stamp(batch)
+        ids = list(dict.fromkeys(span.request_id for span in batch.spans))
+        self._note(StepNote(started, batch.num_tokens, ids))
         result = self._runner.execute(batch, self._requests)
         now = self._clock()
         self._accounts.count_step(batch, result, now - started)
@@ -161,7 +176,7 @@ class EngineCore:
             if request_id not in failed and sample.token is not None
         }
         self._scheduler.update(batch, tokens)
-        for request_id in dict.fromkeys(span.request_id for span in batch.spans):
+        for request_id in ids:
             if request_id not in failed:
                 self._advance(request_id, result, tokens.get(request_id), now)
 
@@ -238,7 +253,7 @@ def run_engine(build: Callable[[EngineConfig], EngineParts]) -> int:
         parts = _load(build, launch.config, channel)
         if parts is None:
             return 1
-        EngineCore(parts.scheduler, parts.runner, channel).run()
+        EngineCore(parts.scheduler, parts.runner, channel, note=channel.note).run()
     finally:
         channel.close()
     return 0

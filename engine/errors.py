@@ -4,6 +4,7 @@ EngineError
 ├── ConfigError          a setting is impossible; the message names the field
 ├── CheckpointError      a model folder is unusable; the message names the file
 ├── RequestError         one request is at fault; others go on
+│   └── PoisonError      the same request ended the engine before
 ├── QueueFullError       too much work is queued; carries the seconds to wait
 └── EngineUnavailableError  the engine is loading, restarting, draining or dead
 """
@@ -23,6 +24,10 @@ class CheckpointError(EngineError):
 
 class RequestError(EngineError):
     """One request cannot be served; it fails alone."""
+
+
+class PoisonError(RequestError):
+    """The same request ended the engine not long ago, and is refused for a while."""
 
 
 class QueueFullError(EngineError):

@@ -8,7 +8,8 @@ A message is one ZeroMQ multipart message:
 
 Whoever receives binds and whoever sends connects, so a send never waits for the peer: it queues.
 Sockets lie in a private folder (0700) of one engine process; a restart gets a new folder, so a
-message of the old engine cannot reach the new one.
+message of the old engine cannot reach the new one. Beside them lies the note of the step under way
+(`engine.step_note`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import zmq.asyncio
 
 from engine.errors import EngineError
 from engine.messages import Add, FromEngine, ToEngine
+from engine.step_note import StepNote, StepNoteFile
 
 WIRE_VERSION = 1
 MAX_MESSAGE_BYTES = 64 << 20  # all frames together; a prompt of 1M tokens has 4 MiB
@@ -113,10 +115,14 @@ def _check_size(frames: Sequence[bytes]) -> None:
 
 
 class FrontEndChannel:
-    """The front end's two sockets, on an event loop. One channel serves one engine process."""
+    """The front end's two sockets, on an event loop, and the note of the step under way.
+
+    One channel serves one engine process.
+    """
 
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="rtpurbo-")  # mode 0700
+        self._note = StepNoteFile(self.folder, create=True)
         self._context = zmq.asyncio.Context()
         self._receiver = self._context.socket(zmq.PULL)
         # A plain socket: sending only hands the frames to ZeroMQ's own thread. Without a
@@ -138,18 +144,24 @@ class FrontEndChannel:
         """The next message. Raises FrameError if it is not one."""
         return decode_from_engine(await self._receiver.recv_multipart())
 
+    def step(self) -> StepNote | None:
+        """The step that the engine computes; None between steps."""
+        return self._note.read()
+
     def close(self) -> None:
         """Drop unsent messages, close both sockets and remove the folder."""
         self._sender.close(linger=0)
         self._receiver.close(linger=0)
         self._context.term()
+        self._note.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class EngineChannel:
-    """The engine's two sockets, blocking. `folder` is the one that the front end made."""
+    """The engine's end of a `FrontEndChannel`, blocking, in the folder that the front end made."""
 
     def __init__(self, folder: str) -> None:
+        self._note = StepNoteFile(folder)
         self._context = zmq.Context()
         self._receiver = self._context.socket(zmq.PULL)
         _bind(self._receiver, requests_path(folder))
@@ -173,6 +185,10 @@ class EngineChannel:
         while self._receiver.poll(0):
             messages.append(decode_to_engine(self._receiver.recv_multipart()))
         return messages
+
+    def note(self, step: StepNote | None) -> None:
+        """Leave word of the step that comes now, None after it."""
+        self._note.write(step)
 
     def close(self, linger: float = 1.0) -> None:
         """Close both sockets; waits up to `linger` seconds until queued messages have left."""

@@ -14,12 +14,13 @@ from engine.request import FinishReason, SamplingParams
 
 
 class Add(msgspec.Struct, tag=True, kw_only=True):
-    """Start a request, or go on with one: `output` holds tokens that were already generated."""
+    """Start a request, or go on with one that an engine before this one was lost with."""
 
     request_id: int  # made by the front end, unique while it lives
     params: SamplingParams
     prompt: bytes  # int32 little endian
-    output: bytes = b""  # int32 little endian
+    output: bytes = b""  # tokens that were already generated, int32 little endian
+    progress: Progress | None = None  # what was already told; None: a new request
     arrival: float
     deadline: float | None = None  # the engine drops it then by itself, queued or running
 
@@ -59,6 +60,15 @@ class Attended(msgspec.Struct, array_like=True):
     fraction: float = 0.0  # attended / context length, summed over the pairs
 
 
+class Progress(msgspec.Struct, array_like=True):
+    """What was told of a request so far, so that no engine tells or counts it a second time."""
+
+    prompt_logprobs: int = 0  # entries
+    cached: int | None = None  # prompt tokens from the prefix cache; None: it had not begun
+    timing: Timing = msgspec.field(default_factory=Timing)
+    attended: Attended = msgspec.field(default_factory=Attended)
+
+
 class RequestUpdate(msgspec.Struct, kw_only=True):
     """What one step brought for one request. Also sent without tokens, as prefill progress."""
 
@@ -70,8 +80,8 @@ class RequestUpdate(msgspec.Struct, kw_only=True):
     cached: int = 0  # prompt tokens taken from the prefix cache
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the id that ended it, when finish_reason is "stop"
-    timing: Timing | None = None  # so far, with every update that has tokens and with the last
-    attended: Attended | None = None  # the same
+    timing: Timing | None = None  # so far
+    attended: Attended | None = None  # so far, with updates that have tokens and with the last
 
 
 class Stats(msgspec.Struct, kw_only=True):

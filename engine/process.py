@@ -2,10 +2,14 @@
 
 States:
 
-    loading -> ready -> restarting -> ready ...   a crash or a hang; live requests fail
+    loading -> ready -> restarting -> ready ...   a crash or a hang; live requests wait
                   \\-> draining                    no new work, the live ones end
     any     -> dead                               the first load failed, the restart budget is
                                                   spent, or `stop` was called
+
+A live request outlasts the engine process: the next one gets its prompt, the tokens received so
+far and what was told of it, and goes on (`engine.live_requests`). Which requests it gets first, and
+when one of them is failed because it ends every engine, is decided in `engine.replay_order`.
 """
 
 from __future__ import annotations
@@ -24,10 +28,15 @@ from engine.child import EngineChild
 from engine.child_protocol import Child, ChildEndedError, LaunchChild
 from engine.client import EngineState, Generation
 from engine.config import EngineConfig
-from engine.errors import EngineError, EngineUnavailableError, RequestError
-from engine.messages import Abort, Add, EngineInfo, Report, Stats
+from engine.errors import EngineError, EngineUnavailableError, PoisonError, RequestError
+from engine.live_requests import LiveRequests
+from engine.messages import Abort, Add, EngineInfo, Report, RequestUpdate, Stats
+from engine.poison import PoisonList
+from engine.recovery import Outages, Recovery
 from engine.request import SamplingParams
-from engine.supervision import RestartBudget, SupervisionPolicy
+from engine.starter import ReadyChild, Starter
+from engine.step_note import StepNote
+from engine.supervision import SupervisionPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +71,13 @@ class EngineProcess:
             clock: monotonic seconds, the same clock as in the child.
             sleep: waits for seconds of that clock.
         """
-        self._config = config
         self._policy = policy if policy is not None else SupervisionPolicy()
-        self._launch_child = launch
         self._clock = clock
         self._sleep = sleep
-        self._budget = RestartBudget(self._policy, clock)
+        self._starter = Starter(config, self._policy, launch, clock, sleep)
         self._queue = AdmissionQueue(max_queued_requests, clock)
-        self._live: dict[int, Generation] = {}
+        self._live = LiveRequests(self._policy.max_resumes)
+        self._poison = PoisonList(self._policy.poison_seconds, clock)
         self._ids = itertools.count(1)
         self._phase: EngineState = "loading"
         self._draining = False
@@ -80,7 +88,10 @@ class EngineProcess:
         self._info: EngineInfo | None = None
         self._stats = Stats()
         self._stats_before = Stats()  # counters of the engine processes that ended
-        self._restarts = 0
+        self._resumed = self._poisoned = 0
+        self._outages = Outages()
+        self._cause_of_death = ""
+        self._died = asyncio.Event()
         self._last_sign = clock()
 
     @property
@@ -101,7 +112,19 @@ class EngineProcess:
 
     @property
     def restarts(self) -> int:
-        return self._restarts
+        return self._starter.restarts
+
+    @property
+    def recovery(self) -> Recovery:
+        outages = self._outages
+        return Recovery(
+            self._resumed, self._poisoned, outages.count, outages.seconds, outages.last_seconds
+        )
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no engine although it was started again, in words that anyone may read."""
+        return self._starter.trouble
 
     @property
     def pid(self) -> int | None:
@@ -112,6 +135,16 @@ class EngineProcess:
         """Age of the last sign of life; the loop also gives one while idle."""
         return self._clock() - self._last_sign
 
+    def step_seconds(self) -> float:
+        """How much longer than an ordinary one the step under way may take; 0 between steps."""
+        step = None if self._child is None or self._phase != "ready" else self._child.step()
+        return 0.0 if step is None else self._extra_seconds(step)
+
+    async def wait_dead(self) -> str:
+        """Wait until the supervisor has given up, not for `stop`; the reason in one line."""
+        await self._died.wait()
+        return self._cause_of_death
+
     async def start(self) -> None:
         """Load the model and return when ready.
 
@@ -120,7 +153,7 @@ class EngineProcess:
         """
         assert self._supervisor is None, "start is called once"
         try:
-            child = await self._launch()
+            child = self._take(await self._starter.launch())
         except BaseException:
             self._phase = "dead"
             raise
@@ -134,23 +167,26 @@ class EngineProcess:
         Raises:
             QueueFullError: too much is queued.
             EngineUnavailableError: loading, restarting, draining or dead.
-            RequestError: a token id does not fit 32 bits.
+            RequestError: a token id does not fit 32 bits; PoisonError where the same request ended
+                the engine before.
         """
         if self.state != "ready" or self._child is None:
             raise EngineUnavailableError(f"the engine is {self.state}")
         self._queue.check()
+        buffer = _int32_buffer(prompt)
+        if self._poison.holds(buffer, params):
+            raise PoisonError("the same request ended the engine before")
         request_id = next(self._ids)
         add = Add(
             request_id=request_id,
             params=params,
-            prompt=_int32_buffer(prompt),
+            prompt=buffer,
             arrival=self._clock(),
             deadline=deadline,
         )
         generation = Generation(request_id, prompt, params, self._abort, deadline)
-        self._child.send(add)
-        self._live[request_id] = generation
         self._queue.enter(request_id)
+        self._send(self._live.add(generation, add))
         self._idle.clear()
         return generation
 
@@ -173,77 +209,113 @@ class EngineProcess:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
+        await self._starter.stop()
         if self._child is not None:
             await self._child.shut_down(self._policy.stop_seconds)
         await self._drop_child()
         self._fail_live("the engine was stopped")
 
-    async def _launch(self) -> Child:
-        """A child that is ready; it is cleaned up if it does not get that far."""
-        child = self._child = await self._launch_child(self._config)
-        try:
-            self._info = await child.wait_ready(self._policy.load_seconds)
-        except BaseException:
-            await self._drop_child()
-            raise
+    def _take(self, ready: ReadyChild) -> Child:
+        """Work with a child that is ready."""
+        self._child, self._info = ready.child, ready.info
         self._last_sign = self._clock()
         self._phase = "ready"
-        logger.info("engine process %d is ready", child.pid)
-        return child
+        return ready.child
 
-    async def _supervise(self, child: Child | None) -> None:
-        """Listen to the engine; whenever it is lost, clean up and start another."""
+    async def _supervise(self, child: Child) -> None:
+        """Listen to the engine; whenever it is lost, start another that goes on with its work."""
         try:
-            while child is not None:
-                await self._listen(child)
-                child = await self._restart()
-            logger.error("engine is dead: the restart budget is spent")
-        except Exception:
+            while True:
+                lost = await self._listen(child)
+                logger.error("%s", lost)
+                await self._lose(child)
+                child = self._take(await self._starter.launch_again(lost))
+                self._resume()
+        except EngineError as error:
+            self._cause_of_death = str(error)
+        except Exception as error:
             logger.exception("the supervisor of the engine failed")
+            self._cause_of_death = f"the supervisor of the engine failed: {type(error).__name__}"
         self._phase = "dead"
+        logger.error("the engine is dead: %s", self._cause_of_death)
         self._fail_live("the engine is dead")
         await self._drop_child()
+        self._died.set()
 
-    async def _listen(self, child: Child) -> None:
-        """Dispatch reports until the child is lost."""
+    async def _listen(self, child: Child) -> str:
+        """Dispatch reports until the child is lost; says how."""
+        silence = self._policy.silence_seconds
         while True:
             try:
-                message = await child.receive(self._policy.silence_seconds)
+                message = await child.receive(silence)
             except ChildEndedError as error:
-                logger.error("%s", error)
-                return
+                return str(error)
+            if message is None:
+                silence = self._seconds_left(child.step())
+                if silence <= 0:
+                    return f"the engine hangs: silent for {self.seconds_since_step():.0f} s"
+                continue
             if not isinstance(message, Report):
-                logger.error("engine sent %s while running", type(message).__name__)
-                return
+                return f"engine sent {type(message).__name__} while running"
             self._dispatch(message)
+            silence = self._policy.silence_seconds
+
+    def _seconds_left(self, step: StepNote | None) -> float:
+        """What the step under way may still take after a silence that is long for most."""
+        if step is None:
+            return 0.0
+        allowed = self._policy.silence_seconds + self._extra_seconds(step)
+        return step.began + allowed - self._clock()
+
+    def _extra_seconds(self, step: StepNote) -> float:
+        return self._policy.step_seconds(step.tokens, self.info.device)
 
     def _dispatch(self, report: Report) -> None:
         self._last_sign = self._clock()
+        self._outages.end(self._last_sign)
         self._stats = _add_counters(report.stats, self._stats_before)
         for update in report.updates:
             self._queue.depart(update.request_id)
-            generation = self._live.get(update.request_id)
-            if generation is None:
-                continue  # aborted while the report was under way
-            generation.push(update)
+            self._send(self._live.push(update))
             if update.finish_reason is not None:
                 self._forget(update.request_id)
 
-    async def _restart(self) -> Child | None:
-        """Another child that is ready, or None when the budget is spent."""
+    async def _lose(self, child: Child) -> None:
+        """Clean up after a child; what it still had to say is dropped with it.
+
+        The note of its step is read first: it says who was being computed.
+        """
         self._phase = "restarting"
-        self._fail_live("the engine failed and is restarting")
+        self._outages.begin(self._clock())
+        step = child.step()
         await self._drop_child()
         self._stats_before = self._stats
         self._stats = _add_counters(Stats(), self._stats_before)
-        while (delay := self._budget.spend()) is not None:
-            await self._sleep(delay)
-            self._restarts += 1
-            try:
-                return await self._launch()
-            except EngineError as error:
-                logger.error("engine did not start: %s", error)
-        return None
+        guilty = self._live.lose_engine(None if step is None else step.request_ids)
+        if guilty is not None:
+            self._condemn(*guilty)
+
+    def _condemn(self, generation: Generation, crashes: int) -> None:
+        """Fail a request that alone ended the engine again and again, and refuse its like."""
+        request_id = generation.request_id
+        logger.error("request %d ended the engine %d times and is failed", request_id, crashes)
+        self._poison.add(_int32_buffer(generation.prompt), generation.params)
+        self._poisoned += 1
+        self._starter.budget.give_back(crashes - 1)  # for the newest loss nothing is spent yet
+        generation.push(RequestUpdate(request_id=request_id, finish_reason="error"))
+        self._forget(request_id)
+
+    def _resume(self) -> None:
+        """Give the new engine what the one before was lost with."""
+        if self._live:
+            logger.info("%d requests go on in engine process %s", len(self._live), self.pid)
+        self._resumed += len(self._live)
+        self._send(self._live.resume())
+
+    def _send(self, messages: Sequence[Add | Abort]) -> None:
+        for message in messages:
+            if self._child is not None:
+                self._child.send(message)
 
     async def _drop_child(self) -> None:
         child, self._child = self._child, None
@@ -252,20 +324,18 @@ class EngineProcess:
 
     def _abort(self, request_id: int) -> None:
         if request_id in self._live:
+            self._send([Abort([request_id])])
+            self._send(self._live.remove(request_id))
             self._forget(request_id)
-            if self._child is not None:
-                self._child.send(Abort([request_id]))
 
     def _forget(self, request_id: int) -> None:
-        del self._live[request_id]
+        """A request is no longer live."""
         self._queue.leave(request_id)
         if not self._live:
             self._idle.set()
 
     def _fail_live(self, message: str) -> None:
-        for generation in self._live.values():
-            generation.fail(EngineUnavailableError(message))
-        self._live.clear()
+        self._live.fail_all(EngineUnavailableError(message))
         self._queue.clear()
         self._idle.set()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.messages import Attended, RequestUpdate, Timing, TokenLogprobs
+from engine.messages import Attended, Progress, RequestUpdate, Timing, TokenLogprobs
 from engine.request import FinishReason, Request
 from engine.step import StepResult
 
@@ -12,16 +12,27 @@ from engine.step import StepResult
 class RequestTracker:
     """Follows one request and turns step results into updates. Times are monotonic seconds."""
 
-    def __init__(self, request: Request, eos_token_ids: Sequence[int], max_model_len: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        progress: Progress | None = None,
+    ) -> None:
+        """`progress` is what an engine before this one told; its times become the request's."""
+        progress = progress if progress is not None else Progress()
         params = request.params
         eos = () if params.ignore_eos else eos_token_ids
         self.request = request
         self._stop_ids = frozenset((*params.stop_token_ids, *eos))
         self._max_total = min(request.prompt_len + params.max_tokens, max_model_len)
-        self._attended = Attended()
-        self._prompt_logprobs_sent = 0
-        self._first_token: float | None = None
-        self._last_token: float | None = None
+        self._attended = progress.attended
+        self._prompt_logprobs_sent = progress.prompt_logprobs
+        self._cached = progress.cached
+        timing = progress.timing
+        request.first_scheduled = _after(request.arrival, timing.queue)
+        self._first_token = _after(request.first_scheduled, timing.prefill)
+        self._last_token = _after(self._first_token, timing.decode)
 
     @property
     def wants_no_tokens(self) -> bool:
@@ -59,10 +70,10 @@ class RequestTracker:
             logprobs=[] if logprobs is None else [logprobs],
             prompt_logprobs=self._new_prompt_logprobs(result),
             prefilled=min(self.request.computed, self.request.prompt_len),
-            cached=min(self.request.cached, self.request.prompt_len),
+            cached=self._cached_tokens(),
             finish_reason=finish,
             stop_token=token if finish == "stop" else None,
-            timing=self._timing(now) if accounted else None,
+            timing=self._timing(now) if accounted else Timing(queue=self._timing(now).queue),
             attended=self._attended if accounted else None,
         )
 
@@ -80,6 +91,12 @@ class RequestTracker:
         self._prompt_logprobs_sent += len(fresh)
         return fresh
 
+    def _cached_tokens(self) -> int:
+        """As found when the request began; one that is computed again may find its own pages."""
+        if self._cached is None and self.request.first_scheduled is not None:
+            self._cached = min(self.request.cached, self.request.prompt_len)
+        return self._cached or 0
+
     def _timing(self, now: float) -> Timing:
         started = self.request.first_scheduled
         if started is None:
@@ -88,3 +105,7 @@ class RequestTracker:
         if self._first_token is None or self._last_token is None:
             return Timing(queue=queue, prefill=now - started)
         return Timing(queue, self._first_token - started, self._last_token - self._first_token)
+
+
+def _after(time: float | None, seconds: float | None) -> float | None:
+    return None if time is None or seconds is None else time + seconds

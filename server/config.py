@@ -43,7 +43,8 @@ class ServerConfig(BaseSettings):
     max_body_bytes: Count = 16 * 2**20  # a prompt of 1M tokens needs it
     max_header_bytes: Count = 32 * 2**10
     max_headers: Count = 100
-    max_connections: Count = 1024
+    max_connections: Count = 1024  # health and metrics may have a few more
+    max_connections_per_client: Annotated[int, Field(ge=0)] = 0  # of one address; 0 is no limit
     header_seconds: Seconds = 10.0  # to receive a request's head
     body_seconds: Seconds = 30.0  # to receive its body
     idle_seconds: Seconds = 60.0  # keep-alive between requests

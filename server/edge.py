@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _HOST = re.compile(rb"[A-Za-z0-9._\-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _MAX_PATH = 2048  # bytes, query included
-_CLOSE = {"Connection": "close"}
+_CLOSE = (b"connection", b"close")
 
 
 class Edge:
@@ -40,13 +40,13 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(send, request_id)
+        body = _Body(receive, self._config.max_body_bytes, self._config.body_seconds)
+        answer = _Answer(send, request_id, body)
         try:
             self._check_head(scope)
             self._keys.check(scope)
-            self._check_body_head(scope)
-            body = self._limited(scope, receive)
-            await self._app(scope, body, answer.send)
+            self._check_body_head(scope, body)
+            await self._app(scope, body.receive, answer.send)
         except Exception as error:  # whatever happens, a client gets exactly one answer
             await self._answer_exception(error, request_id, answer, scope, receive)
 
@@ -59,16 +59,15 @@ class Edge:
             api_error.message = f"{api_error.message} (request {request_id})"
         if not answer.started:
             record_of(scope).error_code = api_error.reason
-            api_error.headers.setdefault("Connection", "close")  # the body may be unread
             await api_error.response()(scope, receive, answer.send)
 
     def _check_head(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = sum(len(name) + len(value) + 4 for name, value in headers)
         if len(headers) > self._config.max_headers or size > self._config.max_header_bytes:
-            raise ApiError(431, "the header fields are too many or too large", headers=dict(_CLOSE))
+            raise ApiError(431, "the header fields are too many or too large")
         if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_PATH:
-            raise ApiError(414, "the request target is too long", headers=dict(_CLOSE))
+            raise ApiError(414, "the request target is too long")
         values = _by_name(headers)
         hosts = values.get(b"host", [])
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
@@ -78,11 +77,14 @@ class Edge:
         if b"content-encoding" in values and values[b"content-encoding"] != [b"identity"]:
             raise ApiError(415, "Content-Encoding is not supported", code="unsupported_encoding")
 
-    def _check_body_head(self, scope: Scope) -> None:
+    def _check_body_head(self, scope: Scope, body: _Body) -> None:
         """What can be said of a body before it is read; after the key, before `100 Continue`."""
-        if scope["method"] != "POST":
-            return
         values = _by_name(scope["headers"])
+        if scope["method"] != "POST":
+            if b"transfer-encoding" in values or values.get(b"content-length", [b"0"]) != [b"0"]:
+                raise invalid("only POST requests have a body", code="unexpected_body")
+            body.complete = True
+            return
         kind = values.get(b"content-type", [b""])[0].split(b";")[0].strip().lower()
         if kind != b"application/json":
             raise ApiError(
@@ -92,46 +94,57 @@ class Edge:
         if length.isdigit() and int(length) > self._config.max_body_bytes:
             raise _too_large(self._config.max_body_bytes)
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` under the byte cap and the deadline, both for the request's body only."""
-        if scope["method"] != "POST":
-            return receive
-        limit = self._config.max_body_bytes
-        deadline = time.monotonic() + self._config.body_seconds
-        received, complete = 0, False
 
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408, "the body did not arrive in time", headers=dict(_CLOSE)
-                ) from None
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise _too_large(limit)
-            complete = not message.get("more_body", False)
-            return message
+class _Body:
+    """The body as it comes, under a byte cap and a deadline; both end with the body."""
 
-        return limited
+    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+        self.complete = False
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._deadline = time.monotonic() + seconds
+        self._received = 0
+
+    async def receive(self) -> Message:
+        """The ASGI channel of the application.
+
+        Raises:
+            ApiError: 408 or 413.
+        """
+        if self.complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time") from None
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        self.complete = not message.get("more_body", False)
+        return message
 
 
 class _Answer:
-    """Adds the request id to the answer and remembers that one was started."""
+    """Adds the request id to the answer and remembers that one was started.
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    A connection whose request was answered before all of it was read is closed: the rest, which
+    has no bound, is not waited for.
+    """
+
+    def __init__(self, send: Send, request_id: str, body: _Body) -> None:
         self.started = False
         self._send = send
         self._header = (b"x-request-id", request_id.encode())
+        self._body = body
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            message = {**message, "headers": [*message.get("headers", []), self._header]}
+            headers = [*message.get("headers", []), self._header]
+            if not self._body.complete:
+                headers.append(_CLOSE)
+            message = {**message, "headers": headers}
         await self._send(message)
 
 
@@ -157,5 +170,4 @@ def _too_large(limit: int) -> ApiError:
         413,
         f"the body is larger than {limit} bytes",
         code="body_too_large",
-        headers=dict(_CLOSE),
     )

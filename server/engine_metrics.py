@@ -55,7 +55,11 @@ class EngineCollector(Collector):
             engine.seconds_since_step(),
         )
         yield make.counter("engine_restarts", "Engine processes started again.", engine.restarts)
-        yield make.counter("requests_resumed", "Requests carried over an engine restart.", 0)
+        yield make.counter(
+            "requests_resumed",
+            "Requests carried over an engine restart.",
+            engine.recovery.resumed,
+        )
 
     def _load(self, stats: Stats) -> Iterator[Metric]:
         make, now = self._make, self._clock()

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import EngineUnavailableError, QueueFullError, RequestError
+from engine.errors import EngineUnavailableError, PoisonError, QueueFullError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,11 @@ def to_api_error(error: Exception) -> ApiError:
             "the engine takes no requests at present",
             code="engine_unavailable",
             headers=_retry(error),
+        )
+    if isinstance(error, PoisonError):
+        return invalid(
+            "this request made the engine fail before and is refused for some minutes",
+            code="refused_after_failure",
         )
     if isinstance(error, RequestError):
         return invalid("the request cannot be computed by this server", code="not_computable")

@@ -64,7 +64,8 @@ def info_router(service: Service) -> APIRouter:
     async def ready() -> Response:
         problem = not_ready(service)
         if problem is not None:
-            return _json({"status": problem}, 503, {"Retry-After": "5"})
+            why = {"reason": service.engine.trouble} if service.engine.trouble else {}
+            return _json({"status": problem, **why}, 503, {"Retry-After": "5"})
         return _json({"status": "ready"})
 
     @router.get(METRICS)
@@ -84,7 +85,8 @@ def not_ready(service: Service) -> str | None:
     if service.engine.state != "ready":
         return service.engine.state
     silent = service.engine.seconds_since_step()
-    return "stalled" if silent > service.config.stall_seconds else None
+    allowed = service.config.stall_seconds + service.engine.step_seconds()
+    return "stalled" if silent > allowed else None
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -11,27 +11,34 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from engine.errors import ConfigError
+from engine.child import EngineChild
+from engine.child_protocol import LaunchChild
+from engine.errors import ConfigError, EngineError
 from engine.model.checkpoint import preflight
 from engine.process import EngineProcess
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
-from server.http_protocol import LINGER_SECONDS, limited_protocol
+from server.connections import BACKLOG, affordable_connections
+from server.http_protocol import LINGER_SECONDS, ProtocolLimits, limited_protocol
+from server.info_api import LIVE, METRICS, READY
 
 logger = logging.getLogger(__name__)
 
+DEAD_PEER_SECONDS = 120.0  # after which a peer that acknowledges nothing is gone
 CLOSE_SECONDS = 3  # after draining, for last words to reach clients that read them
 
 
-def run_server(config: ServerConfig) -> int:
-    """Serve until a signal; returns the exit code.
+def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -> int:
+    """Serve until a signal; returns the exit code. Tests put another engine behind `launch`.
 
     Raises:
-        EngineError: one line; the settings, the address or the model folder are not usable.
+        EngineError: one line; the settings, the address or the model folder are not usable, or the
+            engine was lost too often.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    listener = bind(config.host, config.port)
+    dead_peer_seconds = max(DEAD_PEER_SECONDS, 2 * config.slow_reader_seconds)
+    listener = bind(config.host, config.port, dead_peer_seconds)
     try:
         preflight(config.model)
         tokenizer = Tokenizer.from_folder(config.model)
@@ -40,12 +47,12 @@ def run_server(config: ServerConfig) -> int:
         with asyncio.Runner(
             loop_factory=uvicorn.Config("", loop="uvloop").get_loop_factory()
         ) as runner:
-            return runner.run(_serve(config, tokenizer, listener, port))
+            return runner.run(_serve(config, tokenizer, listener, port, launch))
     finally:
         listener.close()
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, dead_peer_seconds: float = DEAD_PEER_SECONDS) -> socket.socket:
     """A listening address, taken before the model is loaded so that a conflict shows at once.
 
     Raises:
@@ -57,6 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_dead_peers(listener, dead_peer_seconds)
         try:
             listener.bind(address)
         except OSError:
@@ -68,11 +76,33 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _notice_dead_peers(listener: socket.socket, seconds: float) -> None:
+    """Options that accepted sockets inherit: a peer without power or network closes nothing.
+
+    The last one also ends a connection whose peer lets nothing in for `seconds`, so it has to be
+    longer than a slow reader is borne.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 30),  # seconds of silence before the first probe
+        (socket.TCP_KEEPINTVL, 10),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, int(seconds * 1000)),
+    ):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 async def _serve(
-    config: ServerConfig, tokenizer: Tokenizer, listener: socket.socket, port: int
+    config: ServerConfig,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    port: int,
+    launch: LaunchChild,
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
-    engine = EngineProcess(config.engine(), max_queued_requests=config.max_queued_requests)
+    engine = EngineProcess(
+        config.engine(), max_queued_requests=config.max_queued_requests, launch=launch
+    )
     server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
@@ -85,15 +115,20 @@ async def _serve(
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(_load(engine, config, port))
     stopping = asyncio.create_task(stop.wait())
+    dying = asyncio.create_task(engine.wait_dead())
     try:
         await asyncio.wait({loading, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            ends = {stopping, serving, dying}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                raise EngineError(f"the engine is given up: {dying.result()}")
             await _drain(engine, config.drain_seconds, stop_now)
     finally:
         loading.cancel()
         stopping.cancel()
+        dying.cancel()
         await engine.stop()  # what still runs ends with an error event
         server.should_exit = True
         await serving
@@ -124,11 +159,18 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # an ASGI application
         http=limited_protocol(
-            config.max_connections,
-            config.header_seconds,
-            # A stream gives up first, and accounts why.
-            config.slow_reader_seconds + LINGER_SECONDS,
+            ProtocolLimits(
+                max_header_bytes=config.max_header_bytes,
+                max_connections=affordable_connections(config.max_connections),
+                max_connections_per_client=config.max_connections_per_client,
+                header_seconds=config.header_seconds,
+                body_seconds=config.body_seconds,
+                # A stream gives up first, and accounts why.
+                reader_seconds=config.slow_reader_seconds + LINGER_SECONDS,
+                probes=(LIVE, READY, METRICS),
+            )
         ),
+        backlog=BACKLOG,
         ws="none",
         lifespan="off",
         loop="uvloop",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conversion.asked_facts import LONGEST_LINE, ROOM_SHARE, SAFETY, asked_facts
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(320)
 TEXT = TOKENIZER.encode("".join(f"line_{i} = {i}\n" for i in range(400))).ids

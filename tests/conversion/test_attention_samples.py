@@ -13,7 +13,7 @@ from conversion.calibration import NEEDLE_TOKENS
 from conversion.document_feed import DocumentFeed
 from conversion.errors import ConversionError
 from conversion.text_source import TextSource
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(320)
 TEXT = TOKENIZER.encode("".join(f"line_{i} = {i}\n" for i in range(400))).ids

@@ -13,7 +13,8 @@ from conversion.calibration import needle_document, needle_lengths, needle_score
 from conversion.errors import ConversionError
 from engine.model.dense_attention import DenseAttention
 from engine.model.weights import load_decoder
-from tests.engine.model.tiny_models import byte_tokenizer, make_checkpoint
+from tests.engine.byte_tokenizer import byte_tokenizer
+from tests.engine.model.tiny_models import make_checkpoint
 
 
 @dataclass

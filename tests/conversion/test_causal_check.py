@@ -17,7 +17,8 @@ from conversion.head_roles import HeadUnit
 from engine.model.config import SparseAttentionConfig
 from engine.model.dense_attention import DenseAttention
 from engine.model.weights import load_decoder
-from tests.engine.model.tiny_models import byte_tokenizer, make_checkpoint
+from tests.engine.byte_tokenizer import byte_tokenizer
+from tests.engine.model.tiny_models import make_checkpoint
 
 LAYERS, HEADS = 2, 4
 

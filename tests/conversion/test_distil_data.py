@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from conversion.distil_data import JsonlRows, Sample, text_samples
 from conversion.errors import ConversionError
 from conversion.text_source import TextSource
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 TOKENS, RESPONSE = 2048, 200
 

@@ -22,7 +22,8 @@ from conversion.parallel import Ranks
 from engine.model.config import IndexScope, ModelConfig, SparseAttentionConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder
-from tests.engine.model.tiny_models import byte_tokenizer, make_checkpoint
+from tests.engine.byte_tokenizer import byte_tokenizer
+from tests.engine.model.tiny_models import make_checkpoint
 
 HEADS = ((), (1, 2, 4), (0, 5))
 TOKENS, INDEX_DIM = 200, 4

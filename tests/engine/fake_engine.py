@@ -35,13 +35,19 @@ def build(config: EngineConfig) -> EngineParts:
         raise ZeroDivisionError("nobody expected this")
     if config.model == "hang-at-load":
         time.sleep(3600)
-    if config.model.startswith("once:"):  # loads once; later the folder is gone
-        marker = Path(config.model.removeprefix("once:"))
-        if not marker.exists():
+    step_seconds = 0.0
+    if config.model.startswith("slow:"):  # seconds of each step
+        step_seconds = float(config.model.removeprefix("slow:"))
+    if config.model.startswith("once:"):  # loads whenever the file is there, and removes it
+        _, kind, path = config.model.split(":", 2)
+        marker, step_seconds = Path(path), 0.01
+        if not marker.exists() and kind == "folder":
             raise CheckpointError(f"{marker.name}: there is no config.json")
+        if not marker.exists():
+            raise RuntimeError("CUDA error: no device")
         marker.unlink()
     info = toy_info()
-    return EngineParts(toy_scheduler(info), FakeRunner(info))
+    return EngineParts(toy_scheduler(info), FakeRunner(info, step_seconds))
 
 
 if __name__ == "__main__":

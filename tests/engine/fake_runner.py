@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from engine.batch import Batch, Span
+from engine.counter_rng import uniform
 from engine.kv_pools import KvPools
 from engine.messages import Attended, EngineInfo, ReadBytes, TokenLogprobs
 from engine.request import Request
@@ -36,12 +38,17 @@ def toy_next(tokens: Sequence[int]) -> int:
     return state % EOS
 
 
-def toy_generate(prompt: Sequence[int], count: int) -> list[int]:
-    """What an engine around FakeRunner must answer."""
+def toy_generate(prompt: Sequence[int], count: int, seed: int | None = None) -> list[int]:
+    """What an engine around FakeRunner must answer, greedily or drawn with a seed."""
     tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(toy_next(tokens))
+    for index in range(count):
+        tokens.append(toy_next(tokens) if seed is None else toy_draw(tokens, seed, index))
     return tokens[len(prompt) :]
+
+
+def toy_draw(tokens: Sequence[int], seed: int, index: int) -> int:
+    """Token `index` of the output of a request that samples: by its counter-based draw."""
+    return (toy_next(tokens) + int(uniform(seed, index) * EOS)) % EOS
 
 
 def toy_info(
@@ -86,8 +93,10 @@ def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
 class FakeRunner:
     """Implements `engine.step.Runner`."""
 
-    def __init__(self, info: EngineInfo) -> None:
+    def __init__(self, info: EngineInfo, step_seconds: float = 0.0) -> None:
+        """`step_seconds`: real time that each step takes, so that a test can act during it."""
         self.info = info
+        self._step_seconds = step_seconds
         self.forgotten: list[int] = []
         self.steps: list[Batch] = []
         self._full: dict[int, int] = {}  # slot -> token
@@ -95,6 +104,7 @@ class FakeRunner:
 
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         self.steps.append(batch)
+        time.sleep(self._step_seconds)
         result = StepResult()
         for span in batch.spans:
             self._store(span)
@@ -104,10 +114,11 @@ class FakeRunner:
             if span.sample:
                 request = requests[span.request_id]
                 result.samples[span.request_id] = self._sample(span, request)
-            if span.rule == "decode":
+            if span.rule == "decode" and span.sample:
                 result.attended[span.request_id] = Attended(1, span.stop // 2, 0.5)
                 result.layer_attended_fraction[0] = 0.5
-            elif requests[span.request_id].params.prompt_logprobs is not None:
+            asks = requests[span.request_id].params.prompt_logprobs is not None
+            if span.rule == "prefill" and asks:
                 result.prompt_logprobs[span.request_id] = _toy_prompt_logprobs(span)
         return result
 
@@ -123,9 +134,14 @@ class FakeRunner:
         tokens = [self._full[self._slot(span.full_blocks, i)] for i in range(span.stop)]
         if NOT_FINITE in tokens:
             return Sample(None)
-        token = toy_next(tokens)
-        logprobs = None if request.params.logprobs is None else TokenLogprobs(token, -0.5, [], [])
-        return Sample(token, logprobs)
+        params, token = request.params, toy_next(tokens)
+        if params.temperature > 0:
+            token = toy_draw(tokens, params.seed, len(request.output))
+        if params.logprobs is None:
+            return Sample(token)
+        tops = [(token + place) % EOS for place in range(params.logprobs)]
+        values = [-span.stop / 8 - place for place in range(params.logprobs)]
+        return Sample(token, TokenLogprobs(token, -span.stop / 8, tops, values))
 
     def _check_window(self, span: Span, request: Request) -> None:
         """Every token that the window rule lets this span see must still be there."""

@@ -20,6 +20,7 @@ from engine.messages import (
     Timing,
     TokenLogprobs,
 )
+from engine.recovery import Recovery
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -32,6 +33,9 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer, max_model_len: int = 256) -> None:
         self.state: EngineState = "ready"
         self.restarts = 0
+        self.recovery = Recovery()
+        self.trouble: str | None = None
+        self.step_allowance = 0.0
         self.stats = Stats(full_total=100, window_total=100, layer_attended_fraction={3: 0.25})
         self.queue_limit = 64
         self.aborted: list[int] = []
@@ -71,6 +75,9 @@ class FakeEngine:
 
     def seconds_since_step(self) -> float:
         return self.silence
+
+    def step_seconds(self) -> float:
+        return self.step_allowance
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvloop
 
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
 from server.runner import _Server, _uvicorn_config, bind
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 from tests.server.fake_engine import FakeEngine
 
 CHAT_TEMPLATE = (
@@ -110,7 +111,11 @@ def live_server(folder: Path, *, chat: bool = True, **settings: Any) -> Iterator
         server.should_exit = server.force_exit = True
         await serving
 
-    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     assert ready.wait(30)
     try:

@@ -12,7 +12,7 @@ from tokenizers import decoders, models
 
 from engine.tokenizer import Tokenizer
 from server.detokenizer import WindowDetokenizer, make_detokenizer
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 BYTES = Tokenizer(byte_tokenizer(320), {})
 

@@ -8,7 +8,7 @@ from tokenizers import processors
 from engine.messages import TokenLogprobs
 from engine.tokenizer import Tokenizer
 from server.echo import EchoedPrompt, PromptText
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 TEXT = "añb"  # the middle letter has two bytes, a token each
 

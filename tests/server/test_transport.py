@@ -6,13 +6,12 @@ import contextlib
 import json
 import socket
 import threading
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.server.live_server import LiveServer, live_server
+from tests.server.live_server import LiveServer
 from tests.server.test_bad_inputs import assert_refused
 
 GOOD = b'{"prompt": "a", "max_tokens": 1}'
@@ -194,23 +193,3 @@ def test_b57_a_slow_body_does_not_hold_others(server: LiveServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as slow:
         slow.sendall(request("Content-Type: application/json", "Content-Length: 10", body=b"{"))
         assert server.post(prompt="a", max_tokens=1).status_code == 200
-
-
-def test_connections_are_capped(tmp_path: Path) -> None:
-    with live_server(tmp_path, max_connections=4) as server:
-        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
-        with (
-            socket.create_connection(("127.0.0.1", server.port), timeout=20) as extra,
-            contextlib.suppress(ConnectionResetError),
-        ):
-            assert extra.recv(10) == b""
-        for connection in held:
-            connection.close()
-
-        def works() -> bool:
-            try:
-                return server.post(prompt="a", max_tokens=1).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        server.until(works)

@@ -15,7 +15,7 @@ from conversion.code_facts import FactDocument, Question
 from conversion.errors import ConversionError
 from conversion.evaluation.http_endpoint import HttpEndpoint
 from conversion.evaluation.samples import PromptSample, Sample
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 URL = "http://server.test:8000"
 DOCUMENT = FactDocument(

@@ -28,7 +28,7 @@ from conversion.evaluation.ruler.niah import NOISE
 from conversion.evaluation.samples import TokenCounter
 from conversion.evaluation.traces import TRACE_TASKS, TraceTask, make_trace
 from conversion.text_source import TextSource
-from tests.engine.model.tiny_models import byte_tokenizer
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 LENGTH = 4000
 

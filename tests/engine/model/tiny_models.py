@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engine.model.checkpoint import indexer_shapes
 from engine.model.config_reader import read_config
+from tests.engine.byte_tokenizer import byte_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -91,14 +91,3 @@ def add_section(folder: Path, section: dict[str, Any], seed: int = 0) -> None:
     if shapes:
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         save_file(tensors, folder / "indexer.safetensors")
-
-
-def byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer without merges: id = 64 + byte's place in the alphabet."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {f"<|{i}|>": i for i in range(vocab_size - len(alphabet))}
-    vocab |= {letter: len(vocab) + i for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
