@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from engine.errors import EngineError
@@ -17,6 +19,15 @@ from engine.recovery import Recovery
 from engine.request import SamplingParams
 
 EngineState = Literal["loading", "ready", "restarting", "draining", "dead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate."""
+
+    prompt: Sequence[int]  # never changed afterwards; jobs of one prompt may hold the same object
+    params: SamplingParams
+    deadline: float | None = None  # time.monotonic() seconds, when the engine drops it
 
 
 class Generation:
@@ -153,15 +164,21 @@ class Engine(Protocol):
         """How much longer than an ordinary one the step under way may take; 0 between steps."""
         ...
 
-    def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
-    ) -> Generation:
-        """Admit a request; the engine drops it at `deadline`, in time.monotonic() seconds.
+    def submit_all(self, jobs: Sequence[Job]) -> list[Generation]:
+        """Admit the jobs of one call, all of them or none.
 
         Raises:
             QueueFullError: too much is queued.
             EngineUnavailableError: loading, restarting, draining or dead.
             RequestError: it can not be computed; PoisonError where it ended the engine before.
+        """
+        ...
+
+    def hold(self, requests: int, prefill_tokens: int) -> AbstractContextManager[None]:
+        """Count a call as queued while it is tokenised, by the fewest tokens that it can have.
+
+        Raises:
+            QueueFullError: too much is queued; no need to tokenise.
         """
         ...
 

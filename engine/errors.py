@@ -9,6 +9,12 @@ EngineError
 └── EngineUnavailableError  the engine is loading, restarting, draining or dead
 """
 
+from __future__ import annotations
+
+from typing import Literal
+
+QueueFullReason = Literal["queue_full", "prefill_backlog"]  # too many requests, or prompt tokens
+
 
 class EngineError(Exception):
     """Base of every error this package raises on purpose."""
@@ -33,9 +39,12 @@ class PoisonError(RequestError):
 class QueueFullError(EngineError):
     """The queue is full. `retry_after` is a whole number of seconds, at least 1."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(
+        self, message: str, retry_after: int, reason: QueueFullReason = "queue_full"
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class EngineUnavailableError(EngineError):

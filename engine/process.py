@@ -20,13 +20,14 @@ import logging
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 
 import msgspec
 
-from engine.admission import AdmissionQueue
+from engine.admission import AdmissionQueue, prefill_charges
 from engine.child import EngineChild
 from engine.child_protocol import Child, ChildEndedError, LaunchChild
-from engine.client import EngineState, Generation
+from engine.client import EngineState, Generation, Job
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineUnavailableError, PoisonError, RequestError
 from engine.live_requests import LiveRequests
@@ -57,6 +58,7 @@ class EngineProcess:
         config: EngineConfig,
         *,
         max_queued_requests: int = 256,
+        max_queued_prefill_tokens: int | None = None,
         policy: SupervisionPolicy | None = None,
         launch: LaunchChild = EngineChild.launch,
         clock: Callable[[], float] = time.monotonic,
@@ -66,6 +68,8 @@ class EngineProcess:
         Args:
             config: sent to the child as it is.
             max_queued_requests: requests that may wait for their first computation.
+            max_queued_prefill_tokens: prompt tokens that may wait to be computed; None follows
+                the longest prompt (`engine.admission.default_prefill_limit`).
             policy: deadlines and restart limits.
             launch: starts the child; a simulation gives one without a process.
             clock: monotonic seconds, the same clock as in the child.
@@ -75,7 +79,13 @@ class EngineProcess:
         self._clock = clock
         self._sleep = sleep
         self._starter = Starter(config, self._policy, launch, clock, sleep)
-        self._queue = AdmissionQueue(max_queued_requests, clock)
+        self._prefix_caching = config.prefix_caching
+        self._queue = AdmissionQueue(
+            clock,
+            max_requests=max_queued_requests,
+            max_prefill_tokens=max_queued_prefill_tokens,
+            small_tokens=config.max_batch_tokens,
+        )
         self._live = LiveRequests(self._policy.max_resumes)
         self._poison = PoisonList(self._policy.poison_seconds, clock)
         self._ids = itertools.count(1)
@@ -162,7 +172,11 @@ class EngineProcess:
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
     ) -> Generation:
-        """Admit a request; the engine drops it at `deadline`, by the clock that it was given.
+        """Admit a single request, as `submit_all`."""
+        return self.submit_all([Job(prompt, params, deadline)])[0]
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Generation]:
+        """Admit the jobs of one call, all of them or none.
 
         Raises:
             QueueFullError: too much is queued.
@@ -172,20 +186,32 @@ class EngineProcess:
         """
         if self.state != "ready" or self._child is None:
             raise EngineUnavailableError(f"the engine is {self.state}")
-        self._queue.check()
-        buffer = _int32_buffer(prompt)
-        if self._poison.holds(buffer, params):
+        distinct = {id(job.prompt): job.prompt for job in jobs}
+        buffers = {key: _int32_buffer(prompt) for key, prompt in distinct.items()}
+        prompts = [buffers[id(job.prompt)] for job in jobs]
+        if any(map(self._poison.holds, prompts, (job.params for job in jobs))):
             raise PoisonError("the same request ended the engine before")
+        shares = self._prefix_caching and all(j.params.prompt_logprobs is None for j in jobs)
+        charges = prefill_charges(prompts, self.info.block_tokens if shares else None)
+        self._queue.check(len(jobs), sum(charges))
+        return [self._begin(*one) for one in zip(jobs, prompts, charges, strict=True)]
+
+    def hold(self, requests: int, prefill_tokens: int) -> AbstractContextManager[None]:
+        """Count a call as queued while it is tokenised; raises QueueFullError on entry."""
+        return self._queue.hold(requests, prefill_tokens)
+
+    def _begin(self, job: Job, prompt: bytes, charge: int) -> Generation:
+        """Hand an admitted job to the engine."""
         request_id = next(self._ids)
+        generation = Generation(request_id, job.prompt, job.params, self._abort, job.deadline)
         add = Add(
             request_id=request_id,
-            params=params,
-            prompt=buffer,
+            params=job.params,
+            prompt=prompt,
             arrival=self._clock(),
-            deadline=deadline,
+            deadline=job.deadline,
         )
-        generation = Generation(request_id, prompt, params, self._abort, deadline)
-        self._queue.enter(request_id)
+        self._queue.enter(request_id, len(job.prompt), charge)
         self._send(self._live.add(generation, add))
         self._idle.clear()
         return generation
@@ -218,6 +244,7 @@ class EngineProcess:
     def _take(self, ready: ReadyChild) -> Child:
         """Work with a child that is ready."""
         self._child, self._info = ready.child, ready.info
+        self._queue.know_longest(self._info.max_model_len)
         self._last_sign = self._clock()
         self._phase = "ready"
         return ready.child
@@ -275,7 +302,7 @@ class EngineProcess:
         self._outages.end(self._last_sign)
         self._stats = _add_counters(report.stats, self._stats_before)
         for update in report.updates:
-            self._queue.depart(update.request_id)
+            self._queue.progress(update.request_id, update.prefilled, update.cached)
             self._send(self._live.push(update))
             if update.finish_reason is not None:
                 self._forget(update.request_id)
@@ -291,6 +318,7 @@ class EngineProcess:
         await self._drop_child()
         self._stats_before = self._stats
         self._stats = _add_counters(Stats(), self._stats_before)
+        self._queue.restart()
         guilty = self._live.lose_engine(None if step is None else step.request_ids)
         if guilty is not None:
             self._condemn(*guilty)

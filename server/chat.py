@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.messages import EngineInfo
-from server.admission import submit_all
+from server.admission import hold_room, submit_all
 from server.answer import Answer
 from server.chat_template import ChatTemplate, parse_messages
 from server.choice import Choice, Delta
@@ -76,7 +76,8 @@ class ChatCall:
         n = body.n or 1
         if n > service.config.max_choices:
             raise invalid(f"n: at most {service.config.max_choices}", "n")
-        prompt = await service.in_thread(_encode, template, messages, service, info)
+        with hold_room(service, [message["content"] for message in messages], n):
+            prompt = await service.in_thread(_encode, template, messages, service, info)
         max_tokens = clamp_max_tokens(len(prompt), _wanted_tokens(body, info), info)
         sampling = parse_sampling(
             body,

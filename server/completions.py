@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.admission import submit_all
+from server.admission import hold_room, submit_all
 from server.answer import Answer
 from server.choice import Choice, Delta
 from server.echo import EchoedPrompt, PromptText
@@ -84,21 +84,22 @@ class CompletionCall:
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
-        encoded = [
-            await service.in_thread(encode_prompt, prompt, service.tokenizer, info)
-            for prompt in prompts
-        ]
-        jobs = [
-            (ids, _for_prompt(common, clamp_max_tokens(len(ids), max_tokens, info)))
-            for ids in encoded
-        ]
-        echoes = [
-            await service.in_thread(
-                PromptText, ids, prompt if isinstance(prompt, str) else None, service.tokenizer
-            )
-            for prompt, ids in zip(prompts, encoded, strict=True)
-            if body.echo
-        ]
+        with hold_room(service, prompts, len(prompts) * n):
+            encoded = [
+                await service.in_thread(encode_prompt, prompt, service.tokenizer, info)
+                for prompt in prompts
+            ]
+            jobs = [
+                (ids, _for_prompt(common, clamp_max_tokens(len(ids), max_tokens, info)))
+                for ids in encoded
+            ]
+            echoes = [
+                await service.in_thread(
+                    PromptText, ids, prompt if isinstance(prompt, str) else None, service.tokenizer
+                )
+                for prompt, ids in zip(prompts, encoded, strict=True)
+                if body.echo
+            ]
         answer = _admit(service, jobs, echoes, common, n, deadline, record)
         completion_id = f"cmpl-{uuid.uuid4().hex}"
         record.wanted = Wanted(

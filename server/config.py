@@ -53,7 +53,10 @@ class ServerConfig(BaseSettings):
     max_request_seconds: Seconds = 3600.0  # deadline of a request that names none, and the most
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0  # for running requests after SIGTERM
     stall_seconds: Seconds = 60.0  # without an engine step, readiness is denied
-    max_queued_requests: Count = 256
+    max_queued_requests: Count = 256  # that wait for their first computation
+    # Prompt tokens that wait to be computed; None: 2^20, or four of the longest prompts if that is
+    # more. A call that finds none before it, or of at most max_batch_tokens, is taken in any case.
+    max_queued_prefill_tokens: Count | None = None
     max_prompts: Count = 128  # in one call
     max_choices: Count = 128  # prompts times n in one call
 

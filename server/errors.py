@@ -16,11 +16,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import EngineUnavailableError, PoisonError, QueueFullError, RequestError
+from engine.errors import (
+    EngineUnavailableError,
+    PoisonError,
+    QueueFullError,
+    QueueFullReason,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 300  # characters
+_FULL: dict[QueueFullReason, str] = {
+    "queue_full": "too many requests are waiting; try again later",
+    "prefill_backlog": "too many prompt tokens are waiting to be computed; try again later",
+}
 
 
 class ApiError(Exception):
@@ -86,9 +96,7 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        return ApiError(
-            429, "the queue is full; try again later", code="queue_full", headers=_retry(error)
-        )
+        return ApiError(429, _FULL[error.reason], code=error.reason, headers=_retry(error))
     if isinstance(error, EngineUnavailableError):
         return ApiError(
             503,

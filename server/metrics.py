@@ -27,8 +27,8 @@ REJECTIONS = (
     *("invalid_request", "invalid_json", "context_length_exceeded", "no_chat_template"),
     *("not_computable", "model_not_found", "not_found", "method_not_allowed"),
     *("invalid_api_key", "invalid_host", "invalid_http", "unsupported_media_type"),
-    *("unsupported_encoding", "body_too_large", "queue_full", "engine_unavailable"),
-    *("deadline_exceeded", "request_failed", "internal_error"),
+    *("unsupported_encoding", "body_too_large", "queue_full", "prefill_backlog"),
+    *("engine_unavailable", "deadline_exceeded", "request_failed", "internal_error"),
 )
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 OTHER = "other"

@@ -101,7 +101,10 @@ async def _serve(
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
     engine = EngineProcess(
-        config.engine(), max_queued_requests=config.max_queued_requests, launch=launch
+        config.engine(),
+        max_queued_requests=config.max_queued_requests,
+        max_queued_prefill_tokens=config.max_queued_prefill_tokens,
+        launch=launch,
     )
     server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
     loop = asyncio.get_running_loop()

@@ -19,7 +19,7 @@ import pytest
 import zmq
 
 from engine.child import EngineChild
-from engine.client import Engine, Generation
+from engine.client import Engine, Generation, Job
 from engine.config import EngineConfig
 from engine.errors import (
     CheckpointError,
@@ -47,9 +47,12 @@ POLICY = SupervisionPolicy(first_backoff=0.01, max_backoff=0.02, stop_seconds=DE
 
 
 def make_engine(
-    model: str = "toy", policy: SupervisionPolicy = POLICY, **kwargs: Any
+    model: str = "toy",
+    policy: SupervisionPolicy = POLICY,
+    max_batch_tokens: int = 2048,
+    **kwargs: Any,
 ) -> EngineProcess:
-    config = EngineConfig(model=model)
+    config = EngineConfig(model=model, max_batch_tokens=max_batch_tokens)
     return EngineProcess(config, policy=policy, launch=launch_toy, **kwargs)
 
 
@@ -96,7 +99,7 @@ def test_generates_for_several_requests_and_stops_without_a_trace() -> None:
             assert border.state == "ready"
             assert border.info.vocab_size == 100
             prompts = [[n, n + 1, 3] for n in range(12)]
-            generations = [border.submit(p, greedy(10)) for p in prompts]
+            generations = border.submit_all([Job(p, greedy(10)) for p in prompts])
             for prompt, generation in zip(prompts, generations, strict=True):
                 last = await finish(generation)
                 assert generation.output == toy_generate(prompt, 10)
@@ -460,6 +463,33 @@ def test_a_full_queue_is_refused_with_the_seconds_to_wait() -> None:
             for generation in generations:
                 await finish(generation)
             await finish(engine.submit([9], greedy(1)))
+
+    run(test)
+
+
+def test_a_call_is_admitted_whole_or_not_at_all_and_its_prompt_charged_once() -> None:
+    async def test() -> None:
+        limits = {"max_queued_requests": 6, "max_queued_prefill_tokens": 100}
+        async with running(max_batch_tokens=32, **limits) as engine:
+            first = engine.submit([1] * 40, greedy(60))
+            with pytest.raises(QueueFullError) as caught:
+                engine.submit_all([Job([n] * 61, greedy(1)) for n in range(2)])
+            assert caught.value.reason == "prefill_backlog"
+            with pytest.raises(QueueFullError), engine.hold(1, 61):
+                pytest.fail("it was let in")
+            prompt = [2] * 48
+            same = engine.submit_all([Job(prompt, greedy(3))] * 4)  # 48, and 4 more each
+            with pytest.raises(QueueFullError) as caught:
+                engine.submit_all([Job(prompt, greedy(1))] * 2)
+            assert caught.value.reason == "queue_full"
+            with pytest.raises(RequestError):
+                engine.submit_all([Job([3], greedy(1)), Job([2**31], greedy(1))])
+            for generation in same:
+                assert (await finish(generation)).finish_reason == "length"
+            first.abort()
+            await until(lambda: engine.stats.running + engine.stats.waiting == 0)
+            assert engine.stats.generated_tokens < 60 + 12 + 1, "of the refused ones nothing ran"
+            await finish(engine.submit_all([Job([4] * 99, greedy(1))])[0])
 
     run(test)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from engine.client import EngineState, Generation
+from engine.client import EngineState, Generation, Job
 from engine.errors import EngineUnavailableError, QueueFullError
 from engine.messages import (
     Attended,
@@ -38,6 +39,8 @@ class FakeEngine:
         self.step_allowance = 0.0
         self.stats = Stats(full_total=100, window_total=100, layer_attended_fraction={3: 0.25})
         self.queue_limit = 64
+        self.prefill_limit = 10**6
+        self.held: list[tuple[int, int]] = []
         self.aborted: list[int] = []
         self.live: dict[int, Generation] = {}
         self.submitted: list[SamplingParams] = []
@@ -79,17 +82,25 @@ class FakeEngine:
     def step_seconds(self) -> float:
         return self.step_allowance
 
-    def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
-    ) -> Generation:
+    def submit_all(self, jobs: Sequence[Job]) -> list[Generation]:
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}", retry_after=7)
-        if len(self.live) >= self.queue_limit:
+        if len(self.live) + len(jobs) > self.queue_limit:
             raise QueueFullError("full", retry_after=3)
-        generation = Generation(next(self._ids), prompt, params, self._abort, deadline)
+        return [self._start(job) for job in jobs]
+
+    @contextmanager
+    def hold(self, requests: int, prefill_tokens: int) -> Iterator[None]:
+        self.held.append((requests, prefill_tokens))
+        if prefill_tokens > self.prefill_limit:
+            raise QueueFullError("full", retry_after=4, reason="prefill_backlog")
+        yield
+
+    def _start(self, job: Job) -> Generation:
+        generation = Generation(next(self._ids), job.prompt, job.params, self._abort, job.deadline)
         self.live[generation.request_id] = generation
-        self.submitted.append(params)
-        self.deadlines.append(deadline)
+        self.submitted.append(job.params)
+        self.deadlines.append(job.deadline)
         task = asyncio.get_running_loop().create_task(self._generate(generation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

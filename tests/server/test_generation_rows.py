@@ -295,7 +295,34 @@ def test_queue_full_is_429_with_retry_after(held: LiveServer) -> None:
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "3"
     assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert answer.json()["error"]["code"] == "queue_full"
     assert not held.engine.live, "all or none"
+
+
+def test_a_backlog_of_prompts_is_429_before_anything_is_tokenised(
+    held: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D14: counted by the fewest tokens that the prompts can have; ids are counted exactly."""
+    engine = held.engine
+    monkeypatch.setattr(engine, "prefill_limit", 20)
+    monkeypatch.setattr(type(held.tokenizer), "encode", lambda *_, **__: pytest.fail("tokenised"))
+    rejected = 'requests_rejected_total{model_name="toy",reason="prefill_backlog"}'
+    longest = held.tokenizer.longest_token_bytes
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a" * 21 * longest},
+        {"prompt": [[70] * 11, [71] * 10]},
+        {"prompt": "a" * 21 * longest, "stream": True, "n": 4},
+    ]
+    for body in bodies:
+        answer = held.post(**body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "4")
+        assert answer.json()["error"]["code"] == "prefill_backlog"
+    assert engine.held[-3:] == [(1, 21), (2, 21), (4, 21)]
+    chat = {"messages": [{"role": "user", "content": "a" * 21 * longest}] * 2}
+    assert held.post("/v1/chat/completions", n=3, **chat).status_code == 429
+    assert engine.held[-1] == (3, 42)
+    assert not engine.live
+    held.until(lambda: f"rtpurbo_{rejected} 4.0" in httpx.get(held.url + "/metrics").text)
 
 
 @pytest.mark.parametrize("state", ["loading", "restarting", "draining", "dead"])

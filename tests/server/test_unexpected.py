@@ -28,7 +28,7 @@ def test_a_bug_is_answered_in_the_envelope(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The framework answered in plain text before the edge could."""
-    monkeypatch.setattr(server.engine, "submit", broken)
+    monkeypatch.setattr(server.engine, "submit_all", broken)
     answer = server.post(prompt="a")
     assert answer.status_code == 500
     error = answer.json()["error"]
