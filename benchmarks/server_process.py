@@ -22,14 +22,25 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(model: str, *flags: str, deadline: float = 300.0) -> Iterator[ServerProcess]:
+def serving(
+    model: str,
+    *flags: str,
+    program: Sequence[str] = ("server.cli", "serve"),
+    deadline: float = 300.0,
+) -> Iterator[ServerProcess]:
     """Serve `model` on a free loopback port until the block ends.
+
+    Args:
+        model: folder to serve.
+        flags: for the program, after its model and its port.
+        program: module and first arguments; tests run one with a fake engine.
+        deadline: seconds until it has to be ready.
 
     Raises:
         RuntimeError: the server ended, or was not ready within `deadline` seconds.
     """
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", model, "--port", str(port), *flags]
+    command = [sys.executable, "-m", *program, model, "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"

@@ -16,6 +16,7 @@ from engine.child_protocol import LaunchChild
 from engine.errors import ConfigError, EngineError
 from engine.model.checkpoint import preflight
 from engine.process import EngineProcess
+from engine.supervision import SupervisionPolicy
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
@@ -29,8 +30,17 @@ DEAD_PEER_SECONDS = 120.0  # after which a peer that acknowledges nothing is gon
 CLOSE_SECONDS = 3  # after draining, for last words to reach clients that read them
 
 
-def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -> int:
-    """Serve until a signal; returns the exit code. Tests put another engine behind `launch`.
+def run_server(
+    config: ServerConfig,
+    policy: SupervisionPolicy | None = None,
+    launch: LaunchChild = EngineChild.launch,
+) -> int:
+    """Serve until a signal; returns the exit code.
+
+    Args:
+        config: the server's settings and the engine's.
+        policy: of supervision; None: the usual one.
+        launch: starts the engine; tests put another one behind the same server.
 
     Raises:
         EngineError: one line; the settings, the address or the model folder are not usable, or the
@@ -47,7 +57,7 @@ def run_server(config: ServerConfig, launch: LaunchChild = EngineChild.launch) -
         with asyncio.Runner(
             loop_factory=uvicorn.Config("", loop="uvloop").get_loop_factory()
         ) as runner:
-            return runner.run(_serve(config, tokenizer, listener, port, launch))
+            return runner.run(_serve(config, tokenizer, listener, port, policy, launch))
     finally:
         listener.close()
 
@@ -97,6 +107,7 @@ async def _serve(
     tokenizer: Tokenizer,
     listener: socket.socket,
     port: int,
+    policy: SupervisionPolicy | None,
     launch: LaunchChild,
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
@@ -104,6 +115,7 @@ async def _serve(
         config.engine(),
         max_queued_requests=config.max_queued_requests,
         max_queued_prefill_tokens=config.max_queued_prefill_tokens,
+        policy=policy,
         launch=launch,
     )
     server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))

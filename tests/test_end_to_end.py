@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -123,6 +125,39 @@ def test_the_official_client(server: ServerProcess) -> None:
         assert logprobs is not None
         assert logprobs.token_logprobs is not None
         assert all(value is not None and value <= 0 for value in logprobs.token_logprobs)
+
+
+def test_f01_killed_in_sparse_decode_the_text_is_the_same(
+    server: ServerProcess, documents: list[FactDocument]
+) -> None:
+    """Generated tokens are computed again under the decode rule, so the blocks they saw stay."""
+    prompt = documents[1].text[:12_000]
+    fields = {"max_tokens": 48, "logprobs": 1, "ignore_eos": True}
+    whole = complete(server, prompt, **fields)
+    assert whole["usage"]["prompt_tokens"] > 3_000
+    assert whole["metrics"]["attended_fraction"] < 0.9, "retrieval heads select"
+    chunks: list[dict[str, Any]] = []
+    body = {"prompt": prompt, "temperature": 0, "stream": True, **fields}
+    body["stream_options"] = {"include_usage": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=300) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                chunks.append(json.loads(line.removeprefix("data: ")))
+                if len(chunks) == 10:
+                    (engine,) = psutil.Process(server.pid).children()
+                    engine.kill()
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    logprobs = [p for choice in choices for p in choice["logprobs"]["token_logprobs"]]
+    want = whole["choices"][0]["logprobs"]["token_logprobs"]
+    assert logprobs == pytest.approx(want, abs=1e-3)
+    last = chunks[-1]
+    attended = whole["metrics"]["attended_tokens_mean"]
+    assert last["metrics"]["attended_tokens_mean"] == pytest.approx(attended, rel=0.01)
+    cached = last["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 2_500, "as the engine that died had found it"
+    resumed = httpx.get(server.url + "/metrics").text.split("rtpurbo_requests_resumed_total{")[1]
+    assert resumed.split()[1] == "1.0", "it was killed before the end"
 
 
 def test_dense_serving_of_the_converted_model(documents: list[FactDocument]) -> None:

@@ -6,6 +6,7 @@ the supervision are the real ones.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from engine.core import run_engine
 from engine.errors import CheckpointError, ConfigError
 from engine.step import EngineParts
 from tests.engine.fake_runner import FakeRunner, toy_info, toy_scheduler
+
+TOY_FILE = "toy.json"
 
 
 async def launch_toy(config: EngineConfig) -> EngineChild:
@@ -36,6 +39,9 @@ def build(config: EngineConfig) -> EngineParts:
     if config.model == "hang-at-load":
         time.sleep(3600)
     step_seconds = 0.0
+    settings = Path(config.model) / TOY_FILE  # of a folder that a whole server can serve
+    if settings.exists():
+        step_seconds = json.loads(settings.read_text())["step_seconds"]
     if config.model.startswith("slow:"):  # seconds of each step
         step_seconds = float(config.model.removeprefix("slow:"))
     if config.model.startswith("once:"):  # loads whenever the file is there, and removes it
