@@ -22,8 +22,6 @@ from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 
-import msgspec
-
 from engine.admission import AdmissionQueue, prefill_charges
 from engine.child import EngineChild
 from engine.child_protocol import Child, ChildEndedError, LaunchChild
@@ -33,21 +31,14 @@ from engine.errors import EngineError, EngineUnavailableError, PoisonError, Requ
 from engine.live_requests import LiveRequests
 from engine.messages import Abort, Add, EngineInfo, Report, RequestUpdate, Stats
 from engine.poison import PoisonList
-from engine.recovery import Outages, Recovery
+from engine.recovery import Recovery
 from engine.request import SamplingParams
 from engine.starter import ReadyChild, Starter
-from engine.step_note import StepNote
+from engine.stats_total import StatsTotal
 from engine.supervision import SupervisionPolicy
+from engine.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-_COUNTERS = (
-    *("step", "preemptions", "prefix_hit_tokens", "prompt_tokens", "generated_tokens"),
-    *("decode_steps", "decode_seconds", "prefill_steps", "prefill_seconds"),
-    *("mixed_steps", "mixed_seconds", "memory_retries", "attended_tokens", "context_tokens"),
-    *("read_selected_bytes", "read_whole_bytes", "read_window_bytes"),
-    *("read_index_bytes", "read_dense_bytes"),
-)
 
 
 class EngineProcess:
@@ -93,16 +84,14 @@ class EngineProcess:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._child: Child | None = None
+        self._watch: Watch | None = None  # over the child that runs
         self._supervisor: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
-        self._stats = Stats()
-        self._stats_before = Stats()  # counters of the engine processes that ended
-        self._resumed = self._poisoned = 0
-        self._outages = Outages()
+        self._stats = StatsTotal()
+        self._recovery = Recovery()
+        self._last_sign = clock()
         self._cause_of_death = ""
         self._died = asyncio.Event()
-        self._last_sign = clock()
 
     @property
     def state(self) -> EngineState:
@@ -118,7 +107,7 @@ class EngineProcess:
     @property
     def stats(self) -> Stats:
         """The newest snapshot; counters go on over restarts."""
-        return self._stats
+        return self._stats.newest
 
     @property
     def restarts(self) -> int:
@@ -126,10 +115,7 @@ class EngineProcess:
 
     @property
     def recovery(self) -> Recovery:
-        outages = self._outages
-        return Recovery(
-            self._resumed, self._poisoned, outages.count, outages.seconds, outages.last_seconds
-        )
+        return self._recovery
 
     @property
     def trouble(self) -> str | None:
@@ -139,7 +125,7 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         """The engine's process id, None while there is none."""
-        return None if self._child is None else self._child.pid
+        return None if self._watch is None else self._watch.child.pid
 
     def seconds_since_step(self) -> float:
         """Age of the last sign of life; the loop also gives one while idle."""
@@ -147,8 +133,7 @@ class EngineProcess:
 
     def step_seconds(self) -> float:
         """How much longer than an ordinary one the step under way may take; 0 between steps."""
-        step = None if self._child is None or self._phase != "ready" else self._child.step()
-        return 0.0 if step is None else self._extra_seconds(step)
+        return 0.0 if self._watch is None else self._watch.step_seconds()
 
     async def wait_dead(self) -> str:
         """Wait until the supervisor has given up, not for `stop`; the reason in one line."""
@@ -163,11 +148,11 @@ class EngineProcess:
         """
         assert self._supervisor is None, "start is called once"
         try:
-            child = self._take(await self._starter.launch())
+            watch = self._take(await self._starter.launch())
         except BaseException:
             self._phase = "dead"
             raise
-        self._supervisor = asyncio.create_task(self._supervise(child), name="engine-supervisor")
+        self._supervisor = asyncio.create_task(self._supervise(watch), name="engine-supervisor")
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None
@@ -184,7 +169,7 @@ class EngineProcess:
             RequestError: a token id does not fit 32 bits; PoisonError where the same request ended
                 the engine before.
         """
-        if self.state != "ready" or self._child is None:
+        if self.state != "ready" or self._watch is None:
             raise EngineUnavailableError(f"the engine is {self.state}")
         distinct = {id(job.prompt): job.prompt for job in jobs}
         buffers = {key: _int32_buffer(prompt) for key, prompt in distinct.items()}
@@ -236,27 +221,28 @@ class EngineProcess:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
         await self._starter.stop()
-        if self._child is not None:
-            await self._child.shut_down(self._policy.stop_seconds)
+        if self._watch is not None:
+            await self._watch.child.shut_down(self._policy.stop_seconds)
         await self._drop_child()
         self._fail_live("the engine was stopped")
 
-    def _take(self, ready: ReadyChild) -> Child:
+    def _take(self, ready: ReadyChild) -> Watch:
         """Work with a child that is ready."""
-        self._child, self._info = ready.child, ready.info
-        self._queue.know_longest(self._info.max_model_len)
+        self._info = ready.info
+        self._queue.know_longest(ready.info.max_model_len)
+        self._watch = Watch(ready.child, ready.info.device, self._policy, self._clock)
         self._last_sign = self._clock()
         self._phase = "ready"
-        return ready.child
+        return self._watch
 
-    async def _supervise(self, child: Child) -> None:
+    async def _supervise(self, watch: Watch) -> None:
         """Listen to the engine; whenever it is lost, start another that goes on with its work."""
         try:
             while True:
-                lost = await self._listen(child)
+                lost = await self._listen(watch)
                 logger.error("%s", lost)
-                await self._lose(child)
-                child = self._take(await self._starter.launch_again(lost))
+                await self._lose(watch.child)
+                watch = self._take(await self._starter.launch_again(lost))
                 self._resume()
         except EngineError as error:
             self._cause_of_death = str(error)
@@ -269,38 +255,18 @@ class EngineProcess:
         await self._drop_child()
         self._died.set()
 
-    async def _listen(self, child: Child) -> str:
-        """Dispatch reports until the child is lost; says how."""
-        silence = self._policy.silence_seconds
-        while True:
-            try:
-                message = await child.receive(silence)
-            except ChildEndedError as error:
-                return str(error)
-            if message is None:
-                silence = self._seconds_left(child.step())
-                if silence <= 0:
-                    return f"the engine hangs: silent for {self.seconds_since_step():.0f} s"
-                continue
-            if not isinstance(message, Report):
-                return f"engine sent {type(message).__name__} while running"
-            self._dispatch(message)
-            silence = self._policy.silence_seconds
-
-    def _seconds_left(self, step: StepNote | None) -> float:
-        """What the step under way may still take after a silence that is long for most."""
-        if step is None:
-            return 0.0
-        allowed = self._policy.silence_seconds + self._extra_seconds(step)
-        return step.began + allowed - self._clock()
-
-    def _extra_seconds(self, step: StepNote) -> float:
-        return self._policy.step_seconds(step.tokens, self.info.device)
+    async def _listen(self, watch: Watch) -> str:
+        """Dispatch reports until the engine is lost; says how."""
+        try:
+            while True:
+                self._dispatch(await watch.next_report())
+        except ChildEndedError as error:
+            return str(error)
 
     def _dispatch(self, report: Report) -> None:
         self._last_sign = self._clock()
-        self._outages.end(self._last_sign)
-        self._stats = _add_counters(report.stats, self._stats_before)
+        self._recovery.report(self._last_sign)
+        self._stats.take(report.stats)
         for update in report.updates:
             self._queue.progress(update.request_id, update.prefilled, update.cached)
             self._send(self._live.push(update))
@@ -313,11 +279,10 @@ class EngineProcess:
         The note of its step is read first: it says who was being computed.
         """
         self._phase = "restarting"
-        self._outages.begin(self._clock())
+        self._recovery.lose(self._clock())
         step = child.step()
         await self._drop_child()
-        self._stats_before = self._stats
-        self._stats = _add_counters(Stats(), self._stats_before)
+        self._stats.lose_engine()
         self._queue.restart()
         guilty = self._live.lose_engine(None if step is None else step.request_ids)
         if guilty is not None:
@@ -328,7 +293,7 @@ class EngineProcess:
         request_id = generation.request_id
         logger.error("request %d ended the engine %d times and is failed", request_id, crashes)
         self._poison.add(_int32_buffer(generation.prompt), generation.params)
-        self._poisoned += 1
+        self._recovery.poisoned += 1
         self._starter.budget.give_back(crashes - 1)  # for the newest loss nothing is spent yet
         generation.push(RequestUpdate(request_id=request_id, finish_reason="error"))
         self._forget(request_id)
@@ -337,18 +302,18 @@ class EngineProcess:
         """Give the new engine what the one before was lost with."""
         if self._live:
             logger.info("%d requests go on in engine process %s", len(self._live), self.pid)
-        self._resumed += len(self._live)
+        self._recovery.resumed += len(self._live)
         self._send(self._live.resume())
 
     def _send(self, messages: Sequence[Add | Abort]) -> None:
         for message in messages:
-            if self._child is not None:
-                self._child.send(message)
+            if self._watch is not None:
+                self._watch.child.send(message)
 
     async def _drop_child(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            await child.close()
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            await watch.child.close()
 
     def _abort(self, request_id: int) -> None:
         if request_id in self._live:
@@ -373,9 +338,3 @@ def _int32_buffer(tokens: Sequence[int]) -> bytes:
         return array("i", tokens).tobytes()
     except OverflowError as error:
         raise RequestError("a token id does not fit 32 bits") from error
-
-
-def _add_counters(now: Stats, before: Stats) -> Stats:
-    """`now` with the counters of earlier processes added, so that no total ever falls."""
-    totals = {name: getattr(now, name) + getattr(before, name) for name in _COUNTERS}
-    return msgspec.structs.replace(now, **totals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import signal
@@ -30,8 +31,8 @@ from engine.errors import (
     QueueFullError,
     RequestError,
 )
-from engine.ipc import reports_path, requests_path
-from engine.messages import RequestUpdate
+from engine.ipc import MAX_MESSAGE_BYTES, encode, reports_path, requests_path
+from engine.messages import Report, RequestUpdate, Shutdown, Stats
 from engine.process import EngineProcess
 from engine.request import SamplingParams
 from engine.supervision import RestartBudget, SupervisionPolicy
@@ -119,7 +120,8 @@ def test_generates_for_several_requests_and_stops_without_a_trace() -> None:
 
 
 def channel_folder(engine: EngineProcess) -> str:
-    child = engine._child
+    assert engine._watch is not None
+    child = engine._watch.child
     assert isinstance(child, EngineChild)
     return child._channel.folder
 
@@ -273,6 +275,35 @@ def test_f04_a_long_step_is_not_a_hang() -> None:
             await until(lambda: engine.step_seconds() == 0)
 
     run(test)
+
+
+@pytest.mark.parametrize("step", [-86400.0, 86400.0], ids=["back", "forth"])
+def test_f18_a_stepped_wall_clock_changes_nothing(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with running(model=SLOW) as engine:
+            generation = engine.submit([1], greedy(40))
+            await generation.next_update()
+            real = time.time
+            monkeypatch.setattr(time, "time", lambda: real() + step)
+            last = await finish(generation)
+            assert engine.restarts == 0
+            assert 0 <= engine.seconds_since_step() < DEADLINE
+            assert last.timing is not None
+            assert last.timing.decode is not None
+            assert 0 < last.timing.decode < DEADLINE
+
+    run(test)
+
+
+def test_f18_no_deadline_or_duration_is_taken_from_the_wall_clock() -> None:
+    """Wall time is for `created` and logs: nothing in the engine asks for it at all."""
+    for path in sorted((ROOT / "engine").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                assert name not in ("time.time", "datetime.now", "datetime.utcnow"), path
 
 
 def test_an_idle_engine_shows_signs_of_life() -> None:
@@ -434,19 +465,33 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(model: str) -> None:
     run(test)
 
 
+BAD_FRAMES: dict[str, list[bytes]] = {
+    "another version": [b"RTPB\x63\x00\x00\x00", b"\xc0"],
+    "truncated": encode(Report(updates=[], stats=Stats()))[:1],
+    "cut body": [encode(Shutdown())[0], encode(Shutdown())[1][:-3]],
+    "oversize": [encode(Shutdown())[0], bytes(MAX_MESSAGE_BYTES)],
+}
+
+
 @pytest.mark.parametrize("side", [requests_path, reports_path], ids=["to engine", "from engine"])
-def test_f24_a_frame_of_another_version_is_treated_as_a_crash(side: Callable[[str], str]) -> None:
+def test_f24_bad_frames_are_treated_as_a_crash_and_nothing_is_lost(
+    side: Callable[[str], str],
+) -> None:
     async def test() -> None:
-        async with running() as engine:
-            pid = engine.pid
-            context = zmq.Context()
-            with context.socket(zmq.PUSH) as sender:
-                sender.connect(f"ipc://{side(channel_folder(engine))}")
-                sender.send_multipart([b"RTPB\x63\x00\x00\x00", b"\xc0"])
-                await until(lambda: engine.restarts == 1 and engine.state == "ready")
-            context.term()
-            assert engine.pid != pid
-            await finish(engine.submit([1], greedy(1)))
+        async with running(model=SLOW) as engine:
+            generation = engine.submit([1], greedy(100))
+            for restarts, frames in enumerate(BAD_FRAMES.values(), 1):
+                await until(lambda: engine.state == "ready")
+                length = len(generation.output)
+                await until(lambda: len(generation.output) > length)  # noqa: B023
+                context = zmq.Context()
+                with context.socket(zmq.PUSH) as sender:
+                    sender.connect(f"ipc://{side(channel_folder(engine))}")
+                    sender.send_multipart(frames)
+                    await until(lambda: engine.restarts == restarts)  # noqa: B023
+                context.term()
+            await finish(generation)
+            assert generation.output == toy_generate([1], 100)
 
     run(test)
 
@@ -569,7 +614,7 @@ def test_f23_a_killed_front_end_leaves_no_engine_behind() -> None:
         killed = time.monotonic()
         parent.kill()
         child.wait(timeout=DEADLINE)
-        assert time.monotonic() - killed < DEADLINE
+        assert time.monotonic() - killed < 2
 
 
 def test_an_engine_without_a_front_end_says_so(capfd: pytest.CaptureFixture[str]) -> None:
