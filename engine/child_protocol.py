@@ -70,7 +70,10 @@ class Child(Protocol):
         ...
 
     async def close(self) -> None:
-        """Kill the process if it lives and remove all traces; nothing of it arrives after this."""
+        """Kill the process if it lives and remove all traces; nothing of it arrives after this.
+
+        Called again where it was interrupted; harmless when it was not.
+        """
         ...
 
 

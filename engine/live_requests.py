@@ -44,6 +44,11 @@ class LiveRequests:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._live
 
+    @property
+    def most_crashes(self) -> int:
+        """Of all of them: engines that one request ended in a row without getting further."""
+        return self._order.most_crashes
+
     def add(self, generation: Generation, add: Add) -> list[Add]:
         """A new request; it may have to wait while others are tried alone."""
         bare = msgspec.structs.replace(add, prompt=b"")

@@ -28,6 +28,7 @@ from engine.child_protocol import Child, ChildEndedError, LaunchChild
 from engine.client import EngineState, Generation, Job
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineUnavailableError, PoisonError, RequestError
+from engine.fallback import features_off
 from engine.live_requests import LiveRequests
 from engine.messages import Abort, Add, EngineInfo, Report, RequestUpdate, Stats
 from engine.poison import PoisonList
@@ -242,7 +243,9 @@ class EngineProcess:
                 lost = await self._listen(watch)
                 logger.error("%s", lost)
                 await self._lose(watch.child)
-                watch = self._take(await self._starter.launch_again(lost))
+                off = features_off(self.info.device, self._live.most_crashes)
+                watch = self._take(await self._starter.launch_again(lost, off))
+                self._recovery.features_off = off
                 self._resume()
         except EngineError as error:
             self._cause_of_death = str(error)
@@ -311,9 +314,10 @@ class EngineProcess:
                 self._watch.child.send(message)
 
     async def _drop_child(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            await watch.child.close()
+        """Forget the child only when it is closed: `stop` may interrupt the supervisor in here."""
+        if self._watch is not None:
+            await self._watch.child.close()
+            self._watch = None
 
     def _abort(self, request_id: int) -> None:
         if request_id in self._live:

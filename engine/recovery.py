@@ -14,6 +14,7 @@ class Recovery:
     outages: int = 0  # that are over
     outage_seconds: float = 0.0  # their sum, of a monotonic clock
     last_outage_seconds: float = 0.0
+    features_off: int = 0  # of the engine that runs (`engine.fallback`); 0 is all on
     _since: float | None = field(default=None, repr=False)
 
     def lose(self, now: float) -> None:

@@ -55,6 +55,11 @@ class ReplayOrder:
         self._live: dict[int, _Standing] = {}  # in order of arrival
         self._held: list[int] = []  # not sent yet, in the order in which they will be
 
+    @property
+    def most_crashes(self) -> int:
+        """Of all live requests: crashes in a row that one of them is blamed for."""
+        return max((standing.crashes for standing in self._live.values()), default=0)
+
     def enter(self, request_id: int) -> list[int]:
         """A new request. It waits while suspects are tried, so that it is not mistaken for one."""
         self._live[request_id] = _Standing()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from engine.child_protocol import Child, ChildEndedError, LaunchChild
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.fallback import with_features_off
 from engine.messages import EngineInfo
 from engine.supervision import RestartBudget, SupervisionPolicy
 
@@ -46,13 +47,17 @@ class Starter:
         self._sleep = sleep
         self._loading: Child | None = None
 
-    async def launch(self) -> ReadyChild:
+    async def launch(self, features_off: int = 0) -> ReadyChild:
         """A child that is ready; it is cleaned up if it does not get that far.
+
+        Args:
+            features_off: how much simpler than wanted it is to compute (`engine.fallback`).
 
         Raises:
             EngineError: one line; CheckpointError or ConfigError where it is one.
         """
-        child = self._loading = await self._launch_child(self._config)
+        config = with_features_off(self._config, features_off)
+        child = self._loading = await self._launch_child(config)
         try:
             info = await child.wait_ready(self._policy.load_seconds)
         except BaseException:
@@ -62,7 +67,7 @@ class Starter:
         logger.info("engine process %d is ready", child.pid)
         return ReadyChild(child, info)
 
-    async def launch_again(self, lost: str) -> ReadyChild:
+    async def launch_again(self, lost: str, features_off: int = 0) -> ReadyChild:
         """Another child that is ready, after one was lost for the reason given.
 
         A start that fails spends nothing of the budget: the model folder or the device may come
@@ -83,7 +88,7 @@ class Starter:
             await self._sleep(max(delay, policy.backoff(failed)))
             self.restarts += 1
             try:
-                return await self.launch()
+                return await self.launch(features_off)
             except EngineError as error:
                 logger.error("engine did not start: %s", error)
                 self.trouble = _for_anyone(error)
@@ -93,9 +98,9 @@ class Starter:
 
     async def stop(self) -> None:
         """Leave nothing of a child that is loading."""
-        child, self._loading = self._loading, None
-        if child is not None:
-            await child.close()
+        if self._loading is not None:
+            await self._loading.close()
+            self._loading = None  # not before: whoever is interrupted in `close` is called again
 
 
 def _for_anyone(error: EngineError) -> str:

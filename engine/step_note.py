@@ -49,7 +49,9 @@ class StepNoteFile:
             _LENGTH.pack_into(self._map, 0, len(body))
 
     def read(self) -> StepNote | None:
-        """The step under way; None between steps."""
+        """The step under way; None between steps, and when the file is closed."""
+        if self._map.closed:
+            return None
         (length,) = _LENGTH.unpack_from(self._map)
         if not 0 < length <= _BYTES - _LENGTH.size:
             return None

@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 from engine.child import EngineChild
 from engine.config import EngineConfig
 from engine.core import run_engine
 from engine.errors import CheckpointError, ConfigError
 from engine.step import EngineParts
-from tests.engine.fake_runner import FakeRunner, toy_info, toy_scheduler
+from tests.engine.fake_runner import NO_GRAPHS, NO_KERNELS, FakeRunner, toy_info, toy_scheduler
 
 TOY_FILE = "toy.json"
 
@@ -52,8 +54,11 @@ def build(config: EngineConfig) -> EngineParts:
         if not marker.exists():
             raise RuntimeError("CUDA error: no device")
         marker.unlink()
-    info = toy_info()
-    return EngineParts(toy_scheduler(info), FakeRunner(info, step_seconds))
+    info, broken = toy_info(), []
+    if config.model == "broken kernels":  # as if it ran on a GPU whose fast paths have faults
+        info = msgspec.structs.replace(info, device="cuda:0")
+        broken = [NO_GRAPHS] * config.cuda_graphs + [NO_KERNELS] * (config.kernels != "torch")
+    return EngineParts(toy_scheduler(info), FakeRunner(info, step_seconds, broken))
 
 
 if __name__ == "__main__":

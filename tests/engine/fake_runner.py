@@ -28,6 +28,8 @@ NOT_FINITE = 90  # the row that carries this token has logits that are not finit
 RAISE = 91  # the step raises
 KILL = 92  # the process dies as by kill -9
 HANG = 93  # the step never returns
+NO_GRAPHS = 94  # the step raises in an engine with CUDA graphs
+NO_KERNELS = 95  # the step raises in an engine with CUDA kernels
 
 
 def toy_next(tokens: Sequence[int]) -> int:
@@ -93,10 +95,18 @@ def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
 class FakeRunner:
     """Implements `engine.step.Runner`."""
 
-    def __init__(self, info: EngineInfo, step_seconds: float = 0.0) -> None:
-        """`step_seconds`: real time that each step takes, so that a test can act during it."""
+    def __init__(
+        self, info: EngineInfo, step_seconds: float = 0.0, broken: Sequence[int] = ()
+    ) -> None:
+        """
+        Args:
+            info: what the front end is told.
+            step_seconds: real time that each step takes, so that a test can act during it.
+            broken: tokens that make a step raise, beside those that always do.
+        """
         self.info = info
         self._step_seconds = step_seconds
+        self._raises = {RAISE, *broken}
         self.forgotten: list[int] = []
         self.steps: list[Batch] = []
         self._full: dict[int, int] = {}  # slot -> token
@@ -159,7 +169,7 @@ class FakeRunner:
     def _misbehave(self, span: Span, result: StepResult) -> None:
         if NOT_FINITE in span.tokens:
             result.failed.add(span.request_id)
-        if RAISE in span.tokens:
+        if not self._raises.isdisjoint(span.tokens):
             raise RuntimeError("a kernel failed")
         if KILL in span.tokens:
             os.kill(os.getpid(), signal.SIGKILL)

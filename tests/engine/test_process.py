@@ -37,7 +37,15 @@ from engine.process import EngineProcess
 from engine.request import SamplingParams
 from engine.supervision import RestartBudget, SupervisionPolicy
 from tests.engine.fake_engine import launch_toy
-from tests.engine.fake_runner import HANG, KILL, NOT_FINITE, RAISE, toy_generate
+from tests.engine.fake_runner import (
+    HANG,
+    KILL,
+    NO_GRAPHS,
+    NO_KERNELS,
+    NOT_FINITE,
+    RAISE,
+    toy_generate,
+)
 from tests.engine.oracle import Oracle
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -162,6 +170,24 @@ def test_f03_a_request_that_ends_every_engine_fails_alone_and_is_refused(poison:
                 engine.submit([4, poison], greedy(5, seed=77))
             await finish(engine.submit([4, 5], greedy(5)))
             assert engine.restarts == 4
+
+    run(test)
+
+
+@pytest.mark.parametrize(("token", "off"), [(NO_GRAPHS, 1), (NO_KERNELS, 2)])
+def test_f08_a_feature_that_fails_is_left_out_and_nothing_is_lost(token: int, off: int) -> None:
+    async def test() -> None:
+        async with running(model="broken kernels") as engine:
+            generation, other = engine.submit([1, token], greedy(9)), engine.submit([5], greedy(9))
+            assert (await finish(generation)).finish_reason == "length"
+            await finish(other)
+            assert other.output == toy_generate([5], 9)
+            assert engine.recovery.poisoned == 0
+            assert (engine.restarts, engine.recovery.features_off) == (1 + off, off)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: engine.restarts == 2 + off and engine.state == "ready")
+            assert engine.recovery.features_off == 0, "tried again when nobody is suspected"
 
     run(test)
 
