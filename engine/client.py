@@ -50,6 +50,7 @@ class Generation:
         self.prompt = prompt
         self.params = params
         self.deadline = deadline  # time.monotonic() seconds
+        self.resumes = 0  # how many times it went on in another engine process
         self.received = Received()
         self._abort = abort
         self._pending: RequestUpdate | None = None

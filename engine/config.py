@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from engine.errors import ConfigError
+from engine.log_lines import LogFormat
 
 AttentionMode = Literal["sparse", "dense"]
 KernelMode = Literal["auto", "cuda", "torch"]
@@ -23,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kernels: KernelMode = "auto"  # of attention; auto: kernels where they can be had
     cuda_graphs: bool = True  # record decode steps and replay them; only with CUDA kernels
     kernel_cache: str | None = None  # folder of compiled kernels; None: ~/.cache/rtpurbo/kernels
+    log_format: LogFormat = "text"  # of the lines on stdout
     max_model_len: int | None = None  # tokens, prompt + output; None: the model's own limit
     max_num_seqs: int = 32  # sequences computed together
     max_batch_tokens: int = 2048  # tokens in one step, decode first, the rest prefill chunks

@@ -22,6 +22,7 @@ from engine.errors import CheckpointError, ConfigError, EngineError, RequestErro
 from engine.ipc import EngineChannel
 from engine.launch import die_with_parent, read_launch
 from engine.load_snapshot import with_load
+from engine.log_lines import log_lines
 from engine.messages import (
     Abort,
     Add,
@@ -63,6 +64,7 @@ class EngineCore:
         channel: Channel,
         clock: Callable[[], float] = time.monotonic,
         note: Callable[[StepNote | None], None] = lambda _: None,
+        dropped_lines: Callable[[], int] = int,
     ) -> None:
         """
         Args:
@@ -71,7 +73,9 @@ class EngineCore:
             channel: where messages come from and go to.
             clock: monotonic seconds, the front end's clock.
             note: told of each step before it is computed, and None after it.
+            dropped_lines: tells how many log lines of this process were lost.
         """
+        self._dropped_lines = dropped_lines
         self._scheduler = scheduler
         self._runner = runner
         self._channel = channel
@@ -228,6 +232,7 @@ class EngineCore:
 
     def _emit(self) -> None:
         stats = with_load(self._accounts.stats, self._scheduler, self._requests.values())
+        stats.log_lines_dropped = self._dropped_lines()
         self._channel.send(Report(updates=self._updates, stats=stats))
         self._updates = []
 
@@ -241,21 +246,28 @@ def run_engine(build: Callable[[EngineConfig], EngineParts]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         launch = read_launch(sys.stdin.buffer)
     except EngineError as error:
         print(f"rtpurbo engine: {error}", file=sys.stderr)
         return 2
     die_with_parent()
-    channel = EngineChannel(launch.folder)
-    try:
-        parts = _load(build, launch.config, channel)
-        if parts is None:
-            return 1
-        EngineCore(parts.scheduler, parts.runner, channel, note=channel.note).run()
-    finally:
-        channel.close()
+    with log_lines(launch.config.log_format, "engine") as log:
+        channel = EngineChannel(launch.folder)
+        try:
+            parts = _load(build, launch.config, channel)
+            if parts is None:
+                return 1
+            core = EngineCore(
+                parts.scheduler,
+                parts.runner,
+                channel,
+                note=channel.note,
+                dropped_lines=lambda: log.dropped,
+            )
+            core.run()
+        finally:
+            channel.close()
     return 0
 
 

@@ -87,6 +87,8 @@ class LiveRequests:
 
     def resume(self) -> list[Add]:
         """Another engine takes work."""
+        for live in self._live.values():
+            live.generation.resumes += 1
         return self._messages(self._order.restart())
 
     def fail_all(self, error: EngineError) -> None:

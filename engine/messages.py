@@ -120,6 +120,7 @@ class Stats(msgspec.Struct, kw_only=True):
     oldest_prefill_total: int = 0  # 0: there is none
     oldest_waiting: float | None = None  # arrival of the first of those that wait; monotonic
     oldest_running: float | None = None  # the same of those that run
+    log_lines_dropped: int = 0  # since start
     # What decode steps attended and read since start (engine.read_bytes). Sums of bytes leave the
     # range of int64 within a day.
     attended_tokens: int = 0

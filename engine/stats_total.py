@@ -11,7 +11,7 @@ _COUNTERS = (
     *("decode_steps", "decode_seconds", "prefill_steps", "prefill_seconds"),
     *("mixed_steps", "mixed_seconds", "memory_retries", "attended_tokens", "context_tokens"),
     *("read_selected_bytes", "read_whole_bytes", "read_window_bytes"),
-    *("read_index_bytes", "read_dense_bytes"),
+    *("read_index_bytes", "read_dense_bytes", "log_lines_dropped"),
 )
 
 

@@ -74,15 +74,20 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object; each prompt counts once, however many choices it has."""
-        prompts = {id(choice.generation.prompt): choice for choice in reversed(self.choices)}
-        prompt = sum(choice.prompt_tokens for choice in prompts.values())
-        completion = sum(choice.generated for choice in self.choices)
-        cached = sum(choice.cached for choice in prompts.values())
+        sizes = self._sizes()
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": sizes["prompt_tokens"],
+            "completion_tokens": sizes["generated_tokens"],
+            "total_tokens": sizes["prompt_tokens"] + sizes["generated_tokens"],
+            "prompt_tokens_details": {"cached_tokens": sizes["cached_tokens"]},
+        }
+
+    def _sizes(self) -> dict[str, int]:
+        prompts = {id(choice.generation.prompt): choice for choice in reversed(self.choices)}
+        return {
+            "prompt_tokens": sum(choice.prompt_tokens for choice in prompts.values()),
+            "cached_tokens": sum(choice.cached for choice in prompts.values()),
+            "generated_tokens": sum(choice.generated for choice in self.choices),
         }
 
     def metrics(self) -> dict[str, float | None]:
@@ -110,6 +115,8 @@ class Answer:
         if self._closed:
             return
         self._closed = True
+        self._record.timings = self.metrics()
+        self._record.usage = self._sizes()
         for choice in self.choices:
             choice.generation.abort()
             account = ChoiceAccount(
@@ -120,6 +127,7 @@ class Answer:
                 timing=choice.timing,
                 attended=choice.attended,
                 first_token=self._first.get(choice.index),
+                resumes=choice.generation.resumes,
             )
             self._record.choices.append(account)
             self._service.metrics.observe_choice(account, self._record)

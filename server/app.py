@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from engine.client import Engine
 from engine.errors import EngineError
@@ -17,18 +18,29 @@ from server.completions import completions_router
 from server.config import ServerConfig
 from server.edge import Edge
 from server.errors import ApiError, answer_error, answer_unexpected, to_api_error
-from server.info_api import METRICS, info_router
+from server.info_api import LIVE, METRICS, READY, info_router
 from server.recorder import Recorder
+from server.request_log import RequestLog
 from server.request_record import CLIENT_CLOSED_REQUEST, record_of
 from server.service import Service
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
-    """The ASGI application of one server. The engine is started and stopped by the caller."""
-    service = Service(engine, tokenizer, config)
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: ServerConfig,
+    dropped_lines: Callable[[], int] = int,
+) -> Recorder:
+    """The ASGI application of one server. The engine is started and stopped by the caller.
+
+    `dropped_lines` tells how many log lines of this process were lost.
+    """
+    service = Service(engine, tokenizer, config, dropped_lines)
     open_paths = OPEN_PATHS | {METRICS} if config.open_metrics else OPEN_PATHS
     keys = KeyRing(config.keys(), open_paths)
-    return Recorder(Edge(create_routes(service), config, keys), [service.metrics.observe_request])
+    log = RequestLog(config.model_name, quiet=(LIVE, READY, METRICS))
+    observers = [service.metrics.observe_request, log.write]
+    return Recorder(Edge(create_routes(service), config, keys), observers)
 
 
 def create_routes(service: Service) -> FastAPI:

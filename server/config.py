@@ -9,7 +9,7 @@ import ipaddress
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import Field, SecretStr, ValidationError
@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
+from engine.log_lines import LogFormat, default_format
 from server.key_file import read_keys
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -71,6 +72,7 @@ class ServerConfig(BaseSettings):
     max_num_seqs: Count = 32
     max_batch_tokens: Count = 2048  # tokens of one engine step
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    log_format: Literal["auto", "json", "text"] = "auto"  # auto: text on a terminal, else JSON
     prefix_caching: bool = True
     cache_generated: bool = False
     threads: Count | None = None
@@ -113,6 +115,11 @@ class ServerConfig(BaseSettings):
         except ValueError:
             return False
 
+    @property
+    def log_lines(self) -> LogFormat:
+        """How both processes write their log."""
+        return default_format() if self.log_format == "auto" else self.log_format
+
     def keys(self) -> tuple[str, ...]:
         """API keys; none means that none is asked for.
 
@@ -149,6 +156,7 @@ class ServerConfig(BaseSettings):
                 "prefix_caching": self.prefix_caching,
                 "cache_generated": self.cache_generated,
                 "threads": self.threads,
+                "log_format": self.log_lines,
             },
             EngineConfig,
         )

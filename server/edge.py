@@ -57,8 +57,8 @@ class Edge:
         if api_error.status >= 500:
             logger.exception("request %s failed", request_id, exc_info=error)
             api_error.message = f"{api_error.message} (request {request_id})"
+        record_of(scope).error_code = api_error.reason
         if not answer.started:
-            record_of(scope).error_code = api_error.reason
             await api_error.response()(scope, receive, answer.send)
 
     def _check_head(self, scope: Scope) -> None:

@@ -25,9 +25,18 @@ class EngineCollector(Collector):
     """All series of one engine. Counters go on over its restarts."""
 
     def __init__(
-        self, engine: Engine, model_name: str, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        model_name: str,
+        dropped_lines: Callable[[], int] = int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` is the engine's, in monotonic seconds."""
+        """
+        Args:
+            dropped_lines: log lines that the front end lost.
+            clock: the engine's, in monotonic seconds.
+        """
+        self._dropped_lines = dropped_lines
         self._engine = engine
         self._make = Families(model_name)
         self._clock = clock
@@ -35,6 +44,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
         yield from self._health()
+        yield self._log(stats)
         yield from self._load(stats)
         yield from self._work(stats)
         yield from self._reads(stats)
@@ -54,11 +64,32 @@ class EngineCollector(Collector):
             "Age of the engine loop's last sign of life, seconds; an idle loop gives one as well.",
             engine.seconds_since_step(),
         )
+        recovery = engine.recovery
         yield make.counter("engine_restarts", "Engine processes started again.", engine.restarts)
         yield make.counter(
             "requests_resumed",
-            "Requests carried over an engine restart.",
-            engine.recovery.resumed,
+            "Requests that went on in another engine process, one for each time.",
+            recovery.resumed,
+        )
+        yield make.counter(
+            "requests_poisoned",
+            "Requests that failed because they alone ended the engine.",
+            recovery.poisoned,
+        )
+        yield make.summary(
+            "engine_outage_seconds",
+            "From the loss of an engine to the first report of the next one, of outages that are "
+            "over: how long clients saw a pause.",
+            recovery.outages,
+            recovery.outage_seconds,
+        )
+
+    def _log(self, stats: Stats) -> Metric:
+        return self._make.counters(
+            "log_lines_dropped",
+            "Log lines lost by a process because their reader was too slow or had gone.",
+            ("process",),
+            {("front_end",): self._dropped_lines(), ("engine",): stats.log_lines_dropped},
         )
 
     def _load(self, stats: Stats) -> Iterator[Metric]:

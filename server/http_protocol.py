@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,13 @@ class BoundedConnection(h11.Connection):
         return event
 
 
-def limited_protocol(limits: ProtocolLimits) -> type[H11Protocol]:
-    """A protocol class with these limits, to give to `uvicorn.Config(http=...)`."""
+def limited_protocol(
+    limits: ProtocolLimits, refused: Callable[[ApiError], None]
+) -> type[H11Protocol]:
+    """A protocol class with these limits, to give to `uvicorn.Config(http=...)`.
+
+    `refused` is told of every answer that the application does not see.
+    """
     counter = ConnectionCounter(limits.max_connections, limits.max_connections_per_client)
 
     class LimitedH11Protocol(H11Protocol):
@@ -189,6 +194,7 @@ def limited_protocol(limits: ProtocolLimits) -> type[H11Protocol]:
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.close()
                 return
+            refused(error)
             body = msgspec.json.encode(error.body())
             headers = [
                 (b"content-type", b"application/json"),

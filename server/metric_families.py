@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
 Values = Mapping[tuple[str, ...], float]  # by label values
 
@@ -32,6 +38,12 @@ class Families:
         family = CounterMetricFamily(f"rtpurbo_{name}", text, labels=("model_name", *labels))
         for label_values, value in values.items():
             family.add_metric((self._model, *label_values), float(value))
+        return family
+
+    def summary(self, name: str, text: str, count: int, total: float) -> Metric:
+        """Count and sum of observations, without quantiles."""
+        family = SummaryMetricFamily(f"rtpurbo_{name}", text, labels=("model_name",))
+        family.add_metric((self._model,), count, total)
         return family
 
     def info(self, name: str, text: str, facts: Mapping[str, str]) -> Metric:

@@ -10,13 +10,14 @@ with its accounts. What the engine itself reports is in `server.engine_metrics`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
 from engine.client import Engine
 from server.engine_metrics import EngineCollector
 from server.metric_buckets import FRACTIONS, HTTP_SECONDS, LONG_SECONDS, STEP_SECONDS, TOKENS
-from server.request_record import ChoiceAccount, RequestRecord
+from server.request_record import OTHER, ChoiceAccount, RequestRecord
 
 FINISH_REASONS = (
     *("stop", "length"),  # as the client is told
@@ -24,26 +25,29 @@ FINISH_REASONS = (
     *("error", "engine_lost"),  # the request failed alone, or with its engine
 )
 REJECTIONS = (
-    *("invalid_request", "invalid_json", "context_length_exceeded", "no_chat_template"),
-    *("not_computable", "model_not_found", "not_found", "method_not_allowed"),
+    *("invalid_request", "invalid_json", "invalid_value", "unsupported_field", "too_many_prompts"),
+    *("context_length_exceeded", "no_chat_template", "not_computable"),
+    *("model_not_found", "not_found", "method_not_allowed"),
     *("invalid_api_key", "invalid_host", "invalid_http", "unsupported_media_type"),
-    *("unsupported_encoding", "body_too_large", "queue_full", "prefill_backlog"),
-    *("engine_unavailable", "deadline_exceeded", "request_failed", "internal_error"),
+    *("unsupported_encoding", "unexpected_body", "body_too_large", "too_many_connections"),
+    *("queue_full", "prefill_backlog", "engine_unavailable", "deadline_exceeded"),
+    *("request_failed", "refused_after_failure", "internal_error"),
 )
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
-OTHER = "other"
 
 
 class ServerMetrics:
     """All series of one server. Observing takes a lock of one series for an addition at most."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(
+        self, engine: Engine, model_name: str, dropped_lines: Callable[[], int] = int
+    ) -> None:
+        """`dropped_lines` tells how many log lines of this process were lost."""
         self.registry = CollectorRegistry()
         self._model = model_name
         self._durations()
         self._sizes()
         self._counts()
-        self.registry.register(EngineCollector(engine, model_name))
+        self.registry.register(EngineCollector(engine, model_name, dropped_lines))
         ProcessCollector(registry=self.registry)
 
     def _durations(self) -> None:
@@ -171,9 +175,8 @@ class ServerMetrics:
 
     def observe_request(self, record: RequestRecord) -> None:
         """Account an HTTP request that has just ended."""
-        method = record.method if record.method in METHODS else OTHER
         seconds = time.monotonic() - record.arrived
-        self._http.labels(self._model, record.route, method, str(record.status)).inc()
+        self._http.labels(self._model, record.route, record.method, str(record.status)).inc()
         self._http_duration.labels(self._model, record.route).observe(seconds, _exemplar(record))
         if record.error_code is not None and record.status >= 400:
             self.count_rejected(record.error_code)

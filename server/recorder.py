@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.request_record import UNMATCHED, RequestRecord
+from server.errors import ApiError
+from server.request_record import METHODS, OTHER, UNMATCHED, RequestRecord
 
 Observer = Callable[[RequestRecord], None]
 
@@ -23,7 +24,8 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(scope["method"])
+        method = scope["method"]
+        record = RequestRecord(method if method in METHODS else OTHER)
         scope.setdefault("state", {})["record"] = record
 
         async def noted(message: Message) -> None:
@@ -35,5 +37,12 @@ class Recorder:
             await self._app(scope, receive, noted)
         finally:
             record.route = getattr(scope.get("route"), "path", UNMATCHED)
-            for observe in self._observers:
-                observe(record)
+            self._tell(record)
+
+    def refused(self, error: ApiError) -> None:
+        """Account an answer that was given before there was a request that one could read."""
+        self._tell(RequestRecord(OTHER, status=error.status, error_code=error.reason))
+
+    def _tell(self, record: RequestRecord) -> None:
+        for observe in self._observers:
+            observe(record)

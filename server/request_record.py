@@ -19,6 +19,8 @@ from engine.request import SamplingParams
 
 UNMATCHED = "unmatched"  # the route of a path that nobody serves
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; metrics and log do
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+OTHER = "other"
 
 Operation = Literal["text_completion", "chat"]
 
@@ -34,6 +36,7 @@ class ChoiceAccount:
     timing: Timing  # by the engine's clock
     attended: Attended
     first_token: float | None = None  # when it reached the front end
+    resumes: int = 0  # engine processes that it outlived
 
     @property
     def prefill_ended(self) -> bool:
@@ -55,7 +58,7 @@ class Wanted:
 class RequestRecord:
     """One HTTP request from its head to the end of its answer."""
 
-    method: str
+    method: str  # one of METHODS, or OTHER
     arrived: float = field(default_factory=time.monotonic)  # seconds
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours, never the client's
     label: str | None = None  # the client's X-Request-Id
@@ -64,6 +67,8 @@ class RequestRecord:
     error_code: str | None = None  # also of an error that came as an event of a stream
     wanted: Wanted | None = None  # of requests that were admitted
     choices: list[ChoiceAccount] = field(default_factory=list)  # when they have ended
+    usage: dict[str, int] = field(default_factory=dict)  # prompt, cached and generated tokens
+    timings: dict[str, float | None] = field(default_factory=dict)  # the answer's `metrics`
 
 
 def record_of(source: Request | Scope) -> RequestRecord:

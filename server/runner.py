@@ -14,6 +14,8 @@ import uvicorn
 from engine.child import EngineChild
 from engine.child_protocol import LaunchChild
 from engine.errors import ConfigError, EngineError
+from engine.line_writer import LineWriter
+from engine.log_lines import log_lines
 from engine.model.checkpoint import preflight
 from engine.process import EngineProcess
 from engine.supervision import SupervisionPolicy
@@ -23,6 +25,7 @@ from server.config import ServerConfig
 from server.connections import BACKLOG, affordable_connections
 from server.http_protocol import LINGER_SECONDS, ProtocolLimits, limited_protocol
 from server.info_api import LIVE, METRICS, READY
+from server.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +49,19 @@ def run_server(
         EngineError: one line; the settings, the address or the model folder are not usable, or the
             engine was lost too often.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     dead_peer_seconds = max(DEAD_PEER_SECONDS, 2 * config.slow_reader_seconds)
     listener = bind(config.host, config.port, dead_peer_seconds)
     try:
         preflight(config.model)
         tokenizer = Tokenizer.from_folder(config.model)
         port = listener.getsockname()[1]
-        print(f"rtpurbo settings\n{config.describe()}", flush=True)
-        with asyncio.Runner(
-            loop_factory=uvicorn.Config("", loop="uvloop").get_loop_factory()
-        ) as runner:
-            return runner.run(_serve(config, tokenizer, listener, port, policy, launch))
+        loop_factory = uvicorn.Config("", loop="uvloop").get_loop_factory()
+        with (
+            log_lines(config.log_lines, "front end") as output,
+            asyncio.Runner(loop_factory=loop_factory) as runner,
+        ):
+            output.write(f"rtpurbo settings\n{config.describe()}")
+            return runner.run(_serve(config, tokenizer, listener, port, policy, launch, output))
     finally:
         listener.close()
 
@@ -109,6 +113,7 @@ async def _serve(
     port: int,
     policy: SupervisionPolicy | None,
     launch: LaunchChild,
+    output: LineWriter,
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
     engine = EngineProcess(
@@ -118,7 +123,8 @@ async def _serve(
         policy=policy,
         launch=launch,
     )
-    server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
+    app = create_app(engine, tokenizer, config, lambda: output.dropped)
+    server = _Server(_uvicorn_config(config, app))
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
 
@@ -128,7 +134,7 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     serving = asyncio.create_task(server.serve([listener]))
-    loading = asyncio.create_task(_load(engine, config, port))
+    loading = asyncio.create_task(_load(engine, config, port, output))
     stopping = asyncio.create_task(stop.wait())
     dying = asyncio.create_task(engine.wait_dead())
     try:
@@ -158,21 +164,20 @@ async def _drain(engine: EngineProcess, seconds: float, stop_now: asyncio.Event)
         task.cancel()
 
 
-async def _load(engine: EngineProcess, config: ServerConfig, port: int) -> None:
+async def _load(engine: EngineProcess, config: ServerConfig, port: int, output: LineWriter) -> None:
     """Start the engine and tell the operator what was made of the settings."""
     await engine.start()
-    print(f"memory plan\n{engine.info.plan}", flush=True)
+    output.write(f"memory plan\n{engine.info.plan}")
     address = f"[{config.host}]" if ":" in config.host else config.host
-    print(
+    output.write(
         f"serving {config.model_name} ({engine.info.attention} attention, {engine.info.device}, "
-        f"{engine.info.dtype}) on http://{address}:{port}",
-        flush=True,
+        f"{engine.info.dtype}) on http://{address}:{port}"
     )
 
 
-def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
+def _uvicorn_config(config: ServerConfig, app: Recorder) -> uvicorn.Config:
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an ASGI application
+        app,
         http=limited_protocol(
             ProtocolLimits(
                 max_header_bytes=config.max_header_bytes,
@@ -183,7 +188,8 @@ def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
                 # A stream gives up first, and accounts why.
                 reader_seconds=config.slow_reader_seconds + LINGER_SECONDS,
                 probes=(LIVE, READY, METRICS),
-            )
+            ),
+            app.refused,
         ),
         backlog=BACKLOG,
         ws="none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,11 +27,18 @@ Body = TypeVar("Body", bound=BaseModel)
 class Service:
     """One server's collaborators. Made once, handed to every router."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        config: ServerConfig,
+        dropped_lines: Callable[[], int] = int,
+    ) -> None:
+        """`dropped_lines` tells how many log lines of this process were lost."""
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
-        self.metrics = ServerMetrics(engine, config.model_name)
+        self.metrics = ServerMetrics(engine, config.model_name, dropped_lines)
         self.started = int(time.time())
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 

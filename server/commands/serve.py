@@ -60,6 +60,10 @@ def serve(
         bool | None,
         typer.Option(help="Also reuse pages of generated tokens (last digits may differ)."),
     ] = None,
+    log_format: Annotated[
+        Literal["auto", "json", "text"] | None,
+        typer.Option(help="Of the lines on stdout; auto: text on a terminal, else JSON."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with API keys, one a line.")
@@ -99,6 +103,7 @@ def serve(
         "kv_cache_gib": kv_cache_gib,
         "prefix_caching": prefix_caching,
         "cache_generated": cache_generated,
+        "log_format": log_format,
         "threads": threads,
     }
     try:

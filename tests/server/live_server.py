@@ -89,7 +89,9 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(folder: Path, *, chat: bool = True, **settings: Any) -> Iterator[LiveServer]:
+def live_server(
+    folder: Path, *, chat: bool = True, dropped_lines: Callable[[], int] = int, **settings: Any
+) -> Iterator[LiveServer]:
     """Serve until the block ends."""
     tokenizer = make_tokenizer(folder, chat=chat)
     flags = {"model": folder, "model_name": "toy", "port": 0, **settings}
@@ -100,7 +102,8 @@ def live_server(folder: Path, *, chat: bool = True, **settings: Any) -> Iterator
     async def main() -> None:
         engine = FakeEngine(tokenizer)
         listener = bind(config.host, config.port)
-        server = _Server(_uvicorn_config(config, create_app(engine, tokenizer, config)))
+        app = create_app(engine, tokenizer, config, dropped_lines)
+        server = _Server(_uvicorn_config(config, app))
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import metrics_page
-from tests.server.live_server import LiveServer
+from server.metrics import FINISH_REASONS, REJECTIONS
+from tests.server.live_server import LiveServer, live_server
 
 HISTOGRAMS = """request_queue_seconds request_prefill_seconds request_decode_seconds
 time_to_first_token_seconds inter_token_latency_seconds request_duration_seconds
@@ -56,6 +63,104 @@ def test_every_documented_series_is_there(server: LiveServer) -> None:
             assert family.type == kind, name  # type: ignore[attr-defined]
             for sample in family.samples:  # type: ignore[attr-defined]
                 assert sample.labels["model_name"] == "toy"
+
+
+def test_reasons_have_a_rate_from_the_start(tmp_path: Path) -> None:
+    with live_server(tmp_path) as server:
+        families = scrape(server)
+    for name, reasons in (("finished", FINISH_REASONS), ("rejected", REJECTIONS)):
+        samples = families[f"rtpurbo_requests_{name}"].samples  # type: ignore[attr-defined]
+        assert {sample.labels["reason"] for sample in samples} == {*reasons, "other"}
+        assert {sample.value for sample in samples} == {0.0}
+
+
+def codes_in(source: str) -> Iterator[str]:
+    """The error codes that a module can answer with, where they are written out."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("invalid", "ApiError"):
+            given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            third = node.args[2:3] if ast.unparse(node.func) == "invalid" else []
+            yield from (
+                argument.value
+                for argument in (*given, *third)
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+            )
+
+
+def test_every_error_code_has_a_series() -> None:
+    """A new code of an answer belongs into REJECTIONS, else it is counted as `other`."""
+    files = Path(metrics_page.__file__).parent.rglob("*.py")
+    assert {code for file in files for code in codes_in(file.read_text())} <= set(REJECTIONS)
+
+
+def test_openmetrics_carries_the_ids_of_requests(server: LiveServer) -> None:
+    """The classic format has no place for them."""
+    answer = server.post(prompt="abc", max_tokens=5, ignore_eos=True)
+    accept = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5"
+
+    def exemplars() -> set[str]:
+        page = httpx.get(server.url + "/metrics", headers={"accept": accept})
+        assert page.headers["content-type"].startswith("application/openmetrics-text")
+        families = list(openmetrics_families(page.text))  # type: ignore[no-untyped-call]
+        assert len({family.name for family in families}) == len(families)
+        return {
+            family.name
+            for family in families
+            for sample in family.samples
+            if sample.exemplar
+            and sample.exemplar.labels == {"request_id": answer.headers["x-request-id"]}
+        }
+
+    names = """time_to_first_token_seconds inter_token_latency_seconds request_queue_seconds
+    request_prefill_seconds request_decode_seconds request_duration_seconds attended_fraction
+    http_request_duration_seconds""".split()
+    server.until(lambda: exemplars() >= {f"rtpurbo_{name}" for name in names})
+    assert " # {" not in httpx.get(server.url + "/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        ("application/openmetrics-text;q=0, text/plain", "text/plain"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
+    ],
+    ids=["none", "any", "refused", "wanted"],
+)
+def test_the_format_is_the_one_that_was_asked_for(
+    server: LiveServer, accept: str, kind: str
+) -> None:
+    page = httpx.get(server.url + "/metrics", headers={"accept": accept})
+    assert page.headers["content-type"].startswith(kind)
+
+
+def test_what_is_refused_below_the_application_is_counted_too(server: LiveServer) -> None:
+    series = {"route": "unmatched", "method": "other", "status": "400"}
+    before = value(server, "rtpurbo_http_requests_total", **series)
+    rejected = value(server, "rtpurbo_requests_rejected_total", reason="invalid_http")
+    assert b" 400 " in server.send(b"this is no HTTP\r\n\r\n")
+    assert value(server, "rtpurbo_http_requests_total", **series) == before + 1
+    assert value(server, "rtpurbo_requests_rejected_total", reason="invalid_http") == rejected + 1
+
+
+def test_http_requests_are_counted_by_route_template(server: LiveServer) -> None:
+    """A path that nobody serves, a method that a route does not take and an odd one included."""
+    calls = [
+        ("GET", "/v1/models/toy", ("/v1/models/{model_id:path}", "GET", "200")),
+        ("GET", "/v1/models/x/y", ("/v1/models/{model_id:path}", "GET", "404")),
+        ("GET", "/v1/completions", ("/v1/completions", "GET", "405")),
+        ("BREW", "/scan-1", ("unmatched", "other", "404")),
+    ]
+    for method, path, labels in calls:
+        series = dict(zip(("route", "method", "status"), labels, strict=True))
+        before = value(server, "rtpurbo_http_requests_total", **series)
+        httpx.request(method, server.url + path)
+        server.until(
+            lambda series=series, before=before: (  # type: ignore[misc]
+                value(server, "rtpurbo_http_requests_total", **series) == before + 1
+            )
+        )
 
 
 @pytest.mark.parametrize(
