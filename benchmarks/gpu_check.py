@@ -43,9 +43,11 @@ def tests(name: str, seconds: float, *selection: str) -> Step:
 
 DECODE = ("-m", "benchmarks.engine_decode")
 PREFILL = ("-m", "benchmarks.engine_prefill", "--repeats=1")
+DECODE_TESTS = "a_layer or production or repeats or graph"
 DECODE_ONLY = ("--only=decode", "--json")
 STEPS = (
     tests("engine_tests", 110, "tests/gpu/test_engine_prefill.py", "tests/gpu/test_engine_cuda.py"),
+    tests("decode_kernel_tests", 45, "tests/gpu/test_cuda_decode.py", "-k", DECODE_TESTS),
     Step("engine_decode", DECODE, 60, explain=True),
     Step("engine_decode_bounded", (*DECODE, "--kv-cache-gib=4"), 45, explain=True),
     Step("engine_prefill", (*PREFILL, "--variants=sparse,dense,flash,cudnn"), 75, explain=True),

@@ -116,6 +116,8 @@ class DecodeArgs(ctypes.Structure):
         ("warps", c_int64),
         ("shared_bytes", c_int64),
         ("overlap", c_int64),
+        ("tickets", c_void_p),
+        ("held_back", c_int64),
     ]
 
 

@@ -36,6 +36,10 @@ from kernels.decode_inputs import (
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
 
+# One CTA in so many takes items with lists only. The others move memory as fast, and a CTA that
+# cannot start before index_select has left its multiprocessor holds nobody up.
+HELD_BACK = 3
+
 
 def attend(
     workspace: DecodeWorkspace,
@@ -160,6 +164,7 @@ def attend_listed(
             without one need not wait for it. Wrong after anything but `index_select`.
     """
     plan = workspace.plan
+    overlaps = overlap and bool(plan.overlap)
     args = DecodeArgs(
         queries=q_RHD.data_ptr(),
         query_row_stride=q_RHD.stride(0),
@@ -182,7 +187,9 @@ def attend_listed(
         ctas=plan.ctas,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
-        overlap=overlap and plan.overlap,
+        overlap=overlaps,
+        tickets=workspace.tickets.data_ptr(),
+        held_back=plan.ctas // HELD_BACK if overlaps else 0,
     )
     for index, pool in enumerate((full, window)):
         if pool is not None:

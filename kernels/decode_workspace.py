@@ -57,6 +57,7 @@ class DecodeWorkspace:
         self.lists = ints(rows * max_tiles * max_blocks * ENTRY_WORDS if max_selecting else 0)
         self.list_counts = ints(rows * max_tiles)
         self.item_done = ints(rows * max_tiles)
+        self.tickets = ints(1)
         parts = (self.plan.ctas, 4, TILE_HEADS)
         self.partial = floats(*parts, head_dim)
         self.partial_stats = floats(*parts, 2)

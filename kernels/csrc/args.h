@@ -107,6 +107,8 @@ struct DecodeArgs {
     int64_t warps;
     int64_t shared_bytes;
     int64_t overlap;  // 1: straight after index_select on the stream; start before it has ended
+    uint32_t* tickets;  // zero, and zero again afterwards; read if CTAs are held back
+    int64_t held_back;  // CTAs, the last to come, that take no items without lists
 };
 
 // How a decode launch fits the current device.

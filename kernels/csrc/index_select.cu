@@ -1,7 +1,8 @@
 // The indexer in one launch: scores of all index keys, and the top-p choice of blocks.
 //
 // All blocks of all rows and heads are one line of units, cut into equal shares, a CTA each. A warp
-// scores four blocks at a time, reading whole keys in 16-byte pieces. The CTA that completes a row's
+// scores four blocks at a time, reading whole keys in 16-byte pieces; no share is smaller than that,
+// so that short contexts leave multiprocessors to the attention that starts meanwhile. The CTA that completes a row's
 // head chooses that head's blocks from the log masses; the one that completes the heads of a group
 // writes the list of blocks that sparse_decode.cu reads. Masses are summed as integers, so neither
 // depends on who came last. Bytes read once: index keys; bound by memory bandwidth.
@@ -20,7 +21,9 @@ constexpr int kThreads = 256;  // one a bin
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksAtOnce = 4;
 constexpr int kLoadsAtOnce = 4;  // 16 bytes a lane and block
-constexpr int kMassesAtOnce = 16;  // log masses that a thread reads before it uses them
+constexpr int kMassesKept = 8;     // log masses that a thread keeps from pass to pass
+constexpr int kMassesAtOnce = 16;  // and that it reads before it uses them, of those that follow
+constexpr int kLeastUnits = kWarps * kBlocksAtOnce;  // of a share: as long as a single unit takes
 constexpr int kReplicas = 8;     // of the histogram, so that few lanes meet in one bin
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -169,33 +172,55 @@ struct Threshold {
     float most;
 };
 
-// Calls use(block, log mass) for all blocks, thread t with blocks t, t + kThreads and so on; threads
-// stay together, and get no mass past the end. Loads go in batches: this is one CTA's work while the
-// others are done, so latency is all that counts.
-template <typename Use>
-DEVICE void for_each_mass(const float* log_mass, int blocks, Use use) {
-    for (int base = 0; base < blocks; base += kThreads * kMassesAtOnce) {
-        float masses[kMassesAtOnce];
+// Log masses of a row and head, for several passes over them: thread t has those of blocks t,
+// t + kThreads and so on. Loads go in batches, and the first one stays in registers: this is one
+// CTA's work while the others are done, so latency is all that counts.
+struct Masses {
+    const float* log_mass;
+    int blocks;
+    float kept[kMassesKept];
+
+    DEVICE Masses(const float* of_head, int count) : log_mass(of_head), blocks(count) {
+        load(0, kept);
+    }
+
+    // Always loads, so that all are under way together; past the end any will do.
+    template <int kCount>
+    DEVICE void load(int base, float (&masses)[kCount]) const {
 #pragma unroll
-        for (int i = 0; i < kMassesAtOnce; ++i) {
+        for (int i = 0; i < kCount; ++i) {
             const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
             masses[i] = __ldcg(log_mass + min(block, blocks - 1));
         }
+    }
+
+    template <int kCount, typename Use>
+    DEVICE void use_batch(int base, const float (&masses)[kCount], Use use) const {
 #pragma unroll
-        for (int i = 0; i < kMassesAtOnce; ++i) {
+        for (int i = 0; i < kCount; ++i) {
             const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
             if (base + i * kThreads < blocks) {
                 use(block, block < blocks ? finite_or_none(masses[i]) : -INFINITY);
             }
         }
     }
-}
 
-DEVICE Threshold find_threshold(const float* log_mass, int blocks, float top_p,
-                                SelectScratch& scratch) {
+    // Calls use(block, log mass) for all blocks; threads stay together, and get no mass past the end.
+    template <typename Use>
+    DEVICE void for_each(Use use) const {
+        use_batch(0, kept, use);
+        for (int base = kThreads * kMassesKept; base < blocks; base += kThreads * kMassesAtOnce) {
+            float masses[kMassesAtOnce];
+            load(base, masses);
+            use_batch(base, masses, use);
+        }
+    }
+};
+
+DEVICE Threshold find_threshold(const Masses& masses, float top_p, SelectScratch& scratch) {
     const int thread = threadIdx.x;
     float most = -FLT_MAX;
-    for_each_mass(log_mass, blocks, [&](int, float mass) { most = fmaxf(most, mass); });
+    masses.for_each([&](int, float mass) { most = fmaxf(most, mass); });
     most = cta_max(most, scratch.most);
 
     Histogram& histogram = scratch.histogram;
@@ -204,8 +229,8 @@ DEVICE Threshold find_threshold(const float* log_mass, int blocks, float top_p,
         histogram.low[i] = 0;
     }
     __syncthreads();
-    for_each_mass(log_mass, blocks, [&](int, float log_mass_of_block) {
-        const float below = most - log_mass_of_block;
+    masses.for_each([&](int, float log_mass) {
+        const float below = most - log_mass;
         const uint64_t mass = fixed_mass(below);
         if (mass != 0) {
             const int place = mass_bin(below) * kReplicas + thread % kReplicas;
@@ -231,15 +256,15 @@ DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, SelectScra
     const int thread = threadIdx.x, lane = thread % 32;
     const int blocks = blocks_of(args, row);
     const int64_t at = row * args.heads + head;
-    const float* log_mass = args.log_mass + at * args.width;
+    const Masses masses(args.log_mass + at * args.width, blocks);
     float top_p = args.top_p[row * args.top_p_row_stride + head * args.top_p_head_stride];
     if (args.own_top_p != nullptr && !isnan(args.own_top_p[row])) top_p = args.own_top_p[row];
-    const Threshold threshold = find_threshold(log_mass, blocks, top_p, scratch);
+    const Threshold threshold = find_threshold(masses, top_p, scratch);
 
     uint32_t* words = args.words + at * args.words_width;
     uint8_t* mask = args.mask == nullptr ? nullptr : args.mask + at * args.width;
     uint64_t kept_blocks = 0;
-    for_each_mass(log_mass, blocks, [&](int block, float mass) {
+    masses.for_each([&](int block, float mass) {
         const bool inside = block < blocks;
         const bool keep = inside && (mass_bin(threshold.most - mass) <= threshold.bin ||
                                      is_forced(block, blocks));
@@ -298,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     const int64_t total = starts[rows];
-    const int64_t ctas = working_ctas(total, gridDim.x, kWarps);
+    const int64_t ctas = working_ctas(total, gridDim.x, kLeastUnits);
     if (blockIdx.x >= ctas) return;
     int64_t unit = share_start(blockIdx.x, total, ctas);
     const int64_t end = share_start(blockIdx.x + 1, total, ctas);

@@ -10,6 +10,9 @@
 //
 // Items that need no list come first. After index_select the kernel may be started early
 // (`overlap`): it attends to those while blocks are still being chosen, and then waits for the lists.
+// A multiprocessor has no registers for both kernels, so where blocks are being chosen a CTA starts
+// late. Shares are therefore taken in the order of arrival, and CTAs that come last take none of the
+// early items; they are the first for items with lists.
 
 #include "args.h"
 #include "cta.cuh"
@@ -36,6 +39,7 @@ template <typename Strip, int kDim>
 struct Layout {
     static constexpr int kHalfBytes = kStripTokens * kDim * sizeof(typename Strip::Element);
     static constexpr int kRingBytes = kStages * 2 * kHalfBytes;  // of a warp
+    static constexpr int kPartsAtOnce = sizeof(typename Strip::Element) == 2 ? 16 : 8;  // merged
 
     static constexpr int kStarts = 0;
     static constexpr int kFlag = (kMaxItems + 1) * 4;
@@ -295,7 +299,7 @@ DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first,
     for (int i = threadIdx.x; i < heads * (kDim / 4); i += blockDim.x) {
         const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+#pragma unroll Layout::kPartsAtOnce
         for (int j = 0; j < parts; ++j) {
             const int64_t at = part_of(first + j, listed, j == 0) * kTileHeads + slot;
             add_scaled(total, stats[j * heads + slot].x,
@@ -313,9 +317,10 @@ DEVICE void clear(const DecodeArgs& args, const Item& item) {
     }
 }
 
-// All items that have a list, or all that have none.
+// All items that have a list, or all that have none, by `workers` CTAs; this is number `place`.
 template <typename Strip, int kDim>
-DEVICE void attend_items(const DecodeArgs& args, bool listed, unsigned char* shared) {
+DEVICE void attend_items(const DecodeArgs& args, bool listed, int place, int workers,
+                         unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
     int* starts = reinterpret_cast<int*>(shared + Layout::kStarts);
     int* flag = reinterpret_cast<int*>(shared + Layout::kFlag);
@@ -325,16 +330,16 @@ DEVICE void attend_items(const DecodeArgs& args, bool listed, unsigned char* sha
         return (item.list != nullptr) == listed ? item.count(args) : 0;
     });
     // Items with nothing to read give zeros.
-    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+    for (int index = place; place < workers && index < items; index += workers) {
         if (starts[index] != starts[index + 1]) continue;
         const Item item(args, index);
         if ((item.list != nullptr) == listed) clear<Strip, kDim>(args, item);
     }
     const int64_t total = starts[items];
-    const int64_t ctas = working_ctas(total, gridDim.x, kLeastBlocks);
-    const bool works = blockIdx.x < ctas;
-    int64_t unit = works ? share_start(blockIdx.x, total, ctas) : 0;
-    const int64_t end = works ? share_start(blockIdx.x + 1, total, ctas) : 0;
+    const int64_t ctas = working_ctas(total, workers, kLeastBlocks);
+    const bool works = place < ctas;
+    int64_t unit = works ? share_start(place, total, ctas) : 0;
+    const int64_t end = works ? share_start(place + 1, total, ctas) : 0;
     while (unit < end) {
         const int index = item_of(starts, items, unit);
         const Item item(args, index);
@@ -344,7 +349,7 @@ DEVICE void attend_items(const DecodeArgs& args, bool listed, unsigned char* sha
                             static_cast<int>(until - start), shared);
         __syncthreads();
         const bool complete = unit == start && until == stop;
-        merge_warps<Strip, kDim>(args, item, complete, part_of(blockIdx.x, listed, unit == start),
+        merge_warps<Strip, kDim>(args, item, complete, part_of(place, listed, unit == start),
                                  shared);
         if (!complete) {
             const int64_t first = share_owner(start, total, ctas);
@@ -364,10 +369,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
     sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
     DYNAMIC_SHARED(shared);
     const int phases = args.lists == nullptr ? 1 : 2;
+    int place = blockIdx.x, workers = gridDim.x;
+    if (args.held_back > 0) {
+        place = arrival(args.tickets, reinterpret_cast<int*>(shared + Layout<Strip, kDim>::kFlag));
+        workers -= static_cast<int>(args.held_back);
+    }
 #pragma unroll 1
     for (int phase = 0; phase < phases; ++phase) {
-        if (phase == 1) wait_for_previous_kernel();
-        attend_items<Strip, kDim>(args, phase == 1, shared);
+        if (phase == 1) {
+            wait_for_previous_kernel();
+            workers = gridDim.x;
+            place = workers - 1 - place;
+        }
+        attend_items<Strip, kDim>(args, phase == 1, place, workers, shared);
     }
 }
 
