@@ -65,6 +65,11 @@ class Answer:
                 yield choice, delta
             open_choices = [choice for choice in open_choices if choice.finish_reason is None]
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is computed because the engine is being replaced."""
+        return self._service.engine.state == "restarting"
+
     def progress(self) -> tuple[int, int]:
         """Prompt tokens computed and wanted, over all choices."""
         return (

@@ -60,5 +60,7 @@ async def stream_events(
 
 
 def _progress(answer: Answer) -> bytes:
+    if answer.is_paused:
+        return comment("paused: the engine is restarting")
     done, wanted = answer.progress()
     return comment(f"prefill {done}/{wanted}" if done < wanted else "decoding")

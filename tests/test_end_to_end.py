@@ -132,7 +132,7 @@ def test_f01_killed_in_sparse_decode_the_text_is_the_same(
 ) -> None:
     """Generated tokens are computed again under the decode rule, so the blocks they saw stay."""
     prompt = documents[1].text[:12_000]
-    fields = {"max_tokens": 48, "logprobs": 1, "ignore_eos": True}
+    fields = {"max_tokens": 96, "logprobs": 1, "ignore_eos": True}
     whole = complete(server, prompt, **fields)
     assert whole["usage"]["prompt_tokens"] > 3_000
     assert whole["metrics"]["attended_fraction"] < 0.9, "retrieval heads select"

@@ -31,6 +31,7 @@ def server(shared_server: LiveServer) -> Iterator[LiveServer]:
     shared_server.until(lambda: not engine.live)
     engine.state, engine.silence, engine.queue_limit = "ready", 0.0, 64
     engine.minus_infinity = False
+    engine.trouble, engine.step_allowance = None, 0.0
     engine.scripts.clear()
     good = shared_server.post(prompt="after", max_tokens=2, temperature=0)
     assert good.status_code == 200, good.text

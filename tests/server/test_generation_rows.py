@@ -341,6 +341,12 @@ def test_f04_readiness_is_denied_when_the_engine_is_silent(server: LiveServer) -
     server.engine.silence = 1000.0
     answer = httpx.get(server.url + "/health/ready")
     assert (answer.status_code, answer.json()["status"]) == (503, "stalled")
+    server.engine.step_allowance = 1e6  # it computes a step that may take so long
+    assert httpx.get(server.url + "/health/ready").status_code == 200
+    server.engine.state, server.engine.trouble = "restarting", "the model folder is not usable"
+    answer = httpx.get(server.url + "/health/ready")
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "restarting", "reason": "the model folder is not usable"}
 
 
 def test_an_engine_lost_in_mid_answer(held: LiveServer) -> None:

@@ -13,17 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
 from benchmarks.server_process import ServerProcess, serving
 from engine.embedded import embedded_model_path
 from engine.errors import EngineError
 from engine.supervision import SupervisionPolicy
 from server.config import ServerConfig
 from server.runner import run_server
-from tests.engine.fake_engine import TOY_FILE, launch_toy
-from tests.engine.fake_runner import EOS, VOCAB
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.fake_engine import launch_toy
 
 PROGRAM = ("tests.server.toy_server",)
 
@@ -36,34 +32,11 @@ def toy_server(
     **settings: Any,
 ) -> AbstractContextManager[ServerProcess]:
     """Serve the toy from `folder`; `settings` are fields of ServerConfig."""
+    from tests.server.toy_folder import write_toy_folder  # loads torch, which the server does not
+
     write_toy_folder(folder, step_seconds)
     options = json.dumps({"policy": policy or {}, "settings": settings})
     return serving(str(folder), options, program=PROGRAM)
-
-
-def write_toy_folder(folder: Path, step_seconds: float = 0.0) -> None:
-    """What passes the checks before loading, though its weights are never read."""
-    write_checkpoint(folder, TinyModel(vocab=VOCAB, eos=EOS))
-    toy_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / TOY_FILE).write_text(json.dumps({"step_seconds": step_seconds}))
-
-
-def toy_tokenizer() -> Tokenizer:
-    """A hundred single bytes: letters, and parts of characters of two and three bytes.
-
-    Random ids make whole characters, broken ones and ones that end in another chunk.
-    """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: hash_of(letter))
-    vocab = {letter: place for place, letter in enumerate(letters[:VOCAB])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def hash_of(letter: str) -> int:
-    """Mixes letters and bytes of characters, the same way each time."""
-    return ord(letter) * 2654435761 % 2**32
 
 
 def main(folder: str, port: str, options: str) -> int:
