@@ -170,9 +170,11 @@ class EngineCore:
         started = self._stamp(batch)
         ids = list(dict.fromkeys(span.request_id for span in batch.spans))
         self._note(StepNote(started, batch.num_tokens, ids))
+        foreseen = self._scheduler.foresee(batch)
         result = self._runner.execute(batch, self._requests)
         now = self._clock()
-        self._accounts.count_step(batch, result, now - started)
+        self._scheduler.learn(batch, now - started)
+        self._accounts.count_step(batch, result, now - started, foreseen)
         failed = self._fail(batch, result, now)
         tokens = {
             request_id: sample.token

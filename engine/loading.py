@@ -225,7 +225,10 @@ def _scheduler(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Sc
         cache_generated=config.cache_generated,
     )
     return Scheduler(
-        pools, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens
+        pools,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_step_seconds=None if config.max_step_ms is None else config.max_step_ms / 1000,
     )
 
 

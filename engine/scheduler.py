@@ -9,6 +9,9 @@ Policy, in the order it is applied at every step:
 3. What is left of the budget goes to prompts, and to generated tokens that are replayed. The oldest
    gets at least half, the others share the rest, shortest first; so a prompt of a million tokens
    neither starves short ones nor is starved by them.
+4. Where several sequences run, the budget is time as well (`max_step_seconds`): chunks are cut by
+   the time that they are foreseen to take, shared in the same way. The oldest and the shortest
+   other prompt get a block each in any case. A sequence that runs alone takes whole steps.
 
 When pages run out, cached ones are evicted, then the newest running request is preempted: its pages
 are freed, it waits at the head of the queue and is computed again, its output included. The oldest
@@ -25,6 +28,7 @@ from collections.abc import Mapping
 from engine.batch import Batch, Span
 from engine.errors import RequestError
 from engine.kv_pools import KvPools
+from engine.pacing import NO_LIMIT, Pacer, Room
 from engine.prefix_leaders import PrefixLeaders
 from engine.request import Request
 
@@ -32,12 +36,20 @@ from engine.request import Request
 class Scheduler:
     """Turns requests into batches. Torch-free and clockless: whoever runs it stamps times."""
 
-    def __init__(self, pools: KvPools, *, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        pools: KvPools,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_step_seconds: float | None = None,
+    ) -> None:
         """
         Args:
             pools: the pages to hand out.
             max_num_seqs: slots, that is sequences computed together.
             max_batch_tokens: tokens per step, at least max_num_seqs.
+            max_step_seconds: aim of a step in which others wait for tokens; None: no aim.
         """
         assert max_batch_tokens >= max_num_seqs
         self.pools = pools
@@ -49,6 +61,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._leaders = PrefixLeaders(pools)
+        self._pacer = Pacer(max_step_seconds, pools.block_tokens)
         self._spans: dict[int, Span] = {}  # of the step that is being put together
         self._budget = 0
 
@@ -124,6 +137,14 @@ class Scheduler:
             if span.sample and span.request_id in tokens:
                 request.output.append(tokens[span.request_id])
 
+    def foresee(self, batch: Batch) -> float:
+        """Seconds that a step will take, by those that were learnt from; 0: nothing is known."""
+        return self._pacer.foresee(batch.spans)
+
+    def learn(self, batch: Batch, seconds: float) -> None:
+        """Take over how long a step took, from the call of the runner to its results."""
+        self._pacer.learn(batch.spans, seconds)
+
     def check_integrity(self) -> None:
         """Assert the invariants of queues, slots and pools; for tests and the idle loop."""
         self.pools.check_integrity(self._running)
@@ -169,12 +190,22 @@ class Scheduler:
             return
         oldest, others = requests[0], sorted(requests[1:], key=lambda r: r.remaining)
         others_want = sum(request.remaining for request in others)
-        self._compute(
-            oldest, max(self._budget - others_want, -(-self._budget // 2)), may_preempt=True
-        )
-        for request in others:
-            if request.slot is not None and self._budget:
-                self._compute(request, self._budget, may_preempt=False)
+        tokens = max(self._budget - others_want, -(-self._budget // 2))
+        room = self._pacer.share(self._room(), others)
+        least = self._pacer.to_block_end(oldest)
+        tokens = max(self._pacer.cut(oldest, tokens, room), min(tokens, least))
+        self._compute(oldest, tokens, may_preempt=True)
+        for place, request in enumerate(others):
+            if request.slot is None or not self._budget:
+                continue
+            tokens = self._pacer.cut(request, self._budget, self._room())
+            least = self._pacer.to_block_end(request) if place == 0 else 0
+            if tokens := max(tokens, min(self._budget, least)):
+                self._compute(request, tokens, may_preempt=False)
+
+    def _room(self) -> Room:
+        """What is left for chunks in the step that is put together."""
+        return self._pacer.room(self._spans.values()) if len(self._running) > 1 else NO_LIMIT
 
     def _admit(self) -> None:
         """Move waiting requests into slots in order; those that wait for a leader are passed by."""

@@ -32,8 +32,8 @@ class StepAccounts:
         self.stats = Stats()
         self._reads = reads
 
-    def count_step(self, batch: Batch, result: StepResult, seconds: float) -> None:
-        """Account a step that took `seconds` in the runner."""
+    def count_step(self, batch: Batch, result: StepResult, seconds: float, foreseen: float) -> None:
+        """Account a step that took `seconds` in the runner; so many were foreseen, or 0."""
         old = self.stats
         kind = step_kind(batch)
         prompt = sum(len(span.tokens) for span in batch.spans if span.rule == "prefill")
@@ -41,6 +41,7 @@ class StepAccounts:
             old,
             step=old.step + 1,
             step_seconds=seconds,
+            step_seconds_predicted=foreseen,
             prompt_tokens=old.prompt_tokens + prompt,
             layer_attended_fraction=self._means(result),
             **{

@@ -50,6 +50,10 @@ def serve(
     max_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of one engine step; prefill is cut to fit.")
     ] = None,
+    max_step_ms: Annotated[
+        float | None,
+        typer.Option(help="Longest step in ms while others wait for tokens; 0: no limit."),
+    ] = None,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory for the KV cache in GiB; default: measured.")
     ] = None,
@@ -100,6 +104,7 @@ def serve(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_batch_tokens": max_batch_tokens,
+        "max_step_ms": max_step_ms,
         "kv_cache_gib": kv_cache_gib,
         "prefix_caching": prefix_caching,
         "cache_generated": cache_generated,

@@ -35,6 +35,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         absent=st.sampled_from(["none", "none", "full", "window"]),
         caching=st.booleans(),
         generated=st.booleans(),
+        aim=st.sampled_from([None, None, 1e-9, 0.01]),
     )
     def start(
         self,
@@ -47,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         absent: str,
         caching: bool,
         generated: bool,
+        aim: float | None,
     ) -> None:
         self.pools = KvPools(
             full_pages=0 if absent == "full" else full,
@@ -58,7 +60,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             cache_generated=generated,
         )
         self.budget, self.slots = budget, seqs
-        self.scheduler = Scheduler(self.pools, max_num_seqs=seqs, max_batch_tokens=budget)
+        self.scheduler = Scheduler(
+            self.pools, max_num_seqs=seqs, max_batch_tokens=budget, max_step_seconds=aim
+        )
         self.live: dict[int, Request] = {}
         self.full: dict[int, Content] = {}
         self.window: dict[int, Content] = {}
@@ -88,11 +92,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live[request.request_id] = request
 
     @precondition(lambda self: self.live)
-    @rule(token=st.integers(0, 1))
-    def step(self, token: int) -> None:
+    @rule(token=st.integers(0, 1), seconds=st.sampled_from([1e-4, 0.005, 3.0]))
+    def step(self, token: int, seconds: float = 1e-4) -> None:
         batch = self.scheduler.schedule()
         assert batch.spans, "something is queued, so something must be computed"
         self.check(batch)
+        self.scheduler.learn(batch, seconds)
         sampled = {span.request_id: token for span in batch.spans if span.sample}
         self.scheduler.update(batch, sampled)
         for span in batch.spans:

@@ -19,7 +19,7 @@ from server.cli import app
 FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated cuda-graphs device
         dtype host kernel-cache kernels kv-cache-gib log-format max-batch-tokens max-model-len
-        max-num-seqs model-name port prefill-attention prefix-caching threads""",
+        max-num-seqs max-step-ms model-name port prefill-attention prefix-caching threads""",
     "health": "host live port timeout",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
         distil-data
