@@ -71,6 +71,16 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_at_most(
+        self, limit: int, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[int, list[int]]:
+        """The number of tokens of `text`, and their ids if they are not more than `limit`.
+
+        To hand over ids holds the interpreter: those of too long a text are not asked for.
+        """
+        found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return len(found), found.ids if len(found) <= limit else []
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a text nothing."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

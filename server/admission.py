@@ -35,7 +35,7 @@ def hold_room(
 
 def submit_all(
     service: Service,
-    prompts: list[tuple[list[int], SamplingParams]],
+    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
     n: int,
     deadline: float,
 ) -> list[Generation]:

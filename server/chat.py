@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from server.protocol import ChatCompletionRequest
 from server.request_record import RequestRecord, Wanted, record_of
 from server.service import Service
 from server.streaming import stream_events
-from server.validation import clamp_max_tokens, encode_prompt, parse_sampling
+from server.validation import check_length, clamp_max_tokens, encode_prompt, parse_sampling
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -76,8 +77,13 @@ class ChatCall:
         n = body.n or 1
         if n > service.config.max_choices:
             raise invalid(f"n: at most {service.config.max_choices}", "n")
-        with hold_room(service, [message["content"] for message in messages], n):
-            prompt = await service.in_thread(_encode, template, messages, service, info)
+        texts = [message["content"] for message in messages]
+        for text in texts:
+            check_length(text, service.tokenizer, info)
+        with hold_room(service, texts, n):
+            prompt = await service.in_thread(
+                *(_encode, template, messages, service, info), size=sum(map(len, texts))
+            )
         max_tokens = clamp_max_tokens(len(prompt), _wanted_tokens(body, info), info)
         sampling = parse_sampling(
             body,
@@ -181,7 +187,7 @@ class ChatCall:
 
 def _encode(
     template: ChatTemplate, messages: list[dict[str, str]], service: Service, info: EngineInfo
-) -> list[int]:
+) -> Sequence[int]:
     """Render and tokenise; the template writes the special tokens itself."""
     text = template.render(messages)
     if not text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from server.streaming import stream_events
 from server.validation import (
     DEFAULT_MAX_TOKENS,
     SamplingChoice,
+    check_length,
     clamp_max_tokens,
     encode_prompt,
     parse_prompts,
@@ -74,7 +76,7 @@ class CompletionCall:
         if max_tokens == 0 and not body.echo:
             raise invalid("max_tokens 0 makes sense with echo only", "max_tokens")
         n = body.n or 1
-        prompts = parse_prompts(body.prompt, info.vocab_size, service.config.max_prompts)
+        prompts = parse_prompts(body.prompt, service.config.max_prompts)
         if len(prompts) * n > service.config.max_choices:
             raise invalid(f"prompts times n: at most {service.config.max_choices}", "n")
         common = parse_sampling(
@@ -84,9 +86,13 @@ class CompletionCall:
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
+        for prompt in prompts:
+            check_length(prompt, service.tokenizer, info)
         with hold_room(service, prompts, len(prompts) * n):
             encoded = [
-                await service.in_thread(encode_prompt, prompt, service.tokenizer, info)
+                await service.in_thread(
+                    encode_prompt, prompt, service.tokenizer, info, size=len(prompt)
+                )
                 for prompt in prompts
             ]
             jobs = [
@@ -95,7 +101,9 @@ class CompletionCall:
             ]
             echoes = [
                 await service.in_thread(
-                    PromptText, ids, prompt if isinstance(prompt, str) else None, service.tokenizer
+                    *(PromptText, ids, prompt if isinstance(prompt, str) else None),
+                    service.tokenizer,
+                    size=len(ids),
                 )
                 for prompt, ids in zip(prompts, encoded, strict=True)
                 if body.echo
@@ -193,7 +201,7 @@ def _for_prompt(common: SamplingChoice, max_tokens: int) -> SamplingChoice:
 
 def _admit(
     service: Service,
-    jobs: list[tuple[list[int], SamplingChoice]],
+    jobs: list[tuple[Sequence[int], SamplingChoice]],
     echoes: list[PromptText],
     common: SamplingChoice,
     n: int,

@@ -48,6 +48,7 @@ class ServerConfig(BaseSettings):
     max_connections_per_client: Annotated[int, Field(ge=0)] = 0  # of one address; 0 is no limit
     header_seconds: Seconds = 10.0  # to receive a request's head
     body_seconds: Seconds = 30.0  # to receive its body
+    job_seconds: Seconds = 60.0  # to parse or tokenise one request
     idle_seconds: Seconds = 60.0  # keep-alive between requests
     keep_alive_seconds: Seconds = 5.0  # longest silence of a stream
     slow_reader_seconds: Seconds = 60.0  # a stream whose reader takes nothing for so long is ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from importlib.metadata import version
 from typing import Any
 
@@ -10,11 +11,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import ApiError, invalid
+from server.errors import ApiError
+from server.event_stream import answered
 from server.metrics_page import MetricsPage
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.service import Service
-from server.validation import encode_prompt
+from server.validation import encode_prompt, parse_ids
 
 LIVE = "/health/live"
 READY = "/health/ready"
@@ -39,22 +41,19 @@ def info_router(service: Service) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await service.parse(TokenizeRequest, request)
-        ids = await service.in_thread(
-            encode_prompt,
-            body.prompt,
-            service.tokenizer,
-            service.engine.info,
-            body.add_special_tokens,
+        info = service.engine.info
+        job = service.in_thread(
+            *(encode_prompt, body.prompt, service.tokenizer, info, body.add_special_tokens),
+            size=len(body.prompt),
         )
-        limit = service.engine.info.max_model_len
-        return _json({"tokens": ids, "count": len(ids), "max_model_len": limit})
+        ids = (await answered(job, request)).tolist()
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": info.max_model_len})
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await service.parse(DetokenizeRequest, request)
-        if body.tokens and max(body.tokens) >= service.engine.info.vocab_size:
-            raise invalid("tokens: an id is not in the vocabulary", "tokens")
-        return _json({"prompt": await service.in_thread(service.tokenizer.decode, body.tokens)})
+        job = service.in_thread(_decode, service, body.tokens, size=_size(body.tokens))
+        return _json({"prompt": await answered(job, request)})
 
     @router.get(LIVE)
     async def live() -> Response:
@@ -87,6 +86,14 @@ def not_ready(service: Service) -> str | None:
     silent = service.engine.seconds_since_step()
     allowed = service.config.stall_seconds + service.engine.step_seconds()
     return "stalled" if silent > allowed else None
+
+
+def _decode(service: Service, tokens: Any) -> str:
+    return service.tokenizer.decode(parse_ids(tokens, service.engine.info, "tokens"))
+
+
+def _size(tokens: Any) -> int:
+    return len(tokens) if isinstance(tokens, Sized) else 0
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -11,14 +11,22 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from server.errors import ApiError, invalid
+from server.large_body import CutValues, cut_body
 
 INT64 = 2**63
 
 Unit = Annotated[float, Field(gt=0, le=1)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _restored(value: Any, info: ValidationInfo) -> Any:
+    """What was cut out of a large body before it was parsed (`server.large_body`)."""
+    return value if info.context is None else info.context.restore(value)
+
+
+Bulky = Annotated[Any, AfterValidator(_restored)]
 
 
 class StreamOptions(BaseModel):
@@ -60,7 +68,7 @@ class GenerationFields(BaseModel):
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions (design section 7)."""
 
-    prompt: Any = None
+    prompt: Bulky = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -69,7 +77,7 @@ class CompletionRequest(GenerationFields):
 class ChatCompletionRequest(GenerationFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Any = None
+    messages: Bulky = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
@@ -81,7 +89,7 @@ class TokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", protected_namespaces=())
     model: str | None = None
-    prompt: str
+    prompt: Annotated[str, AfterValidator(_restored)]
     add_special_tokens: bool = True
 
 
@@ -90,7 +98,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", protected_namespaces=())
     model: str | None = None
-    tokens: Annotated[list[TokenId], pydantic.FailFast()]
+    tokens: Bulky
 
 
 # OpenAI fields that are known and do nothing here: null is as good as absent, a value is refused.
@@ -105,20 +113,32 @@ UNSUPPORTED: dict[type[BaseModel], frozenset[str]] = {
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse_body(kind: type[Body], raw: bytes) -> Body:
-    """Validate a JSON body.
+def parse_body(kind: type[Body], raw: bytes, cut: CutValues | None = None) -> Body:
+    """Validate a JSON body, out of which `cut` was taken.
 
     Raises:
         ApiError: 400 that names the first field at fault and echoes nothing.
     """
     try:
-        body = kind.model_validate_json(raw)
+        body = kind.model_validate_json(raw, context=cut)
     except pydantic.ValidationError as error:
         raise _first_error(error) from None
+    if cut is not None:
+        cut.check_empty()
     for name in UNSUPPORTED.get(kind, ()):
         if (body.model_extra or {}).get(name) is not None:
             raise invalid("this field is not supported", name, "unsupported_field")
     return body
+
+
+def parse_large_body(kind: type[Body], raw: bytes) -> Body:
+    """The same in a thread, for a body of any size: no step of it takes long.
+
+    Raises:
+        ApiError: as above, or 400 for a body of too many values.
+    """
+    thin, cut = cut_body(raw, kind.model_fields)
+    return parse_body(kind, thin, cut)
 
 
 def unknown_fields(body: BaseModel) -> list[str]:

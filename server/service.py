@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -16,10 +14,14 @@ from engine.errors import EngineUnavailableError
 from engine.tokenizer import Tokenizer
 from server.config import ServerConfig
 from server.errors import ApiError
+from server.event_stream import answered
+from server.job_threads import JobThreads
+from server.large_body import SMALL_BODY
 from server.metrics import ServerMetrics
-from server.protocol import parse_body, unknown_fields
+from server.protocol import parse_body, parse_large_body, unknown_fields
 
-TOKENIZER_THREADS = 2
+SMALL_JOBS, LARGE_JOBS = 4, 2  # at once; a long text never delays a short one
+LARGE_SIZE = 64 * 2**10  # characters or token ids
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -40,7 +42,8 @@ class Service:
         self.config = config
         self.metrics = ServerMetrics(engine, config.model_name, dropped_lines)
         self.started = int(time.time())
-        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._small_jobs = JobThreads(SMALL_JOBS, config.job_seconds)
+        self._large_jobs = JobThreads(LARGE_JOBS, config.job_seconds)
 
     async def parse(self, kind: type[Body], request: Request) -> Body:
         """Read and validate a request's body; count the fields that nobody knows.
@@ -48,7 +51,12 @@ class Service:
         Raises:
             ApiError: 400, 408, 413 or 404 for a model that is not served here.
         """
-        body = parse_body(kind, await request.body())
+        raw = await request.body()
+        if len(raw) <= SMALL_BODY:
+            body = parse_body(kind, raw)
+        else:
+            job = self.in_thread(parse_large_body, kind, raw, size=len(raw))
+            body = await answered(job, request)
         self.metrics.count_unknown_fields(len(unknown_fields(body)))
         model: Any = getattr(body, "model", None)
         if model is not None and model != self.config.model_name:
@@ -60,9 +68,13 @@ class Service:
         if self.engine.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.engine.state}")
 
-    async def in_thread(self, work: Any, *args: Any) -> Any:
-        """Run tokenising and template work off the event loop; a few threads, so it is bounded."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+    async def in_thread(self, work: Any, *args: Any, size: int = 0) -> Any:
+        """Run parsing, tokenising and template work off the event loop (`server.job_threads`).
+
+        `size` is the number of characters or ids that it reads.
+        """
+        jobs = self._large_jobs if size > LARGE_SIZE else self._small_jobs
+        return await jobs.run(work, *args)
 
     def deadline(self, wanted: float | None) -> float:
         """When a request that comes now must have ended, in time.monotonic() seconds.
@@ -72,6 +84,3 @@ class Service:
         """
         most = self.config.max_request_seconds
         return time.monotonic() + (most if wanted is None else min(wanted, most))
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 4096
 MAX_STOP_IDS = 128
 
-Prompt = str | list[int]
+Prompt = str | Sequence[int]
 T = TypeVar("T")
 
 
@@ -31,13 +32,13 @@ class SamplingChoice:
     stops: tuple[str, ...]
 
 
-def parse_prompts(value: Any, vocab_size: int, limit: int) -> list[Prompt]:
-    """The four shapes of `prompt`: text, texts, ids, lists of ids.
+def parse_prompts(value: Any, limit: int) -> list[Prompt]:
+    """The four shapes of `prompt`: text, texts, ids, lists of ids. `encode_prompt` checks the ids.
 
     Raises:
-        ApiError: 400 naming `prompt`; empty, mixed, too many, or an id outside the vocabulary.
+        ApiError: 400 naming `prompt`; empty, mixed or too many.
     """
-    if isinstance(value, str):
+    if isinstance(value, str | array):
         prompts: list[Any] = [value]
     elif isinstance(value, list) and value:
         prompts = [value] if type(value[0]) is int else value
@@ -47,34 +48,62 @@ def parse_prompts(value: Any, vocab_size: int, limit: int) -> list[Prompt]:
         )
     if len(prompts) > limit:
         raise invalid(f"prompt: at most {limit} prompts in one call", "prompt", "too_many_prompts")
-    kind = str if isinstance(prompts[0], str) else list
-    for prompt in prompts:
-        if type(prompt) is not kind or not prompt:
-            raise invalid("prompt must hold texts only or token ids only, none empty", "prompt")
-        if kind is list:
-            _check_ids(prompt, vocab_size, "prompt")
+    kind = str if isinstance(prompts[0], str) else (list, array)
+    if not all(isinstance(prompt, kind) and prompt for prompt in prompts):
+        raise invalid("prompt must hold texts only or token ids only, none empty", "prompt")
     return prompts
+
+
+def check_length(prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo) -> None:
+    """Refuse what is too long whatever its tokens are, before room is asked for it.
+
+    Raises:
+        ApiError: 400 `context_length_exceeded`.
+    """
+    if not isinstance(prompt, str):
+        if len(prompt) > info.max_model_len:
+            raise _too_long(str(len(prompt)), info.max_model_len)
+    elif len(prompt) > info.max_model_len * tokenizer.longest_token_bytes:
+        raise _too_long(f"more than {info.max_model_len}", info.max_model_len)
 
 
 def encode_prompt(
     prompt: Prompt, tokenizer: Tokenizer, info: EngineInfo, add_special_tokens: bool = True
-) -> list[int]:
+) -> array[int]:
     """Token ids of a prompt; runs in a worker thread, since a long text takes seconds.
 
     Raises:
         ApiError: 400; `context_length_exceeded` before tokenising where the length alone says so.
     """
-    if isinstance(prompt, list):
-        return prompt
+    if not isinstance(prompt, str):
+        return parse_ids(prompt, info, "prompt")
     size = len(prompt.encode())
     if size > info.max_model_len * tokenizer.longest_token_bytes:
         raise _too_long(f"more than {info.max_model_len}", info.max_model_len)
-    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    count, ids = tokenizer.encode_at_most(
+        info.max_model_len, prompt, add_special_tokens=add_special_tokens
+    )
+    if count > info.max_model_len:
+        raise _too_long(str(count), info.max_model_len)
     if not ids:
         raise invalid("prompt has no tokens", "prompt")
     if max(ids) >= info.vocab_size:
         raise invalid("prompt holds a token that the model does not know", "prompt")
-    return ids
+    return array("i", ids)
+
+
+def parse_ids(ids: Any, info: EngineInfo, param: str) -> array[int]:
+    """Token ids as they came, checked; not more than the context has room for.
+
+    Raises:
+        ApiError: 400 naming `param`.
+    """
+    if not isinstance(ids, list | array):
+        raise invalid(f"{param} must be a list of token ids", param)
+    if len(ids) > info.max_model_len:
+        raise _too_long(str(len(ids)), info.max_model_len, param)
+    _check_ids(ids, info.vocab_size, param)
+    return array("i", ids)
 
 
 def clamp_max_tokens(prompt_tokens: int, wanted: int, info: EngineInfo) -> int:
@@ -172,16 +201,16 @@ def _parse_bias(value: Any, vocab_size: int) -> dict[int, float]:
 
 def _check_ids(ids: Sequence[Any], vocab_size: int, param: str) -> None:
     """Refuse anything that is not a token id; `type` because true is an int to Python."""
-    for token_id in ids:
+    for token_id in ids:  # a loop, where min() and max() would hold the interpreter
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise invalid(f"{param}: token ids are whole numbers below {vocab_size}", param)
 
 
-def _too_long(prompt: str, limit: int) -> ApiError:
+def _too_long(count: str, limit: int, param: str = "prompt") -> ApiError:
     return invalid(
-        f"the prompt has {prompt} tokens and at least one is to be generated, but the context of "
+        f"the prompt has {count} tokens and at least one is to be generated, but the context of "
         f"this model is {limit} tokens",
-        "prompt",
+        param,
         "context_length_exceeded",
     )
 
