@@ -29,6 +29,7 @@ class Answer:
         self.choices = choices
         self._service = service
         self._record = record
+        record.admitted = time.monotonic()
         self._deadline = deadline
         self._first: dict[int, float] = {}  # by index of a choice: when its first token came
         self._newest: dict[int, float] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from server.config import ServerConfig
 from server.edge import Edge
 from server.errors import ApiError, answer_error, answer_unexpected, to_api_error
 from server.info_api import LIVE, METRICS, READY, info_router
-from server.recorder import Recorder
+from server.recorder import Observer, Recorder
 from server.request_log import RequestLog
 from server.request_record import CLIENT_CLOSED_REQUEST, record_of
 from server.service import Service
@@ -30,17 +30,22 @@ def create_app(
     tokenizer: Tokenizer,
     config: ServerConfig,
     dropped_lines: Callable[[], int] = int,
+    observers: Sequence[Observer] = (),
 ) -> Recorder:
     """The ASGI application of one server. The engine is started and stopped by the caller.
 
-    `dropped_lines` tells how many log lines of this process were lost.
+    Args:
+        dropped_lines: tells how many log lines of this process were lost.
+        observers: told of every request that ended, before it is logged.
     """
     service = Service(engine, tokenizer, config, dropped_lines)
     open_paths = OPEN_PATHS | {METRICS} if config.open_metrics else OPEN_PATHS
     keys = KeyRing(config.keys(), open_paths)
     log = RequestLog(config.model_name, quiet=(LIVE, READY, METRICS))
-    observers = [service.metrics.observe_request, log.write]
-    return Recorder(Edge(create_routes(service), config, keys), observers)
+    return Recorder(
+        Edge(create_routes(service), config, keys),
+        [service.metrics.observe_request, *observers, log.write],
+    )
 
 
 def create_routes(service: Service) -> FastAPI:

@@ -78,6 +78,9 @@ class ServerConfig(BaseSettings):
     # alone pays nothing. 0: no aim, chunks are as long as max_batch_tokens lets them be.
     max_step_ms: Annotated[float, Field(ge=0)] = 100.0
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")] | None = (
+        None  # traces go to its /v1/traces by OTLP over HTTP; None: no tracing
+    )
     log_format: Literal["auto", "json", "text"] = "auto"  # auto: text on a terminal, else JSON
     prefix_caching: bool = True
     cache_generated: bool = False

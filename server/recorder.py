@@ -25,7 +25,9 @@ class Recorder:
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        record = RequestRecord(method if method in METHODS else OTHER)
+        record = RequestRecord(
+            method if method in METHODS else OTHER, trace_headers=_trace_headers(scope)
+        )
         scope.setdefault("state", {})["record"] = record
 
         async def noted(message: Message) -> None:
@@ -46,3 +48,12 @@ class Recorder:
     def _tell(self, record: RequestRecord) -> None:
         for observe in self._observers:
             observe(record)
+
+
+def _trace_headers(scope: Scope) -> dict[str, str]:
+    """Those of W3C's trace context, as they came; whoever reads them checks them."""
+    return {
+        name.decode(): value.decode("latin-1")
+        for name, value in scope["headers"]
+        if name in (b"traceparent", b"tracestate")
+    }

@@ -39,6 +39,7 @@ class RequestLog:
         fields = {
             "request_id": record.request_id,
             "client_request_id": record.label,
+            "trace_id": record.trace_id,
             "method": record.method,
             "route": record.route,
             "status": record.status,

@@ -64,6 +64,9 @@ class RequestRecord:
     label: str | None = None  # the client's X-Request-Id
     route: str = UNMATCHED  # template
     status: int = CLIENT_CLOSED_REQUEST  # until an answer begins
+    trace_headers: dict[str, str] = field(default_factory=dict)  # traceparent and tracestate
+    trace_id: str | None = None  # of requests that are traced
+    admitted: float | None = None  # time.monotonic() seconds, of requests that reached the engine
     error_code: str | None = None  # also of an error that came as an event of a stream
     wanted: Wanted | None = None  # of requests that were admitted
     choices: list[ChoiceAccount] = field(default_factory=list)  # when they have ended

@@ -26,6 +26,7 @@ from server.connections import BACKLOG, affordable_connections
 from server.http_protocol import LINGER_SECONDS, ProtocolLimits, limited_protocol
 from server.info_api import LIVE, METRICS, READY
 from server.recorder import Recorder
+from server.trace_setup import tracing
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +55,22 @@ def run_server(
     try:
         preflight(config.model)
         tokenizer = Tokenizer.from_folder(config.model)
-        port = listener.getsockname()[1]
         loop_factory = uvicorn.Config("", loop="uvloop").get_loop_factory()
         with (
             log_lines(config.log_lines, "front end") as output,
+            tracing(config) as observers,
             asyncio.Runner(loop_factory=loop_factory) as runner,
         ):
             output.write(f"rtpurbo settings\n{config.describe()}")
-            return runner.run(_serve(config, tokenizer, listener, port, policy, launch, output))
+            engine = EngineProcess(
+                config.engine(),
+                max_queued_requests=config.max_queued_requests,
+                max_queued_prefill_tokens=config.max_queued_prefill_tokens,
+                policy=policy,
+                launch=launch,
+            )
+            app = create_app(engine, tokenizer, config, lambda: output.dropped, observers)
+            return runner.run(_serve(config, engine, app, listener, output))
     finally:
         listener.close()
 
@@ -108,22 +117,13 @@ def _notice_dead_peers(listener: socket.socket, seconds: float) -> None:
 
 async def _serve(
     config: ServerConfig,
-    tokenizer: Tokenizer,
+    engine: EngineProcess,
+    app: Recorder,
     listener: socket.socket,
-    port: int,
-    policy: SupervisionPolicy | None,
-    launch: LaunchChild,
     output: LineWriter,
 ) -> int:
     """Answer health probes from the first moment, requests once the model is loaded."""
-    engine = EngineProcess(
-        config.engine(),
-        max_queued_requests=config.max_queued_requests,
-        max_queued_prefill_tokens=config.max_queued_prefill_tokens,
-        policy=policy,
-        launch=launch,
-    )
-    app = create_app(engine, tokenizer, config, lambda: output.dropped)
+    port = listener.getsockname()[1]
     server = _Server(_uvicorn_config(config, app))
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import uvloop
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
+from server.recorder import Observer
 from server.runner import _Server, _uvicorn_config, bind
 from tests.engine.byte_tokenizer import byte_tokenizer
 from tests.server.fake_engine import FakeEngine
@@ -90,7 +91,12 @@ class LiveServer:
 
 @contextmanager
 def live_server(
-    folder: Path, *, chat: bool = True, dropped_lines: Callable[[], int] = int, **settings: Any
+    folder: Path,
+    *,
+    chat: bool = True,
+    dropped_lines: Callable[[], int] = int,
+    observers: Sequence[Observer] = (),
+    **settings: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends."""
     tokenizer = make_tokenizer(folder, chat=chat)
@@ -102,7 +108,7 @@ def live_server(
     async def main() -> None:
         engine = FakeEngine(tokenizer)
         listener = bind(config.host, config.port)
-        app = create_app(engine, tokenizer, config, dropped_lines)
+        app = create_app(engine, tokenizer, config, dropped_lines, observers)
         server = _Server(_uvicorn_config(config, app))
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
