@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +19,11 @@ class ServerProcess:
     """A running server: where it listens and the process of its front end."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
 
 @contextmanager
@@ -27,6 +32,7 @@ def serving(
     *flags: str,
     program: Sequence[str] = ("server.cli", "serve"),
     deadline: float = 300.0,
+    settings: Mapping[str, object] | None = None,
 ) -> Iterator[ServerProcess]:
     """Serve `model` on a free loopback port until the block ends.
 
@@ -35,17 +41,19 @@ def serving(
         flags: for the program, after its model and its port.
         program: module and first arguments; tests run one with a fake engine.
         deadline: seconds until it has to be ready.
+        settings: RTPURBO_* variables, without the prefix and in lower case.
 
     Raises:
         RuntimeError: the server ended, or was not ready within `deadline` seconds.
     """
     port = free_port()
     command = [sys.executable, "-m", *program, model, "--port", str(port), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    variables = {f"RTPURBO_{name.upper()}": str(v) for name, v in (settings or {}).items()}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **variables})
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url, process, command, time.monotonic() + deadline)
-        yield ServerProcess(url, process.pid)
+        yield ServerProcess(url, process)
     finally:
         process.terminate()
         try:

@@ -13,6 +13,7 @@ import typer
 
 from server.commands.ablate import ablate
 from server.commands.bench import bench_attention, bench_serving
+from server.commands.bench_endurance import bench_chaos, bench_soak
 from server.commands.build_kernels import build_kernels
 from server.commands.convert import convert
 from server.commands.evaluate import evaluate
@@ -40,6 +41,8 @@ app.command("build-kernels")(build_kernels)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, and print what the README quotes.")
 bench_app.command("attention")(bench_attention)
 bench_app.command("serving")(bench_serving)
+bench_app.command("chaos")(bench_chaos)
+bench_app.command("soak")(bench_soak)
 app.add_typer(bench_app, name="bench")
 
 

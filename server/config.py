@@ -19,6 +19,7 @@ from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
 from engine.log_lines import LogFormat, default_format
+from engine.supervision import SupervisionPolicy
 from server.key_file import read_keys
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -55,6 +56,9 @@ class ServerConfig(BaseSettings):
     max_request_seconds: Seconds = 3600.0  # deadline of a request that names none, and the most
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0  # for running requests after SIGTERM
     stall_seconds: Seconds = 60.0  # without an engine step, readiness is denied
+    hang_seconds: Seconds = 120.0  # without a sign of the engine: it is killed and started again
+    max_engine_restarts: Annotated[int, Field(ge=0)] = 5  # within the window; then the server ends
+    engine_restart_window_seconds: Seconds = 600.0
     max_queued_requests: Count = 256  # that wait for their first computation
     # Prompt tokens that wait to be computed; None: 2^20, or four of the longest prompts if that is
     # more. A call that finds none before it, or of at most max_batch_tokens, is taken in any case.
@@ -169,6 +173,14 @@ class ServerConfig(BaseSettings):
                 "log_format": self.log_lines,
             },
             EngineConfig,
+        )
+
+    def supervision(self) -> SupervisionPolicy:
+        """When the engine counts as lost, and how often it may be."""
+        return SupervisionPolicy(
+            silence_seconds=self.hang_seconds,
+            max_restarts=self.max_engine_restarts,
+            restart_window=self.engine_restart_window_seconds,
         )
 
     def describe(self) -> str:

@@ -43,7 +43,7 @@ def run_server(
 
     Args:
         config: the server's settings and the engine's.
-        policy: of supervision; None: the usual one.
+        policy: of supervision; None: as the settings say.
         launch: starts the engine; tests put another one behind the same server.
 
     Raises:
@@ -66,7 +66,7 @@ def run_server(
                 config.engine(),
                 max_queued_requests=config.max_queued_requests,
                 max_queued_prefill_tokens=config.max_queued_prefill_tokens,
-                policy=policy,
+                policy=policy if policy is not None else config.supervision(),
                 launch=launch,
             )
             app = create_app(engine, tokenizer, config, lambda: output.dropped, observers)

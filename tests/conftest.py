@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from kernels._launch import KernelLibrary
 
+
 from tests.fuzzing import register_profiles
 
 register_profiles()
@@ -29,3 +30,10 @@ def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     from tests.kernels.emulation.library import build_emulation
 
     return build_emulation(tmp_path_factory.mktemp("emulated"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The simulation's seeds: the same ones in every run of the suite, others and more by night."""
+    group = parser.getgroup("simulation")
+    group.addoption("--simulation-seeds", type=int, default=2000, help="seeds to run")
+    group.addoption("--simulation-first", type=int, default=0, help="the first seed")

@@ -114,7 +114,8 @@ class FakeRunner:
 
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         self.steps.append(batch)
-        time.sleep(self._step_seconds)
+        if self._step_seconds:  # even a sleep of nothing gives the core away
+            time.sleep(self._step_seconds)
         result = StepResult()
         for span in batch.spans:
             self._store(span)

@@ -34,6 +34,8 @@ FLAGS = {
     "inspect": "gpu-gib json plot",
     "build-kernels": "json kernel-cache targets",
     "bench attention": "json lengths only plot quick",
+    "bench chaos": "clients json seconds seed",
+    "bench soak": "json minutes note out period streams",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
 }
 
@@ -70,6 +72,8 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
         "inspect",
         "build-kernels",
         "bench serving",
+        "bench chaos",
+        "bench soak",
     ],
 )
 def test_help_teaches_every_flag(path: str) -> None:

@@ -1,0 +1,252 @@
+"""A simulation that cannot fail proves nothing: known faults are put in, and seeds must find them.
+
+Each mutation is a small, plausible mistake in one real part. It must show within fewer seeds than
+the suite runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.batch import Batch
+from engine.child_protocol import Child
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.kv_pools import KvPools
+from engine.messages import Abort, Add, FromEngine, Progress, Report, ToEngine
+from engine.process import EngineProcess
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.stats_total import StatsTotal
+from engine.supervision import SupervisionPolicy
+from tests.engine.fake_runner import SINKS, WINDOW
+from tests.simulation.child import BLOCK, SimulatedChild
+from tests.simulation.scenario import Scenario
+from tests.simulation.simulation import Parts, simulate
+
+SEEDS = range(2000)  # as many as the suite runs
+
+
+class ResendingChild(SimulatedChild):
+    """Now and then a report is sent twice."""
+
+    def leave(self, message: FromEngine) -> None:
+        super().leave(message)
+        if isinstance(message, Report) and message.stats.step % 11 == 5 and message.updates:
+            self._reports.append(self._reports[-1])
+
+
+class LosingChild(SimulatedChild):
+    """Now and then a report is lost although nothing crashed."""
+
+    def leave(self, message: FromEngine) -> None:
+        super().leave(message)
+        if isinstance(message, Report) and message.stats.step % 11 == 5 and message.updates:
+            self._reports.pop()
+
+
+class SwappingChild(SimulatedChild):
+    """Now and then two reports change places."""
+
+    def leave(self, message: FromEngine) -> None:
+        super().leave(message)
+        if isinstance(message, Report) and message.stats.step % 5 == 3 and len(self._reports) > 1:
+            self._reports[-1], self._reports[-2] = self._reports[-2], self._reports[-1]
+
+
+class ForgetfulReplay(SimulatedChild):
+    """A resumed request starts again: what was generated does not go with it."""
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            message = msgspec.structs.replace(message, output=b"")
+        super().send(message)
+
+
+class ReplayShort(SimulatedChild):
+    """A resumed request goes on one token too early."""
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            message = msgspec.structs.replace(message, output=message.output[:-4])
+        super().send(message)
+
+
+class ReplayOtherSeed(SimulatedChild):
+    """A resumed request draws from another seed."""
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add) and message.output:
+            params = msgspec.structs.replace(message.params, seed=message.params.seed + 1)
+            message = msgspec.structs.replace(message, params=params)
+        super().send(message)
+
+
+class ReplayWithoutProgress(SimulatedChild):
+    """A resumed request tells the log-probabilities of its prompt again."""
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            message = msgspec.structs.replace(message, progress=Progress())
+        super().send(message)
+
+
+class DeafCore(EngineCore):
+    """Aborts are not heard."""
+
+    def _accept(self, message: ToEngine) -> None:
+        if not isinstance(message, Abort):
+            super()._accept(message)
+
+
+class DeafChild(SimulatedChild):
+    make_core = DeafCore
+
+
+class SkippingScheduler(Scheduler):
+    """A token that was sampled while several decode is dropped now and then."""
+
+    def update(self, batch: Batch, tokens: Mapping[int, int]) -> None:
+        if len(tokens) > 2:
+            tokens = dict(list(tokens.items())[1:])
+        super().update(batch, tokens)
+
+
+class SkippingChild(SimulatedChild):
+    make_scheduler = SkippingScheduler
+
+
+class IdleScheduler(Scheduler):
+    """A full pool stops everybody: nobody is preempted for the oldest."""
+
+    def _preempt_for(self, request: Request) -> bool:
+        return False
+
+
+class IdleChild(SimulatedChild):
+    make_scheduler = IdleScheduler
+
+
+class LeakingPools(KvPools):
+    """The last page of a request is not given back."""
+
+    def release(self, request: Request) -> None:
+        if len(request.full_blocks) > 3:
+            request.full_blocks.pop()
+        super().release(request)
+
+
+class EarlySharingPools(KvPools):
+    """Pages of a prompt are shared before they are computed."""
+
+    def _register(self, request: Request) -> None:
+        computed = request.computed
+        held = min(len(request.full_blocks), len(request.window_blocks)) * BLOCK
+        request.computed = max(computed, min(request.prompt_len, held))
+        super()._register(request)
+        request.computed = computed
+
+
+class NarrowPools(KvPools):
+    """The window slides one block too far."""
+
+    def _slide(self, request: Request) -> None:
+        request.computed += BLOCK
+        super()._slide(request)
+        request.computed -= BLOCK
+
+
+class UnevenPools(KvPools):
+    """The sinks are not kept for a request that shares a prefix."""
+
+    def take(self, request: Request, tokens: int) -> None:
+        super().take(request, tokens)
+        if request.window_start > 0 and request.window_blocks[0]:
+            self.window.release(request.window_blocks[0])
+            request.window_blocks[0] = 0
+
+
+class FailingSupervisor(EngineProcess):
+    """A lost engine fails the requests that it had, as other servers do."""
+
+    async def _lose(self, child: Child) -> None:
+        await super()._lose(child)
+        self._fail_live("the engine is restarting")
+
+
+class PatientSupervisor(EngineProcess):
+    """A hang is not noticed for days."""
+
+    def __init__(self, config: EngineConfig, *, policy: SupervisionPolicy, **others: Any) -> None:
+        super().__init__(config, policy=replace(policy, silence_seconds=1e6), **others)
+
+
+class HastySupervisor(EngineProcess):
+    """A lost engine is left running when the service stops at that moment."""
+
+    async def _drop_child(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            await watch.child.close()
+
+
+class FullSupervisor(EngineProcess):
+    """A request that ends without having begun keeps its place in the queue."""
+
+    def _forget(self, request_id: int) -> None:
+        self._queue.leave = lambda request_id: None  # type: ignore[method-assign]
+        super()._forget(request_id)
+
+
+class ForgettingSupervisor(EngineProcess):
+    """Totals begin again with each engine."""
+
+    async def _lose(self, child: Child) -> None:
+        await super()._lose(child)
+        self._stats = StatsTotal()
+
+
+class IndulgentSupervisor(EngineProcess):
+    """Nobody is ever blamed, so a request that kills the engine kills it for ever."""
+
+    def _condemn(self, *_: object) -> None:
+        return
+
+
+def pools_of(kind: type[KvPools]) -> Parts:
+    def make(scenario: Scenario) -> KvPools:
+        return kind(
+            full_pages=scenario.full_pages,
+            window_pages=scenario.window_pages,
+            block_tokens=BLOCK,
+            window_tokens=WINDOW,
+            sink_tokens=SINKS,
+        )
+
+    return Parts(pools=make)
+
+
+CHILDREN = (
+    *(ResendingChild, LosingChild, SwappingChild, ForgetfulReplay, ReplayShort, ReplayOtherSeed),
+    *(ReplayWithoutProgress, DeafChild, SkippingChild, IdleChild),
+)
+POOLS = (LeakingPools, EarlySharingPools, NarrowPools, UnevenPools)
+SUPERVISORS = (
+    *(FailingSupervisor, PatientSupervisor, HastySupervisor, FullSupervisor),
+    *(ForgettingSupervisor, IndulgentSupervisor),
+)
+MUTATIONS = {
+    **{kind.__name__: Parts(child=kind) for kind in CHILDREN},
+    **{kind.__name__: pools_of(kind) for kind in POOLS},
+    **{kind.__name__: Parts(engine=kind) for kind in SUPERVISORS},
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_seeds_find_a_fault_that_was_put_in(name: str) -> None:
+    assert any(simulate(seed, MUTATIONS[name]).problems for seed in SEEDS)
