@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -142,9 +142,9 @@ class BatchTensors:
         decode_width = self._width(decodes)
         prefill_width = self._width(prefills)
         return AttentionMetadata(
-            token_ids_T=self._ints([token for span in batch.spans for token in span.tokens]),
+            token_ids_T=self._ints(list(chain.from_iterable(s.tokens for s in batch.spans))),
             positions_T=self._ints(
-                [i for span in batch.spans for i in range(span.start, span.stop)]
+                list(chain.from_iterable(range(s.start, s.stop) for s in batch.spans))
             ),
             full_slots_T=self._slots(batch, full=True),
             window_slots_T=self._slots(batch, full=False),
@@ -169,9 +169,12 @@ class BatchTensors:
         slots: list[int] = []
         for span in batch.spans:
             pages = span.full_blocks if full else span.window_blocks
-            if pages:
-                positions = range(span.start, span.stop)
-                slots.extend(pages[i // block] * block + i % block for i in positions)
+            if not pages:
+                continue
+            for column in range(span.start // block, -(-span.stop // block)):
+                first, shift = column * block, (pages[column] - column) * block
+                start, stop = max(first, span.start), min(first + block, span.stop)
+                slots.extend(range(start + shift, stop + shift))
         return self._ints(slots)
 
     def _width(self, spans: list[Span]) -> int:
