@@ -76,6 +76,12 @@ class EngineCollector(Collector):
             "Requests that failed because they alone ended the engine.",
             recovery.poisoned,
         )
+        yield make.gauge(
+            "engine_features_off",
+            "Fast paths that the engine does without since requests ended engines with them: "
+            "1 CUDA graphs, 2 attention kernels too.",
+            recovery.features_off,
+        )
         yield make.summary(
             "engine_outage_seconds",
             "From the loss of an engine to the first report of the next one, of outages that are "

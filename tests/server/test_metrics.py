@@ -27,7 +27,7 @@ GAUGES = """layer_attended_fraction requests_running requests_waiting kv_cache_u
 prefill_tokens_remaining seconds_since_engine_step engine_up kv_bytes_per_token retrieval_heads
 attention_heads kv_cache_pages kv_cache_bytes kv_cache_free_tokens requests_prefilling
 prefill_progress_ratio oldest_request_age_seconds max_model_len max_sequences block_tokens
-window_tokens build_info scrape_seconds""".split()
+window_tokens build_info scrape_seconds engine_features_off""".split()
 COUNTERS = """prompt_tokens generated_tokens prefix_cache_hit_tokens requests_finished
 requests_rejected preemptions engine_restarts requests_resumed engine_steps engine_step_seconds
 decode_attended_tokens decode_context_tokens kv_bytes_read kv_bytes_read_dense index_bytes_read

@@ -1,0 +1,314 @@
+"""Engine processes that die, hang, speak nonsense or do not start; requests go on."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from engine.errors import (
+    EngineUnavailableError,
+)
+from engine.ipc import MAX_MESSAGE_BYTES, encode, reports_path, requests_path
+from engine.messages import Report, RequestUpdate, Shutdown, Stats
+from engine.request import SamplingParams
+from engine.supervision import RestartBudget, SupervisionPolicy
+from tests.engine.fake_runner import (
+    toy_generate,
+)
+from tests.engine.process_bench import (
+    DEADLINE,
+    ROOT,
+    SLOW,
+    channel_folder,
+    finish,
+    greedy,
+    kill,
+    run,
+    running,
+    until,
+)
+
+
+def test_f01_killed_in_decode_every_stream_goes_on() -> None:
+    """Greedy, seeded with log-probabilities, echo: all as in a run that nobody disturbed."""
+    echo = SamplingParams(temperature=0.0, max_tokens=30, logprobs=1, prompt_logprobs=1)
+    drawn = SamplingParams(seed=5, max_tokens=80, logprobs=2)
+    requests = [([1], greedy(90)), ([2, 3], drawn), (list(range(40)), echo)]
+
+    async def collect(disturb: bool) -> list[RequestUpdate]:
+        async with running(model=SLOW) as engine:
+            generations = [engine.submit(prompt, params) for prompt, params in requests]
+            await until(lambda: all(len(g.output) > 3 for g in generations))
+            if disturb:
+                kill(engine)
+                await until(lambda: engine.state == "restarting")
+                with pytest.raises(EngineUnavailableError, match="restarting"):
+                    engine.submit([1], greedy(1))
+            results = [await finish(generation) for generation in generations]
+            assert engine.recovery.resumed == (3 if disturb else 0)
+            assert engine.recovery.outages == engine.restarts == int(disturb)
+            assert (engine.recovery.outage_seconds > 0) == disturb
+            assert engine.stats.generated_tokens >= 200, "totals never fall"
+            return results
+
+    async def test() -> None:
+        whole, resumed = await collect(disturb=False), await collect(disturb=True)
+        for want, got in zip(whole, resumed, strict=True):
+            assert got.timing is not None
+            assert want.timing is not None
+            assert (got.timing.decode or 0.0) > (want.timing.decode or 0.0), "with the pause"
+            assert msgspec.structs.replace(got, timing=want.timing) == want
+
+    run(test)
+
+
+def test_f02_killed_in_prefill_before_anything_was_told() -> None:
+    async def test() -> None:
+        async with running(model=SLOW) as engine:
+            generation = engine.submit(list(range(80)), greedy(5))
+            kill(engine)
+            await finish(generation)
+            assert generation.output == toy_generate(list(range(80)), 5)
+            assert engine.recovery.resumed == 1
+
+    run(test)
+
+
+def test_what_is_aborted_during_the_restart_is_not_resumed() -> None:
+    async def test() -> None:
+        async with running(model=SLOW) as engine:
+            kept, dropped = engine.submit([1], greedy(50)), engine.submit([2], greedy(50))
+            await dropped.next_update()
+            kill(engine)
+            await until(lambda: engine.state == "restarting")
+            dropped.abort()
+            await finish(kept)
+            assert kept.output == toy_generate([1], 50)
+            assert engine.recovery.resumed == 1
+
+    run(test)
+
+
+def test_f04_a_hang_ends_in_a_restart_and_streams_go_on() -> None:
+    async def test() -> None:
+        policy = SupervisionPolicy(silence_seconds=2.0, seconds_per_token=0.0)
+        async with running(model=SLOW, policy=policy) as engine:
+            pid = engine.pid
+            assert pid is not None
+            generation = engine.submit([1], greedy(60))
+            await generation.next_update()
+            os.kill(pid, signal.SIGSTOP)
+            await finish(generation)
+            assert generation.output == toy_generate([1], 60)
+            assert engine.pid != pid
+            assert not psutil.pid_exists(pid)
+
+    run(test)
+
+
+def test_f04_a_long_step_is_not_a_hang() -> None:
+    """Silence is judged by the step that the engine noted, not by the clock alone."""
+
+    async def test() -> None:
+        policy = SupervisionPolicy(silence_seconds=0.6, seconds_per_token_cpu=DEADLINE)
+        async with running(model="slow:2", policy=policy) as engine:
+            generation = engine.submit([1, 2], greedy(1))
+            await until(lambda: engine.step_seconds() > 0)
+            await finish(generation)
+            assert engine.restarts == 0
+            await until(lambda: engine.step_seconds() == 0)
+
+    run(test)
+
+
+@pytest.mark.parametrize("step", [-86400.0, 86400.0], ids=["back", "forth"])
+def test_f18_a_stepped_wall_clock_changes_nothing(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with running(model=SLOW) as engine:
+            generation = engine.submit([1], greedy(40))
+            await generation.next_update()
+            real = time.time
+            monkeypatch.setattr(time, "time", lambda: real() + step)
+            last = await finish(generation)
+            assert engine.restarts == 0
+            assert 0 <= engine.seconds_since_step() < DEADLINE
+            assert last.timing is not None
+            assert last.timing.decode is not None
+            assert 0 < last.timing.decode < DEADLINE
+
+    run(test)
+
+
+def test_f18_no_deadline_or_duration_is_taken_from_the_wall_clock() -> None:
+    """Wall time is for `created` and logs: nothing in the engine asks for it at all."""
+    for path in sorted((ROOT / "engine").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                assert name not in ("time.time", "datetime.now", "datetime.utcnow"), path
+
+
+def test_the_restart_budget_ends_in_dead_with_a_reason() -> None:
+    async def test() -> None:
+        policy = SupervisionPolicy(max_restarts=2, first_backoff=0.01, stop_seconds=DEADLINE)
+        async with running(model=SLOW, policy=policy) as engine:
+            generation = engine.submit([1], greedy(120))
+            for lost in range(3):
+                await until(lambda: engine.state == "ready")
+                assert engine.restarts == lost
+                await generation.next_update()
+                kill(engine)
+                await until(lambda: engine.state != "ready")
+            reason = await engine.wait_dead()
+            assert "lost 3 times within 600 s" in reason
+            assert "killed by signal 9" in reason
+            with pytest.raises(EngineUnavailableError, match="dead"):
+                await finish(generation)
+            with pytest.raises(EngineUnavailableError, match="dead"):
+                engine.submit([1], greedy(1))
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trouble"),
+    [
+        pytest.param("folder", "the model folder is not usable", id="F27 folder gone"),
+        pytest.param("device", "the engine does not start", id="F06 device lost"),
+    ],
+)
+def test_starts_that_fail_spend_no_budget_and_say_why(
+    tmp_path: Path, kind: str, trouble: str
+) -> None:
+    """It stays in restarting, live requests wait, and all goes on when the cause is gone."""
+    marker = tmp_path / "model"
+
+    async def test() -> None:
+        marker.touch()
+        policy = SupervisionPolicy(max_restarts=1, first_backoff=0.01, max_backoff=0.02)
+        async with running(model=f"once:{kind}:{marker}", policy=policy) as engine:
+            generation = engine.submit([1], greedy(100))
+            await generation.next_update()
+            kill(engine)
+            await until(lambda: engine.restarts >= 2 and engine.trouble is not None)
+            assert engine.state == "restarting"
+            assert engine.trouble == trouble
+            marker.touch()
+            await finish(generation)
+            assert generation.output == toy_generate([1], 100)
+            assert engine.trouble is None
+
+    run(test)
+
+
+def test_starts_that_fail_for_too_long_end_in_dead(tmp_path: Path) -> None:
+    async def test() -> None:
+        (tmp_path / "model").touch()
+        policy = SupervisionPolicy(start_seconds=0.01, first_backoff=0.01)
+        async with running(model=f"once:folder:{tmp_path / 'model'}", policy=policy) as engine:
+            kill(engine)
+            assert "model: there is no config.json" in await engine.wait_dead()
+
+    run(test)
+
+
+BAD_FRAMES: dict[str, list[bytes]] = {
+    "another version": [b"RTPB\x63\x00\x00\x00", b"\xc0"],
+    "truncated": encode(Report(updates=[], stats=Stats()))[:1],
+    "cut body": [encode(Shutdown())[0], encode(Shutdown())[1][:-3]],
+    "oversize": [encode(Shutdown())[0], bytes(MAX_MESSAGE_BYTES)],
+}
+
+
+@pytest.mark.parametrize("side", [requests_path, reports_path], ids=["to engine", "from engine"])
+def test_f24_bad_frames_are_treated_as_a_crash_and_nothing_is_lost(
+    side: Callable[[str], str],
+) -> None:
+    async def test() -> None:
+        async with running(model=SLOW) as engine:
+            generation = engine.submit([1], greedy(100))
+            for restarts, frames in enumerate(BAD_FRAMES.values(), 1):
+                await until(lambda: engine.state == "ready")
+                length = len(generation.output)
+                await until(lambda: len(generation.output) > length)  # noqa: B023
+                context = zmq.Context()
+                with context.socket(zmq.PUSH) as sender:
+                    sender.connect(f"ipc://{side(channel_folder(engine))}")
+                    sender.send_multipart(frames)
+                    await until(lambda: engine.restarts == restarts)  # noqa: B023
+                context.term()
+            await finish(generation)
+            assert generation.output == toy_generate([1], 100)
+
+    run(test)
+
+
+PARENT = """
+import asyncio, sys
+from engine.config import EngineConfig
+from engine.process import EngineProcess
+from tests.engine.fake_engine import launch_toy
+
+async def main():
+    engine = EngineProcess(EngineConfig(model="toy"), launch=launch_toy)
+    await engine.start()
+    print(engine.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+def test_f23_a_killed_front_end_leaves_no_engine_behind() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.ppid() == parent.pid
+        killed = time.monotonic()
+        parent.kill()
+        child.wait(timeout=DEADLINE)
+        assert time.monotonic() - killed < 2
+
+
+def test_an_engine_without_a_front_end_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "engine.core"], input=b"", cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert "started by the front end" in capfd.readouterr().err
+
+
+class Clock:
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_restart_budget_slides_and_backs_off_on_a_faked_clock() -> None:
+    """F18: only differences of the injected clock matter, never where it stands."""
+    for start in (-86400.0, 0.0, 1e9):
+        clock = Clock(start)
+        budget = RestartBudget(
+            SupervisionPolicy(max_restarts=4, restart_window=600, first_backoff=1, max_backoff=3),
+            clock,
+        )
+        assert [budget.spend() for _ in range(5)] == [0.0, 1.0, 2.0, 3.0, None]
+        clock.now += 599
+        assert budget.spend() is None
+        clock.now += 1
+        assert budget.spend() == 0.0
