@@ -21,7 +21,7 @@ serve: $(VENV)/.serve-ready
 	$(BIN)/rtpurbo serve --port $(PORT)
 
 test: $(VENV)/.test-ready
-	-sh tests/observability/get_prometheus.sh $(VENV)/prometheus
+	-sh tests/get_debian_tools.sh $(VENV)/debian-tools
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: $(VENV)/.test-ready
@@ -52,6 +52,7 @@ $(VENV)/.test-ready: $(VENV)/.serve-ready
 	@touch $@
 
 up: $(SECRETS)/api_key $(SECRETS)/grafana_admin_password
+	@docker compose version >/dev/null 2>&1 || { echo "make up needs Docker with its compose plugin" >&2; exit 1; }
 	docker compose up --detach --build --wait $(SERVER) prometheus grafana
 	@echo "keys and passwords: $(SECRETS)/"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,28 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 
 from benchmarks.server_process import free_port
+from tests.debian_tools import tool
 
 ROOT = Path(__file__).resolve().parents[2]
-UNPACKED = (
-    Path(sys.prefix) / "prometheus/bin"
-)  # where tests/observability/get_prometheus.sh puts it
 SECONDS_TO_READY = 60.0
-
-
-def tool(name: str) -> str:
-    """The path of `prometheus` or `promtool`; skips the test where nobody can have it."""
-    found = shutil.which(name) or shutil.which(UNPACKED / name)
-    if found is None and os.getuid() == 0 and shutil.which("apt-get"):
-        pytest.fail(
-            f"{name} is missing: sh tests/observability/get_prometheus.sh {UNPACKED.parent}"
-        )
-    if found is None:
-        pytest.skip(f"{name} is not installed, and there is no apt-get or no root to get it")
-    return found
 
 
 def promtool(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,13 @@ import yaml
 
 from benchmarks.server_process import serving
 from docker.grafana.boards.catalogue import BOARDS
+from docker.grafana.boards.grafana_json import LABELS_OF, RESTARTED
 from docker.grafana.boards.panel import Query
 from engine.embedded import embedded_model_path
+from tests.debian_tools import tool
+from tests.observability.grafana_variables import filled_in
 from tests.observability.light_load import LightLoad
-from tests.observability.prometheus_process import ROOT, Prometheus, promtool, scraping, tool
+from tests.observability.prometheus_process import ROOT, Prometheus, promtool, scraping
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -35,8 +38,6 @@ QUERIES = [
     for panel in board.panels
     for query in panel.queries
 ]
-# What Grafana fills in before it asks.
-VARIABLES = {"$model": ".*", "$instance": ".*", "$__rate_interval": "1m", "$__interval": "15s"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,6 @@ def wait_for_scrapes(prometheus: Prometheus, count: int) -> None:
         time.sleep(0.3)
 
 
-def filled_in(expr: str) -> str:
-    for name, value in VARIABLES.items():
-        expr = expr.replace(name, value)
-    assert "$" not in expr, expr
-    return expr
-
-
 def test_the_scrape_is_authorised_and_fast(observed: Observed) -> None:
     assert set(observed.values('up{job="rtpurbo"}')[-2:]) == {1.0}
     (target,) = [
@@ -116,6 +110,28 @@ def test_every_panel_has_data(observed: Observed, query: Query) -> None:
     values = observed.values(filled_in(query.expr))
     assert values or query.empty, "no data, and the panel does not say why there may be none"
     assert all(math.isfinite(value) for value in values)
+
+
+@pytest.mark.parametrize("label", ["model_name", "instance"])
+def test_every_variable_has_a_choice(observed: Observed, label: str) -> None:
+    assert observed.prometheus.api(f"label/{label}/values", **{"match[]": LABELS_OF})
+
+
+def test_restarts_can_be_marked(observed: Observed) -> None:
+    """There was none, so nothing comes back; a mistake in the query would raise."""
+    assert observed.values(filled_in(RESTARTED)) == []
+
+
+def test_slow_requests_are_linked_to_their_log_lines(observed: Observed) -> None:
+    found = observed.prometheus.api(
+        "query_exemplars",
+        query="rtpurbo_time_to_first_token_seconds_bucket",
+        start=observed.start,
+        end=observed.end,
+    )
+    labels = [exemplar["labels"] for one in found for exemplar in one["exemplars"]]
+    assert labels
+    assert all(set(each) == {"request_id"} for each in labels)
 
 
 @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule["record"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from docker.grafana.boards.board import Board, Place, Row, placed
 from docker.grafana.boards.panel import Panel, Query, Step
+from docker.grafana.boards.promql import series
 
 Json = dict[str, Any]
 
@@ -13,6 +14,8 @@ SCHEMA_VERSION = 42
 SOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
 SOURCE_UID = "rtpurbo-prometheus"  # as provisioned; a reader elsewhere picks another one
 TAG = "rtpurbo"
+RESTARTED = f"increase({series('engine_restarts_total')}[$__interval]) > 0"
+LABELS_OF = "rtpurbo_engine_up"  # the series whose labels the variables offer
 
 
 def dashboard(board: Board) -> Json:
@@ -51,10 +54,9 @@ def _links_to_the_others() -> Json:
 
 def _restarts() -> Json:
     """A vertical line over every panel where an engine was started again."""
-    chosen = 'model_name=~"$model",instance=~"$instance"'
     return {
         "name": "Engine restarts", "datasource": SOURCE, "enable": True, "iconColor": "red",
-        "expr": f"increase(rtpurbo_engine_restarts_total{{{chosen}}}[$__interval]) > 0",
+        "target": {"refId": "Anno", "expr": RESTARTED},
         "titleFormat": "Engine restarted", "textFormat": "{{instance}}",
     }  # fmt: skip
 
@@ -68,7 +70,7 @@ def _source() -> Json:
 
 def _choice(name: str, label: str | None = None) -> Json:
     """A variable with the values of a label; `All` matches everything, also what comes later."""
-    query = f"label_values(rtpurbo_engine_up, {label or name})"
+    query = f"label_values({LABELS_OF}, {label or name})"
     return {
         "name": name, "label": name.capitalize(), "type": "query", "datasource": SOURCE,
         "query": {"qryType": 1, "query": query, "refId": name}, "definition": query,
@@ -97,7 +99,7 @@ def _panel(panel: Panel) -> Json:
         "targets": [
             _target(panel, query, chr(ord("A") + i)) for i, query in enumerate(panel.queries)
         ],
-        "fieldConfig": {"defaults": _field(panel), "overrides": []},
+        "fieldConfig": {"defaults": _field(panel), "overrides": _colors(panel)},
         "options": _options(panel),
     }
 
@@ -133,6 +135,17 @@ def _field(panel: Panel) -> Json:
         "custom": _drawing(panel),
     }
     return {key: value for key, value in found.items() if value not in (None, [], {})}
+
+
+def _colors(panel: Panel) -> list[Json]:
+    """The same colour for the same series, whatever else is in the panel."""
+    return [
+        {
+            "matcher": {"id": "byRegexp", "options": f"/^({name})$/"},
+            "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": color}}],
+        }
+        for name, color in panel.colors
+    ]
 
 
 def _words(panel: Panel) -> list[Json]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from docker.grafana.boards.board import Board, Row
 from docker.grafana.boards.panel import Query, Step, good_below
 from docker.grafana.boards.promql import (
+    OF_CLIENTS,
     PROCESS,
     attended_share,
     increase,
@@ -17,6 +18,11 @@ from docker.grafana.boards.promql import (
 from docker.grafana.boards.shapes import lines, number, spread
 
 UP_OR_DOWN = (("0", "down"), ("1", "up"))
+ENDS = (
+    ("length", "blue"), ("stop", "green"), ("abort", "#8e8e8e"), ("slow_consumer", "purple"),
+    ("deadline", "yellow"), ("error", "red"), ("engine_lost", "dark-red"), ("other", "orange"),
+)  # fmt: skip
+STATUSES = (("[123]..", "green"), ("429", "purple"), ("4..", "orange"), ("5..", "red"))
 RED_AT_ZERO = (Step(None, "red"), Step(1, "green"))
 
 HEALTH = Row(
@@ -45,9 +51,10 @@ HEALTH = Row(
         ),
         number(
             "Answers with 5xx", "Share of HTTP answers that are the server's fault, 503 while it "
-            "is not ready included. Runbook, requests fail.", "percentunit",
-            f"({rate('http_requests_total', status='~5..')} or vector(0)) "
-            f"/ {rate('http_requests_total')}", steps=good_below(0.001, 0.01),
+            "is not ready included; probes and scrapes are not. Runbook, requests fail.",
+            "percentunit",
+            f"({rate('http_requests_total', route=OF_CLIENTS, status='~5..')} or vector(0)) "
+            f"/ {rate('http_requests_total', route=OF_CLIENTS)}", steps=good_below(0.001, 0.01),
         ),
         number(
             "First token, p99", "99 of 100 requests have their first token sooner, queue and "
@@ -78,7 +85,7 @@ HEALTH = Row(
             f"max({series('oldest_request_age_seconds', state='waiting')})",
             steps=good_below(10, 60),
         ),
-        number("Tokens generated", "Tokens generated per second, all streams together.", "short",
+        number("Tokens per second", "Tokens generated, all streams together.", "short",
                rate("generated_tokens_total")),
         number(
             "Attended share", "Share of the context that retrieval heads attend in decode steps. "
@@ -105,6 +112,7 @@ TRAFFIC = Row(
             "ends, abort is a client that left, slow_consumer one that did not read, deadline ran "
             "out; error and engine_lost are the server's fault.", "reqps",
             Query(rate("requests_finished_total", "reason"), "{{reason}}"), stacked=True,
+            colors=ENDS,
         ),
         lines(
             "Requests refused", "Requests refused per second, by error code. queue_full means 429: "
@@ -126,9 +134,10 @@ TRAFFIC = Row(
             Query(total("requests_waiting"), "waiting"),
         ),
         lines(
-            "HTTP answers", "Answers per second by status. 499 is a client that went away before "
-            "its answer began.", "reqps",
-            Query(f"{rate('http_requests_total', 'status')} > 0", "{{status}}"), stacked=True,
+            "HTTP answers", "Answers to clients per second by status, without probes and scrapes. "
+            "499 is a client that went away before its answer began.", "reqps",
+            Query(f"{rate('http_requests_total', 'status', route=OF_CLIENTS)} > 0", "{{status}}"),
+            stacked=True, colors=STATUSES,
         ),
         lines(
             "Lengths", "Mean tokens of the requests that ended: prompts and answers. A change of "
@@ -201,10 +210,21 @@ ENGINE = Row(
             Query(series("seconds_since_engine_step"), "{{instance}}"), steps=good_below(10, 60),
         ),
         lines(
-            "Restarts", "Engine processes started again, and requests that were carried over such "
-            "a restart, in each interval.", "short",
+            "Restarts", "Engine processes started again, requests that went on in the next one, "
+            "and requests that failed because they ended engines, in each interval.", "short",
             Query(increase("engine_restarts_total"), "restarts"),
             Query(increase("requests_resumed_total"), "requests resumed"),
+            Query(increase("requests_poisoned_total"), "requests poisoned"),
+        ),
+        lines(
+            "Without an engine", "Seconds in each interval for which clients saw a pause because "
+            "an engine was lost, counted when the next one reports.", "s",
+            Query(increase("engine_outage_seconds_sum"), "pause"),
+        ),
+        lines(
+            "Log lines dropped", "Log lines lost in each interval, by process, because their "
+            "reader was too slow or had gone.", "short",
+            Query(increase("log_lines_dropped_total", "process"), "{{process}}"),
         ),
     ),
 )  # fmt: skip

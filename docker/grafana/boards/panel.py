@@ -46,6 +46,7 @@ class Panel:
     minimum: float | None = None
     maximum: float | None = None
     words: tuple[tuple[str, str], ...] = ()  # values that are shown as a word: ("0", "down")
+    colors: tuple[tuple[str, str], ...] = ()  # of series, by a regular expression of their name
 
     def __post_init__(self) -> None:
         assert self.queries, self.title

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from docker.grafana.boards.board import Board, Row
 from docker.grafana.boards.panel import Query, good_below
-from docker.grafana.boards.promql import mean, quantile, rate, series, total
+from docker.grafana.boards.promql import OF_CLIENTS, mean, quantile, rate, series, total
 from docker.grafana.boards.shapes import lines, number, spread
 
 NOW = Row(
@@ -85,7 +85,10 @@ SHARES = Row(
         lines(
             "HTTP, p99 by route", "99 of 100 answers of a route were complete sooner; a stream "
             "lasts as long as its generation.", "s",
-            Query(quantile(0.99, "http_request_duration_seconds", "route"), "{{route}}"),
+            Query(
+                quantile(0.99, "http_request_duration_seconds", "route", route=OF_CLIENTS),
+                "{{route}}",
+            ),
             logarithmic=True,
         ),
     ),

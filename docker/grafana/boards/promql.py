@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 CHOSEN = 'model_name=~"$model",instance=~"$instance"'
+OF_CLIENTS = "!~/metrics|/health/.*"  # routes, without those of scrapers and probes
 PROCESS = 'job=~"(.*/)?rtpurbo",instance=~"$instance"'  # series of the scrape and of the process
 WINDOW = "$__rate_interval"
 
 
 def series(name: str, **labels: str) -> str:
-    """All series of `rtpurbo_<name>` that the reader has chosen; a label starting with ~ is a
-    regular expression."""
-    matchers = "".join(
-        f',{label}=~"{value[1:]}"' if value.startswith("~") else f',{label}="{value}"'
-        for label, value in labels.items()
-    )
+    """All series of `rtpurbo_<name>` that the reader has chosen, and whose labels match.
+
+    A value is compared as it is; after `~` or `!~` it is a regular expression to match or not.
+    """
+    matchers = "".join(f",{label}{_comparison(value)}" for label, value in labels.items())
     return f"rtpurbo_{name}{{{CHOSEN}{matchers}}}"
+
+
+def _comparison(value: str) -> str:
+    for sign in ("!~", "~"):
+        if value.startswith(sign):
+            return f'{sign if sign == "!~" else "=~"}"{value.removeprefix(sign)}"'
+    return f'="{value}"'
 
 
 def total(name: str, *by: str, **labels: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from docker.grafana.boards.panel import Panel, Query, Step
 from docker.grafana.boards.promql import heat, mean, quantile
 
-NOTHING_OBSERVED = "no request ended within the window"
-
 
 def number(
     title: str,
@@ -36,12 +34,13 @@ def lines(
     logarithmic: bool = False,
     steps: tuple[Step, ...] = (),
     maximum: float | None = None,
+    colors: tuple[tuple[str, str], ...] = (),
 ) -> Panel:
     """Values over time, from zero on."""
     return Panel(
         kind="timeseries", title=title, text=text, unit=unit, queries=queries, width=width,
         stacked=stacked, logarithmic=logarithmic, steps=steps, minimum=None if logarithmic else 0,
-        maximum=maximum,
+        maximum=maximum, colors=colors,
     )  # fmt: skip
 
 

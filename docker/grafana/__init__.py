@@ -1,0 +1,1 @@
+"""What Grafana is given: datasource, boards, and the code that writes them."""
