@@ -73,7 +73,7 @@ class RequestTracker:
             cached=self._cached_tokens(),
             finish_reason=finish,
             stop_token=token if finish == "stop" else None,
-            timing=self._timing(now) if accounted else Timing(queue=self._timing(now).queue),
+            timing=self._timing(None if finish is None else now),
             attended=self._attended if accounted else None,
         )
 
@@ -97,15 +97,19 @@ class RequestTracker:
             self._cached = min(self.request.cached, self.request.prompt_len)
         return self._cached or 0
 
-    def _timing(self, now: float) -> Timing:
-        started = self.request.first_scheduled
-        if started is None:
-            return Timing(queue=now - self.request.arrival)
-        queue = started - self.request.arrival
-        if self._first_token is None or self._last_token is None:
-            return Timing(queue=queue, prefill=now - started)
-        return Timing(queue, self._first_token - started, self._last_token - self._first_token)
+    def _timing(self, ended: float | None) -> Timing:
+        """Phases so far; the one that a request `ended` in counts up to then."""
+        started, first = self.request.first_scheduled, self._first_token
+        return Timing(
+            queue=_between(self.request.arrival, ended if started is None else started),
+            prefill=_between(started, ended if first is None else first),
+            decode=_between(first, self._last_token),
+        )
 
 
-def _after(time: float | None, seconds: float | None) -> float | None:
-    return None if time is None or seconds is None else time + seconds
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+def _after(start: float | None, seconds: float | None) -> float | None:
+    return None if start is None or seconds is None else start + seconds

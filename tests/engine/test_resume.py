@@ -156,6 +156,24 @@ def test_times_are_those_of_the_request_not_of_the_second_engine() -> None:
     assert timing.decode > 1000.0, "decoding includes the pause, as the client saw it"
 
 
+def test_times_outlast_an_engine_that_is_lost_while_it_replays() -> None:
+    """It tells of progress but of no token; what the one before told must not be forgotten."""
+    life = Life([(list(range(30)), GREEDY)])
+    core, channel = life.engine(life.first)
+    life.run(core, channel, lambda: len(life.generations[0].output) >= 4)
+    before = life.generations[0].received.progress()
+    for _ in range(2):
+        life.live.lose_engine(None)
+        core, channel = life.engine(life.live.resume())
+        core.turn()
+        life.deliver(channel)
+        assert life.generations[0].received.progress() == before
+    life.run(core, channel, lambda: not len(life.live))
+    timing = life.answers()[0].timing
+    assert timing is not None
+    assert (timing.queue, timing.prefill) == (before.timing.queue, before.timing.prefill)
+
+
 def test_cached_tokens_are_those_of_the_first_beginning() -> None:
     """A second engine that is cold, or warm by chance, does not change the bill."""
     life = Life([(SHARED, GREEDY), ([*SHARED, 7], GREEDY)])
