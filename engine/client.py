@@ -148,6 +148,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def pid(self) -> int | None:
+        """The engine's process, None while there is none."""
+        ...
+
+    @property
     def recovery(self) -> Recovery:
         """What the failures of engine processes have cost."""
         ...

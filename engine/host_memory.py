@@ -1,4 +1,4 @@
-"""How much memory this process has and may still take. Linux; torch-free."""
+"""How much memory a process has and this one may still take. Linux; torch-free."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def _field(path: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
-def resident_bytes() -> int:
-    """Physical memory of this process (proc(5), statm)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_bytes(pid: int | None = None) -> int:
+    """Physical memory of a process, by default of this one (proc(5), statm); 0 if it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid or 'self'}/statm").read_text().split()[1])
+    except OSError:
+        return 0
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from engine.client import Engine
 from engine.errors import EngineUnavailableError
+from engine.host_memory import resident_bytes
 from engine.messages import EngineInfo, Stats
 from server.metric_families import Families
 
@@ -63,6 +64,12 @@ class EngineCollector(Collector):
             "seconds_since_engine_step",
             "Age of the engine loop's last sign of life, seconds; an idle loop gives one as well.",
             engine.seconds_since_step(),
+        )
+        yield make.gauge(
+            "engine_resident_bytes",
+            "Physical memory of the engine process, 0 while there is none; of the front end it is "
+            "process_resident_memory_bytes.",
+            0 if engine.pid is None else resident_bytes(engine.pid),
         )
         recovery = engine.recovery
         yield make.counter("engine_restarts", "Engine processes started again.", engine.restarts)

@@ -26,7 +26,8 @@ FINISH_REASONS = (
 )
 REJECTIONS = (
     *("invalid_request", "invalid_json", "invalid_value", "unsupported_field", "too_many_prompts"),
-    *("context_length_exceeded", "no_chat_template", "not_computable"),
+    *("too_many_values", "field_too_long", "too_slow", "context_length_exceeded"),
+    *("no_chat_template", "not_computable", "threads_stuck"),
     *("model_not_found", "not_found", "method_not_allowed"),
     *("invalid_api_key", "invalid_host", "invalid_http", "unsupported_media_type"),
     *("unsupported_encoding", "unexpected_body", "body_too_large", "too_many_connections"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -19,18 +19,24 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 @dataclass(slots=True)
-class _Rendering:
+class _Format:
+    """The newest page in one format, and the rendering of the next while there is one."""
+
     page: bytes = b""
-    made: float = float("-inf")
+    made: float = float("-inf")  # time.monotonic() seconds
+    rendering: asyncio.Task[None] | None = None
 
 
 class MetricsPage:
-    """Renders the registry off the event loop, one rendering at a time and at most one a second."""
+    """Renders the registry off the event loop, one rendering at a time and at most one a second.
+
+    Scrapes that come while a page is rendered wait for that one: a storm of them costs one thread.
+    """
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._metrics = _WithoutCreated(registry)
-        self._lock = threading.Lock()
-        self._renderings = {TEXT: _Rendering(), OPENMETRICS: _Rendering()}
+        self._formats = {TEXT: _Format(), OPENMETRICS: _Format()}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._seconds = Gauge(
             "rtpurbo_scrape_seconds",
             "Time that the rendering of this page took the time before, seconds.",
@@ -42,18 +48,24 @@ class MetricsPage:
         """The exposition and its media type, the one that `accept` names; exemplars come with
         OpenMetrics only."""
         kind = OPENMETRICS if accepts_openmetrics(accept) else TEXT
-        return await asyncio.to_thread(self._render, kind), kind
+        wanted = self._formats[kind]
+        if time.monotonic() - wanted.made >= CACHE_SECONDS:
+            if wanted.rendering is None:
+                wanted.rendering = asyncio.create_task(self._renew(kind))
+            await asyncio.shield(wanted.rendering)  # a scraper that goes away stops no other one
+        return wanted.page, kind
 
-    def _render(self, kind: str) -> bytes:
-        with self._lock:
-            rendering = self._renderings[kind]
-            begun = time.monotonic()
-            if begun - rendering.made >= CACHE_SECONDS:
-                generate = generate_openmetrics if kind == OPENMETRICS else generate_latest
-                rendering.page = generate(self._metrics)
-                rendering.made = time.monotonic()
-                self._seconds.set(rendering.made - begun)
-            return rendering.page
+    async def _renew(self, kind: str) -> None:
+        wanted = self._formats[kind]
+        generate = generate_openmetrics if kind == OPENMETRICS else generate_latest
+        begun = time.monotonic()
+        try:
+            loop = asyncio.get_running_loop()
+            wanted.page = await loop.run_in_executor(self._thread, generate, self._metrics)
+            wanted.made = time.monotonic()
+            self._seconds.set(wanted.made - begun)
+        finally:
+            wanted.rendering = None
 
 
 def accepts_openmetrics(accept: str) -> bool:
@@ -67,7 +79,7 @@ def accepts_openmetrics(accept: str) -> bool:
 
 
 class _WithoutCreated(Collector):
-    """A registry without the library's `_created` series, a quarter of the page that none asks."""
+    """A registry without the library's `_created` series, which nobody asks for."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ class FakeEngine:
         self.state: EngineState = "ready"
         self.restarts = 0
         self.recovery = Recovery()
+        self.pid: int | None = os.getpid()
         self.trouble: str | None = None
         self.step_allowance = 0.0
         self.stats = Stats(full_total=100, window_total=100, layer_attended_fraction={3: 0.25})

@@ -285,7 +285,8 @@ def test_b81_a_reader_that_stops_reading_is_dropped(tmp_path: Any) -> None:
         server.until(lambda: not server.engine.live)
         page = httpx.get(server.url + "/metrics").text
         connection.close()
-        server.until(lambda: 'reason="slow_consumer"' in httpx.get(server.url + "/metrics").text)
+        ended = 'rtpurbo_requests_finished_total{model_name="toy",reason="slow_consumer"} 1.0'
+        server.until(lambda: ended in httpx.get(server.url + "/metrics").text)
         assert page
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from server import metrics_page
 from server.metrics import FINISH_REASONS, REJECTIONS
@@ -249,6 +253,9 @@ def test_gauges_follow_the_engine(server: LiveServer) -> None:
     assert value(server, "rtpurbo_engine_up") == 1
     assert value(server, "rtpurbo_layer_attended_fraction", layer="3") == 0.25
     assert value(server, "rtpurbo_kv_bytes_per_token", cache="dense") == 400
+    assert value(server, "rtpurbo_engine_resident_bytes") > 2**20
+    server.engine.pid = None
+    assert value(server, "rtpurbo_engine_resident_bytes") == 0
     server.engine.state = "restarting"
     server.until(lambda: value(server, "rtpurbo_engine_up") == 0)
 
@@ -258,15 +265,23 @@ def test_v40_no_label_comes_from_a_client(server: LiveServer) -> None:
         page = httpx.get(server.url + "/metrics").text
         return {re.sub(r"\s.*", "", line) for line in page.splitlines() if line[:1] != "#"}
 
-    server.post(prompt="a", temperature=9)
-    httpx.get(server.url + "/nowhere")
-    server.until(lambda: any("not_found" in name for name in series()))
-    before = len(series())
-    for i in range(30):
-        httpx.get(f"{server.url}/scan-{i}")
-        server.post(prompt="a", user=f"user-{i}", model=f"model-{i}")
-    server.until(lambda: any("model_not_found" in name for name in series()))
-    assert len(series()) <= before + 2
+    def scan(i: int) -> None:
+        label = {"x-request-id": f"label-{i}", "user-agent": f"scanner-{i}"}
+        httpx.request(f"SCAN{i}", f"{server.url}/scan-{i}?q={i}", headers=label)
+        httpx.get(f"{server.url}/v1/models/model-{i}", headers=label)
+        body: dict[str, Any] = {"prompt": "a", f"field{i}": i}
+        server.post(**body, user=f"user-{i}", model=f"model-{i}")
+
+    def counted(count: float) -> bool:
+        return value(server, "rtpurbo_requests_rejected_total", reason="model_not_found") >= count
+
+    scan(0)
+    server.until(lambda: counted(2))
+    before = series()
+    for i in range(1, 20):
+        scan(i)
+    server.until(lambda: counted(40))
+    assert series() == before
 
 
 def test_f19_scrapes_close_together_share_one_page(
@@ -275,3 +290,29 @@ def test_f19_scrapes_close_together_share_one_page(
     monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 3600.0)
     pages = {httpx.get(server.url + "/metrics").text for _ in range(5)}
     assert len(pages) == 1
+
+
+def test_f19_a_storm_of_scrapes_is_one_rendering_and_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a page takes its time, others are answered, and scrapers share what comes of it."""
+    begun, go_on, renderings = threading.Event(), threading.Event(), []
+
+    def slow(registry: Collector) -> bytes:
+        renderings.append(registry)
+        begun.set()
+        assert go_on.wait(30)
+        return generate_latest(registry)
+
+    monkeypatch.setattr(metrics_page, "generate_latest", slow)
+    monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 3600.0)
+    with live_server(tmp_path) as server, ThreadPoolExecutor(20) as pool:
+        url = server.url + "/metrics"
+        scrapes = [pool.submit(httpx.get, url, timeout=60) for _ in range(20)]
+        assert begun.wait(30)
+        assert server.post(prompt="a", max_tokens=5).status_code == 200
+        assert httpx.get(server.url + "/health/live").status_code == 200
+        assert not any(scrape.done() for scrape in scrapes)
+        go_on.set()
+        assert len({scrape.result().text for scrape in scrapes}) == 1
+    assert len(renderings) == 1
