@@ -4,7 +4,7 @@ A registry of its own per server, no default one. Labels are our words, never a 
 sets of them are fixed: each series is there from the start, so that a first event has a rate.
 
 Durations that a client sees are measured here, by one clock; those of the phases in the engine come
-with its accounts. What the engine itself reports is in `server.engine_metrics`.
+with its accounts. What the engine itself reports is in `server.{engine,cache}_metrics`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
 from engine.client import Engine
+from server.cache_metrics import CacheCollector
 from server.engine_metrics import EngineCollector
 from server.metric_buckets import FRACTIONS, HTTP_SECONDS, LONG_SECONDS, STEP_SECONDS, TOKENS
 from server.request_record import OTHER, ChoiceAccount, RequestRecord
@@ -49,6 +50,7 @@ class ServerMetrics:
         self._sizes()
         self._counts()
         self.registry.register(EngineCollector(engine, model_name, dropped_lines))
+        self.registry.register(CacheCollector(engine, model_name))
         ProcessCollector(registry=self.registry)
 
     def _durations(self) -> None:
