@@ -68,6 +68,11 @@ class Generation:
         """Whether the engine has nothing more to say about this request."""
         return self._finished
 
+    @property
+    def unread(self) -> RequestUpdate | None:
+        """What came since the last call of `take`."""
+        return self._pending
+
     def push(self, update: RequestUpdate) -> bool:
         """Called by the engine client, on the event loop, for every update.
 

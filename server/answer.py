@@ -11,8 +11,11 @@ from engine.errors import EngineError
 from engine.messages import RequestUpdate
 from server.choice import Choice, Delta
 from server.errors import ApiError, to_api_error
+from server.event_stream import Patience
 from server.request_record import ChoiceAccount, RequestRecord
 from server.service import Service
+
+_TOKEN_BYTES, _LOGPROB_BYTES = 16, 64  # Python objects, or the JSON that they become
 
 
 class Answer:
@@ -65,6 +68,16 @@ class Answer:
                     raise ApiError(500, "the request failed in the engine", code="request_failed")
                 yield choice, delta
             open_choices = [choice for choice in open_choices if choice.finish_reason is None]
+
+    def patience(self) -> Patience:
+        """With the reader of this answer's stream."""
+        config = self._service.config
+        return Patience(config.slow_reader_seconds, self.unread_bytes, config.max_unread_bytes)
+
+    def unread_bytes(self) -> int:
+        """Memory of what came and was not taken yet, roughly."""
+        pending = (choice.generation.unread for choice in self.choices)
+        return sum(_size(update) for update in pending if update is not None)
 
     @property
     def is_paused(self) -> bool:
@@ -176,6 +189,12 @@ class Answer:
         else:
             self._service.metrics.observe_tokens(now - before, len(update.tokens), self._record)
         self._newest[choice.index] = now
+
+
+def _size(update: RequestUpdate) -> int:
+    """Bytes of an update, roughly; every position has as many log-probabilities as the first."""
+    tops = 1 + len(update.logprobs[0].top_ids) if update.logprobs else 0
+    return len(update.tokens) * _TOKEN_BYTES + len(update.logprobs) * tops * _LOGPROB_BYTES
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

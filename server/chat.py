@@ -107,7 +107,7 @@ class ChatCall:
             return EventStream(
                 stream_events(self.answer, self, self.service.config.keep_alive_seconds),
                 self.answer.close,
-                self.service.config.slow_reader_seconds,
+                self.answer.patience(),
             )
         try:
             payload = await answered(self._collect(), request)

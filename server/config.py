@@ -53,6 +53,7 @@ class ServerConfig(BaseSettings):
     idle_seconds: Seconds = 60.0  # keep-alive between requests
     keep_alive_seconds: Seconds = 5.0  # longest silence of a stream
     slow_reader_seconds: Seconds = 60.0  # a stream whose reader takes nothing for so long is ended
+    max_unread_bytes: Count = 4 * 2**20  # output that a stream's reader may leave waiting
     max_request_seconds: Seconds = 3600.0  # deadline of a request that names none, and the most
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0  # for running requests after SIGTERM
     stall_seconds: Seconds = 60.0  # without an engine step, readiness is denied

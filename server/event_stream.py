@@ -1,14 +1,16 @@
 """Server-sent events written straight to the ASGI channel, with an eye on the reader.
 
 Headers leave at once. A reader that disconnects cancels the source; one that stops reading for
-longer than the grace is dropped as a slow consumer, and generation never waits for it.
+longer than the grace, or leaves more unread than it may, is dropped as a slow consumer. Generation
+never waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+CHECK_SECONDS = 0.25  # between two looks at what a reader has left unread
 _encoder = msgspec.json.Encoder()
 
 
@@ -32,6 +35,15 @@ def comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """With one reader."""
+
+    seconds: float  # for a write to be taken
+    unread: Callable[[], int]  # bytes generated that wait behind that write
+    max_unread: int
+
+
 class EventStream(Response):
     """A streaming answer. `close(reason)` is called once, with None after a complete stream."""
 
@@ -41,13 +53,13 @@ class EventStream(Response):
         self,
         source: AsyncIterator[bytes],
         close: Callable[[str | None], None],
-        slow_reader_seconds: float,
+        patience: Patience,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._source = source
         self._close = close
-        self._grace = slow_reader_seconds
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason: str | None = "abort"
@@ -64,9 +76,27 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async for chunk in self._source:
-            async with asyncio.timeout(self._grace):
+            async with self._patiently():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @asynccontextmanager
+    async def _patiently(self) -> AsyncIterator[None]:
+        """Raises TimeoutError in what it encloses when the reader has used up its patience."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._patience.seconds) as limit:
+            self._next_look = loop.call_later(CHECK_SECONDS, self._look, limit)
+            try:
+                yield
+            finally:
+                self._next_look.cancel()
+
+    def _look(self, limit: asyncio.Timeout) -> None:
+        """End a write behind which too much waits; else look again."""
+        loop = asyncio.get_running_loop()
+        if self._patience.unread() > self._patience.max_unread:
+            limit.reschedule(loop.time())
+        self._next_look = loop.call_later(CHECK_SECONDS, self._look, limit)
 
 
 async def until_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:

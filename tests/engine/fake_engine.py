@@ -43,7 +43,9 @@ def build(config: EngineConfig) -> EngineParts:
     step_seconds = 0.0
     settings = Path(config.model) / TOY_FILE  # of a folder that a whole server can serve
     if settings.exists():
-        step_seconds = json.loads(settings.read_text())["step_seconds"]
+        given = json.loads(settings.read_text())
+        step_seconds = given["step_seconds"]
+        time.sleep(given["load_seconds"])
     if config.model.startswith("slow:"):  # seconds of each step
         step_seconds = float(config.model.removeprefix("slow:"))
     if config.model.startswith("once:"):  # loads whenever the file is there, and removes it

@@ -12,11 +12,13 @@ from tests.engine.fake_runner import EOS, VOCAB
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
 
-def write_toy_folder(folder: Path, step_seconds: float = 0.0) -> None:
-    """`step_seconds`: real time of each step of the toy."""
+def write_toy_folder(folder: Path, step_seconds: float = 0.0, load_seconds: float = 0.0) -> None:
+    """The real time that the toy takes to load, and for each of its steps."""
     write_checkpoint(folder, TinyModel(vocab=VOCAB, eos=EOS))
     toy_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / TOY_FILE).write_text(json.dumps({"step_seconds": step_seconds}))
+    (folder / TOY_FILE).write_text(
+        json.dumps({"step_seconds": step_seconds, "load_seconds": load_seconds})
+    )
 
 
 def toy_tokenizer() -> Tokenizer:
