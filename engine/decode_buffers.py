@@ -6,7 +6,10 @@ Shapes: R rows, B block-table width.
 from __future__ import annotations
 
 import math
+import struct
+from array import array
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,6 +19,15 @@ from engine.model.batch_tensors import AttentionMetadata, BlockTables
 from engine.request import Request
 
 _COLUMNS = 8
+
+
+def _bits(value: float) -> int:
+    """The int64 of the same bits as a float64."""
+    (bits,) = struct.unpack("q", struct.pack("d", value))
+    return int(bits)
+
+
+_NO_MASS = _bits(math.nan)
 
 
 class DecodeBuffers:
@@ -39,14 +51,13 @@ class DecodeBuffers:
         self._inputs = full.rows_SB.new_zeros((_COLUMNS, max_rows))
         pinned = self._inputs.device.type == "cuda"
         self._host = torch.zeros((_COLUMNS, max_rows), dtype=torch.int64, pin_memory=pinned)
-        self._top_p = self._host[_COLUMNS - 1].view(torch.float64)
 
     def fill(self, batch: Batch, requests: Mapping[int, Request]) -> None:
         """Start the copy of a batch whose spans are single tokens under the decode rule.
 
         The step before has been waited for, so the pinned memory is free.
         """
-        rows = []
+        rows: list[tuple[int, ...]] = []
         for span in batch.spans:
             pages = [
                 tables.extend(span, blocks, span.start // self._block_tokens)
@@ -54,17 +65,14 @@ class DecodeBuffers:
                     self._tables, (span.full_blocks, span.window_blocks), strict=True
                 )
             ]
-            rows.append(
-                [span.tokens[0], span.start, span.stop, span.slot, *pages, int(span.sample)]
-            )
-        padding = [0, 0, 0, self._tables[0].spare_slot, 0, 0, 0]
+            own = requests[span.request_id].params.attention_top_p
+            mass = _NO_MASS if own is None else _bits(own)
+            row = (span.tokens[0], span.start, span.stop, span.slot, *pages, int(span.sample), mass)
+            rows.append(row)
+        padding = (0, 0, 0, self._tables[0].spare_slot, 0, 0, 0, _NO_MASS)
         rows += [padding] * (self._host.shape[1] - len(rows))
-        self._host[: _COLUMNS - 1] = torch.tensor(rows, dtype=torch.int64).T
-        own = (requests[span.request_id].params.attention_top_p for span in batch.spans)
-        self._top_p.fill_(math.nan)
-        self._top_p[: len(batch.spans)] = torch.tensor(
-            [math.nan if p is None else p for p in own], dtype=torch.float64
-        )
+        values = array("q", chain.from_iterable(zip(*rows, strict=True)))
+        self._host.copy_(torch.frombuffer(values, dtype=torch.int64).view_as(self._host))
         self._inputs.copy_(self._host, non_blocking=True)
 
     def metadata(self, rows: int) -> tuple[AttentionMetadata, Tensor]:
