@@ -28,6 +28,11 @@ class Span:
     epoch: int = 0  # grows whenever the request lost its pages: its tables start anew
 
     @property
+    def is_row(self) -> bool:
+        """Whether it is one new token; all other spans are chunks."""
+        return self.rule == "decode" and len(self.tokens) == 1
+
+    @property
     def stop(self) -> int:
         """Context length after the span: position of the last token + 1."""
         return self.start + len(self.tokens)

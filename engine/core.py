@@ -18,7 +18,13 @@ from typing import Protocol
 
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError, EngineError, RequestError
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    RequestError,
+    StepMemoryError,
+)
 from engine.ipc import EngineChannel
 from engine.launch import die_with_parent, read_launch
 from engine.load_snapshot import with_load
@@ -171,7 +177,11 @@ class EngineCore:
         ids = list(dict.fromkeys(span.request_id for span in batch.spans))
         self._note(StepNote(started, batch.num_tokens, ids))
         foreseen = self._scheduler.foresee(batch)
-        result = self._runner.execute(batch, self._requests)
+        try:
+            result = self._runner.execute(batch, self._requests)
+        except StepMemoryError as error:
+            self._shrink(batch, error)
+            return
         now = self._clock()
         self._scheduler.learn(batch, now - started)
         self._accounts.count_step(batch, result, now - started, foreseen)
@@ -185,6 +195,15 @@ class EngineCore:
         for request_id in ids:
             if request_id not in failed:
                 self._advance(request_id, result, tokens.get(request_id), now)
+
+    def _shrink(self, batch: Batch, error: StepMemoryError) -> None:
+        """A step found no memory: the next one holds less, without the request that is at fault."""
+        at_fault = self._scheduler.shrink(batch)
+        self._accounts.count_memory_retry()
+        logger.warning("a step of %d tokens found no memory: %s", batch.num_tokens, error)
+        if at_fault is not None:
+            logger.error("request %d finds no memory although it is alone", at_fault)
+            self._end(at_fault, "error", self._clock())
 
     def _stamp(self, batch: Batch) -> float:
         """Note when requests left the queue, that is now; a preempted one keeps its first time."""

@@ -5,6 +5,7 @@ EngineError
 ├── CheckpointError      a model folder is unusable; the message names the file
 ├── RequestError         one request is at fault; others go on
 │   └── PoisonError      the same request ended the engine before
+├── StepMemoryError      there was no memory for a step; it can be tried again in smaller parts
 ├── QueueFullError       too much work is queued; carries the seconds to wait
 └── EngineUnavailableError  the engine is loading, restarting, draining or dead
 """
@@ -34,6 +35,10 @@ class RequestError(EngineError):
 
 class PoisonError(RequestError):
     """The same request ended the engine not long ago, and is refused for a while."""
+
+
+class StepMemoryError(EngineError):
+    """There was no memory for a step; it can be tried again in smaller parts."""
 
 
 class QueueFullError(EngineError):

@@ -51,6 +51,7 @@ class Request:
         "digests",
         "first_scheduled",
         "full_blocks",
+        "last_step",
         "output",
         "params",
         "preemptions",
@@ -88,6 +89,7 @@ class Request:
         self.digests: list[bytes] = []  # of leading full blocks (engine.block_digest)
         self.slot: int | None = None  # row of the worker's persistent tables while running
         self.preemptions = 0
+        self.last_step = 0  # number of the newest step that computed something of it
 
     @property
     def prompt_len(self) -> int:
@@ -102,6 +104,11 @@ class Request:
     def remaining(self) -> int:
         """Tokens whose KV is still to compute; 1 while decoding."""
         return self.total - self.computed
+
+    @property
+    def is_row(self) -> bool:
+        """Whether nothing but its newest token is to compute."""
+        return self.remaining == 1 and not self.is_prefill
 
     @property
     def is_prefill(self) -> bool:

@@ -18,6 +18,9 @@ are freed, it waits at the head of the queue and is computed again, its output i
 running request is never preempted, so it always gets on. A request that was preempted waits until
 every running one has room for a block more, and for twice as much after each further time: so it is
 preempted few times, and not computed again in vain.
+
+When a step finds no memory beside the pages, it is put together again with less (`shrink`): whoever
+runs it may try as often as it fails, since nothing but pages is taken before `update`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from engine.kv_pools import KvPools
 from engine.pacing import NO_LIMIT, Pacer, Room
 from engine.prefix_leaders import PrefixLeaders
 from engine.request import Request
+from engine.step_limits import StepLimits
 
 
 class Scheduler:
@@ -61,6 +65,8 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._leaders = PrefixLeaders(pools)
+        self._limits = StepLimits(max_batch_tokens, pools.block_tokens)
+        self._step = 0
         self._pacer = Pacer(max_step_seconds, pools.block_tokens)
         self._spans: dict[int, Span] = {}  # of the step that is being put together
         self._budget = 0
@@ -114,11 +120,12 @@ class Scheduler:
         self._leaders.start_step(self._spans)
         self._spans = {}
         self._budget = self._max_batch_tokens
-        for request in list(self._running):
-            if request.slot is not None and request.remaining == 1 and not request.is_prefill:
-                self._compute(request, 1, may_preempt=True)
-        self._admit()
-        self._share_budget([r for r in self._running if r.request_id not in self._spans])
+        if self._limits.apart:
+            self._take_turns()
+        else:
+            self._compute_rows()
+            self._admit()
+            self._share_budget([r for r in self._running if not r.is_row])
         decodes = [span for span in self._spans.values() if span.rule == "decode"]
         prefills = [span for span in self._spans.values() if span.rule == "prefill"]
         return Batch(decodes + prefills)
@@ -128,14 +135,25 @@ class Scheduler:
 
         Requests that were aborted since `schedule` are skipped.
         """
+        self._limits.went_well()
+        self._step += 1
         for span in batch.spans:
             request = self._requests.get(span.request_id)
             if request is None:
                 continue
             request.computed = span.stop
+            request.last_step = self._step
             self.pools.commit(request)
             if span.sample and span.request_id in tokens:
                 request.output.append(tokens[span.request_id])
+
+    def shrink(self, batch: Batch) -> int | None:
+        """There was no memory for a step: nothing of it counts, and the next ones hold less.
+
+        Returns:
+            The request at fault where the step was as small as can be; abort it.
+        """
+        return self._limits.shrink(batch)
 
     def foresee(self, batch: Batch) -> float:
         """Seconds that a step will take, by those that were learnt from; 0: nothing is known."""
@@ -184,9 +202,30 @@ class Scheduler:
             epoch=request.preemptions,
         )
 
+    def _compute_rows(self) -> None:
+        """Every request that decodes gets its token, as far as the limits let it."""
+        for request in self._limits.rows([r for r in self._running if r.is_row]):
+            if request.slot is not None:
+                self._compute(request, 1, may_preempt=True)
+
+    def _take_turns(self) -> None:
+        """Memory is short: one chunk of one request, or rows; what waited longest comes first."""
+        self._admit()
+        chunks = sorted((r for r in self._running if not r.is_row), key=lambda r: r.last_step)
+        rows = [r.last_step for r in self._running if r.is_row]
+        if rows and (not chunks or min(rows) <= chunks[0].last_step):
+            self._compute_rows()
+        for request in chunks:
+            if not self._spans and request.slot is not None:
+                self._budget = self._limits.chunk_tokens(self._max_batch_tokens)
+                self._compute(request, self._budget, may_preempt=request is self._running[0])
+        if not self._spans:
+            self._compute_rows()
+
     def _share_budget(self, requests: list[Request]) -> None:
         """Divide what is left of the step between unfinished prompts and replays."""
-        if not requests:
+        self._budget = self._limits.chunk_tokens(self._budget)
+        if not requests or not self._budget:
             return
         oldest, others = requests[0], sorted(requests[1:], key=lambda r: r.remaining)
         others_want = sum(request.remaining for request in others)

@@ -42,7 +42,12 @@ class Runner(Protocol):
     def info(self) -> EngineInfo: ...
 
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        """Store KV of all spans; sample where a span says so. Any exception is fatal."""
+        """Store KV of all spans; sample where a span says so.
+
+        Raises:
+            StepMemoryError: nothing of the step counts; any step may follow, parts of it again.
+            Exception: any other is fatal.
+        """
         ...
 
     def forget(self, request_id: int) -> None:

@@ -18,7 +18,7 @@ _MEAN_WEIGHT = 0.02  # of the newest decode step in the moving means
 
 def step_kind(batch: Batch) -> StepKind:
     """What a step is made of: new tokens, chunks of prompts or of replayed output, or both."""
-    new = sum(span.rule == "decode" and len(span.tokens) == 1 for span in batch.spans)
+    new = sum(span.is_row for span in batch.spans)
     if new == len(batch.spans):
         return "decode"
     return "mixed" if new else "prefill"
@@ -54,6 +54,10 @@ class StepAccounts:
     def count_token(self) -> None:
         """Account a token that was sampled and is sent."""
         self.stats.generated_tokens += 1
+
+    def count_memory_retry(self) -> None:
+        """Account a step that found no memory."""
+        self.stats.memory_retries += 1
 
     def _means(self, result: StepResult) -> dict[int, float]:
         means = dict(self.stats.layer_attended_fraction)

@@ -43,7 +43,7 @@ class StepLoad:
         pairs = 0.0
         for span in spans:
             count = len(span.tokens)
-            if span.rule == "decode" and count == 1:
+            if span.is_row:
                 rows += 1
                 row_context += span.stop
             else:

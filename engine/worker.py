@@ -17,6 +17,7 @@ from engine.batch import Batch, Span
 from engine.config import AttentionMode
 from engine.decode_buffers import DecodeBuffers
 from engine.decode_step import CudaGraphs, DecodeStep, Eager
+from engine.errors import StepMemoryError
 from engine.messages import EngineInfo
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.batch_tensors import BatchTensors
@@ -136,7 +137,28 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        """Compute one step. Requests whose values are not finite are named in `failed`."""
+        """Compute one step. Requests whose values are not finite are named in `failed`.
+
+        Raises:
+            StepMemoryError: there was no memory. KV is written again to the same places, samples
+                depend on nothing that was kept, and block tables are sent anew: a retry is safe.
+        """
+        try:
+            return self._execute(batch, requests)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Past the handler: until here the traceback held the tensors of the step. The KV pools are
+        # allocated once, so dropping cached prefixes would free nothing.
+        for span in batch.spans:
+            self._tensors.forget(span.request_id)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        raise StepMemoryError(reason)
+
+    def _execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         readback = Readback()
         if self._decode is not None and self._decode.takes(batch):
             pending = self._start_decode(self._decode, batch, requests, readback)
@@ -244,6 +266,13 @@ class ModelRunner:
                     cache[full] = 0
                 for cache in (layer.window_k, layer.window_v):
                     cache[window] = 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has a class for the GPU's allocator alone; its CPU allocator and cuBLAS only words."""
+    words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in words)
 
 
 def _rows(batch: Batch) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from engine.batch import Batch, Span
 from engine.counter_rng import uniform
+from engine.errors import StepMemoryError
 from engine.kv_pools import KvPools
 from engine.messages import Attended, EngineInfo, ReadBytes, TokenLogprobs
 from engine.request import Request
@@ -28,6 +29,7 @@ NOT_FINITE = 90  # the row that carries this token has logits that are not finit
 RAISE = 91  # the step raises
 KILL = 92  # the process dies as by kill -9
 HANG = 93  # the step never returns
+NO_MEMORY = 94  # a step with this token finds no memory, however small it is
 NO_GRAPHS = 94  # the step raises in an engine with CUDA graphs
 NO_KERNELS = 95  # the step raises in an engine with CUDA kernels
 
@@ -108,11 +110,13 @@ class FakeRunner:
         self._step_seconds = step_seconds
         self._raises = {RAISE, *broken}
         self.forgotten: list[int] = []
+        self.memory: int | None = None  # tokens that a step may hold
         self.steps: list[Batch] = []
         self._full: dict[int, int] = {}  # slot -> token
         self._windowed: dict[int, int] = {}
 
     def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+        self._claim_memory(batch)
         self.steps.append(batch)
         if self._step_seconds:  # even a sleep of nothing gives the core away
             time.sleep(self._step_seconds)
@@ -135,6 +139,14 @@ class FakeRunner:
 
     def forget(self, request_id: int) -> None:
         self.forgotten.append(request_id)
+
+    def _claim_memory(self, batch: Batch) -> None:
+        """Fail where there is none, half-way, as a real step does."""
+        short = self.memory is not None and batch.num_tokens > self.memory
+        if short or any(NO_MEMORY in span.tokens for span in batch.spans):
+            for span in batch.spans[: len(batch.spans) // 2 + 1]:
+                self._store(span)
+            raise StepMemoryError("out of memory")
 
     def _store(self, span: Span) -> None:
         for position, token in enumerate(span.tokens, span.start):

@@ -104,6 +104,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.finish_if_done(self.live[span.request_id])
 
     @precondition(lambda self: self.live)
+    @rule()
+    def find_no_memory(self) -> None:
+        """A step fails part done; the next one is smaller, until one request is at fault."""
+        batch = self.scheduler.schedule()
+        assert batch.spans
+        self.check(batch)
+        at_fault = self.scheduler.shrink(batch)
+        if at_fault is not None:
+            assert {span.request_id for span in batch.spans} == {at_fault}
+            self.scheduler.abort(at_fault)
+            del self.live[at_fault]
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.live)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 from engine.batch import Batch, Span
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.decode_buffers import DecodeBuffers
 from engine.errors import ConfigError
 from engine.loading import load_engine_parts, resolve_device
 from engine.messages import Add
-from engine.request import SamplingParams
+from engine.request import Request, SamplingParams
 from engine.step import EngineParts
 from engine.token_budget import queue_budget
 from engine.transfer import Readback
@@ -43,8 +46,11 @@ class Session:
         self.parts = parts
         self.core = EngineCore(parts.scheduler, parts.runner, self.channel)
         self.next_id = 0
+        self.memory_retries = 0
 
-    def generate(self, *prompts: list[int]) -> list[tuple[list[int], str | None]]:
+    def generate(
+        self, *prompts: list[int], max_tokens: int = 5
+    ) -> list[tuple[list[int], str | None]]:
         """Tokens and finish reason of each prompt, all computed together."""
         ids = range(self.next_id, self.next_id + len(prompts))
         self.next_id = ids.stop
@@ -52,7 +58,7 @@ class Session:
             self.channel.inbox.append(
                 Add(
                     request_id=request_id,
-                    params=SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+                    params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
                     prompt=array("i", prompt).tobytes(),
                     arrival=0.0,
                 )
@@ -61,6 +67,7 @@ class Session:
         while any(reason is None for _, reason in answers.values()):
             self.core.turn()
             for report in self.channel.reports:
+                self.memory_retries = report.stats.memory_retries
                 for update in report.updates:
                     tokens, _ = answers[update.request_id]
                     answers[update.request_id] = (tokens + update.tokens, update.finish_reason)
@@ -103,6 +110,81 @@ def test_a_chunk_that_does_not_sample_is_checked_too(folder: Path) -> None:
     assert session.generate([POISONED] + [7] * 40) == [([], "error")]
     assert parts.scheduler.pools.full.cached == 0
     assert parts.scheduler.pools.window.cached == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("layers", torch.OutOfMemoryError), ("logits", MemoryError), ("logits", RuntimeError)],
+)
+def test_F05_steps_that_are_tried_again_change_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
+) -> None:
+    """Every third step fails: half-way, with KV of one layer stored, or before the samples."""
+    prompts = [[9] * 11, [8, 3] * 15, [5, 6, 7] * 12]
+    expected = Session(load(folder, max_batch_tokens=32)).generate(*prompts)
+    parts = load(folder, max_batch_tokens=32)
+    assert isinstance(parts.runner, ModelRunner)
+    decoder, calls = parts.runner._decoder, itertools.count()
+    owner = decoder.layers[-1] if place == "layers" else decoder
+    name = "forward" if place == "layers" else "logits"
+    whole = getattr(owner, name)
+
+    def short_of_memory(*args: object) -> object:
+        if next(calls) % 3 == 1:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, short_of_memory)
+    session = Session(parts)
+    assert session.generate(*prompts) == expected
+    assert session.memory_retries >= 3
+
+
+class ForgetfulDecode:
+    """A decode step that fails between filling its buffers and the launch that would have put the
+    new pages into the block tables; what it could not do is then left to the other kind of step."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        tensors, info = runner._tensors, runner.info
+        self._buffers = DecodeBuffers(
+            info.max_num_seqs, tensors.full, tensors.window, info.block_tokens
+        )
+        self.failures = 0
+        self._asked = 0
+
+    def takes(self, batch: Batch) -> bool:
+        decodes = all(span.is_row for span in batch.spans)
+        self._asked += decodes
+        return decodes and self._asked % 2 == 1
+
+    def run(self, batch: Batch, requests: Mapping[int, Request]) -> None:
+        self._buffers.fill(batch, requests)
+        self.failures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_F05_a_decode_step_that_fails_leaves_no_wrong_block_tables(folder: Path) -> None:
+    """It took the newest page for known, and the next step did not send it."""
+    prompts = [[9] * 6, [8, 3] * 4]
+    expected = Session(load(folder)).generate(*prompts, max_tokens=20)
+    parts = load(folder)
+    assert isinstance(parts.runner, ModelRunner)
+    decode = ForgetfulDecode(parts.runner)
+    parts.runner._decode = decode  # type: ignore[assignment]  # as much of it as is called
+    assert Session(parts).generate(*prompts, max_tokens=20) == expected
+    assert decode.failures > 10
+
+
+def test_F05_other_errors_stay_fatal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = load(folder)
+    assert isinstance(parts.runner, ModelRunner)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(parts.runner._decoder, "logits", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Session(parts).generate([1, 2])
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cpu:1", ""])
