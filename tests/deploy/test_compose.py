@@ -165,8 +165,12 @@ def test_missing_secrets_are_made_at_random_and_kept(tmp_path: Path) -> None:
     assert [(folder / name).read_text().strip() for name in names] == values
 
 
-def test_git_ignores_secrets() -> None:
-    assert "docker/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+def test_git_ignores_secrets_and_what_an_operator_sets(compose: dict[str, Any]) -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"docker/secrets/", "docker/server.env", ".env"} <= set(ignored)
+    for name in ("server", "server-cpu"):
+        settings = {"path": "./docker/server.env", "required": False}
+        assert compose["services"][name]["env_file"] == [settings]
 
 
 def test_settings_of_the_file_are_settings_of_the_server(compose: dict[str, Any]) -> None:

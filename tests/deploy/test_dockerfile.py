@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
 
@@ -91,6 +94,18 @@ def test_python_packages_are_pinned_wheels(stages: dict[str, list[Step]]) -> Non
     assert pinned is not None
     for name in ("gpu-libraries", "cpu-libraries"):
         assert pinned.group() in " ".join(values(stages[name], "RUN"))
+
+
+def test_the_image_has_what_the_project_needs(stages: dict[str, list[Step]]) -> None:
+    """The stage's own one-liner, run on the real pyproject.toml."""
+    (run,) = [run for run in values(stages["python"], "RUN") if "tomllib" in run]
+    (code,) = re.findall(r'python3\.12 -c "([^"]+)"', run)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["tracing"]]
+    assert done.stdout.splitlines() == wanted
 
 
 def test_both_images_are_set_up_alike(stages: dict[str, list[Step]]) -> None:

@@ -226,6 +226,16 @@ ENGINE = Row(
             "reader was too slow or had gone.", "short",
             Query(increase("log_lines_dropped_total", "process"), "{{process}}"),
         ),
+        lines(
+            "Fast paths off", "What the engine does without since a request ended engines with it: "
+            "1 CUDA graphs, 2 the attention kernels too. It stays until the next engine starts.",
+            "short", Query(series("engine_features_off"), "{{instance}}"),
+            steps=good_below(1, 2),
+        ),
+        lines(
+            "Scrape", "Time that rendering /metrics takes, off the event loop.", "s",
+            Query(series("scrape_seconds"), "{{instance}}"),
+        ),
     ),
 )  # fmt: skip
 
