@@ -41,14 +41,16 @@ MOST_TURNS = 200  # in which some request must end: the oldest one gets a token 
 Wire = deque[tuple[float, list[bytes]]]  # when it arrives, and what
 
 
-def make_pools(scenario: Scenario) -> KvPools:
-    """The pools of the scenario's size."""
-    return KvPools(
+def make_pools(scenario: Scenario, kind: type[KvPools] = KvPools) -> KvPools:
+    """The pools of the scenario's size; tests name a kind with a known fault."""
+    return kind(
         full_pages=scenario.full_pages,
         window_pages=scenario.window_pages,
         block_tokens=BLOCK,
         window_tokens=WINDOW,
         sink_tokens=SINKS,
+        prefix_caching=scenario.prefix_caching,
+        cache_generated=scenario.cache_generated,
     )
 
 
@@ -90,6 +92,7 @@ class SimulatedChild:
             pools,
             max_num_seqs=scenario.max_num_seqs,
             max_batch_tokens=scenario.max_batch_tokens,
+            max_step_seconds=scenario.max_step_seconds,
         )
         runner = SimulatedRunner(self.info, self._before_execute, self._after_execute)
         self._note: StepNote | None = None

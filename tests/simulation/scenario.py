@@ -57,6 +57,9 @@ class Scenario:
     window_pages: int = 64
     max_num_seqs: int = 4
     max_batch_tokens: int = 16
+    max_step_seconds: float | None = None
+    prefix_caching: bool = True
+    cache_generated: bool = False
     max_queued_requests: int = 64
     max_queued_prefill_tokens: int = 1000
     step_seconds: float = 0.004
@@ -85,6 +88,9 @@ def draw_scenario(seed: int) -> Scenario:
         window_pages=rng.randint(5, 16) if tiny else 64,
         max_num_seqs=rng.randint(1, 4),
         max_batch_tokens=rng.choice((4, 8, 16, 32)),
+        max_step_seconds=rng.choice((None, None, 0.006, 0.03)),
+        prefix_caching=rng.random() < 0.8,
+        cache_generated=rng.random() < 0.2,
         max_queued_requests=rng.choice((1, 2, 4, 64, 64)),
         max_queued_prefill_tokens=rng.choice((20, 100, 1000)),
         step_seconds=rng.choice((0.001, 0.004, 0.02)),

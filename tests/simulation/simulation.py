@@ -75,6 +75,7 @@ class _Run:
                 model="toy",
                 max_num_seqs=self.scenario.max_num_seqs,
                 max_batch_tokens=self.scenario.max_batch_tokens,
+                prefix_caching=self.scenario.prefix_caching,
             ),
             max_queued_requests=self.scenario.max_queued_requests,
             max_queued_prefill_tokens=self.scenario.max_queued_prefill_tokens,

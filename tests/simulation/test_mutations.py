@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,9 +25,7 @@ from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.stats_total import StatsTotal
 from engine.supervision import SupervisionPolicy
-from tests.engine.fake_runner import SINKS, WINDOW
-from tests.simulation.child import BLOCK, SimulatedChild
-from tests.simulation.scenario import Scenario
+from tests.simulation.child import BLOCK, SimulatedChild, make_pools
 from tests.simulation.simulation import Parts, simulate
 
 SEEDS = range(2000)  # as many as the suite runs
@@ -219,16 +218,7 @@ class IndulgentSupervisor(EngineProcess):
 
 
 def pools_of(kind: type[KvPools]) -> Parts:
-    def make(scenario: Scenario) -> KvPools:
-        return kind(
-            full_pages=scenario.full_pages,
-            window_pages=scenario.window_pages,
-            block_tokens=BLOCK,
-            window_tokens=WINDOW,
-            sink_tokens=SINKS,
-        )
-
-    return Parts(pools=make)
+    return Parts(pools=partial(make_pools, kind=kind))
 
 
 CHILDREN = (
