@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from engine.model.dense_attention import DenseAttention
 from engine.model.weights import load_decoder, stored_tensors
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
 
+ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-4  # largest absolute difference of float32 logits
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -78,3 +81,16 @@ def test_gradients_flow_to_every_parameter(tmp_path: Path) -> None:
     loss = decoder.logits(decoder(tokens_T, tokens_T, DenseAttention())).square().mean()
     torch.autograd.backward([loss])
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder.parameters())
+
+
+def test_making_a_decoder_does_not_load_the_compiler() -> None:
+    """Drawing the embedding on the meta device imported it: four seconds more in every restart."""
+    code = (
+        "import sys, torch\n"
+        "from engine.model.decoder import Decoder\n"
+        "from tests.engine.paged_driver import make_model\n"
+        "with torch.device('meta'):\n"
+        "    Decoder(make_model([[0]]))\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
