@@ -12,7 +12,6 @@ import logging
 import signal
 import sys
 import time
-from array import array
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,9 +37,11 @@ from engine.messages import (
     Report,
     RequestUpdate,
     Shutdown,
+    Timing,
     ToEngine,
 )
 from engine.request import FinishReason, Request
+from engine.request_check import read_request
 from engine.scheduler import Scheduler
 from engine.step import EngineParts, Runner, StepResult
 from engine.step_accounts import StepAccounts
@@ -126,36 +127,27 @@ class EngineCore:
             self._stopping = True
 
     def _add(self, message: Add) -> None:
-        """Admit a request, or answer with an error if it cannot be computed."""
-        request = Request(
-            message.request_id,
-            _tokens(message.prompt),
-            message.params,
-            output=_tokens(message.output),
-            arrival=message.arrival,
-            deadline=message.deadline,
-        )
-        info = self._info
-        tracker = RequestTracker(request, info.eos_token_ids, info.max_model_len, message.progress)
-        try:
-            self._check(request)
-            self._scheduler.add(request)
-        except RequestError as error:
-            logger.warning("request %d refused: %s", request.request_id, error)
-            self._updates.append(tracker.cut_off("error", self._clock()))
+        """Admit a request; whatever is wrong with it, it is answered and ends alone."""
+        request_id = message.request_id
+        if request_id in self._requests:
+            logger.error("request %d came twice: the second one is dropped", request_id)
             return
-        self._requests[request.request_id] = request
-        self._trackers[request.request_id] = tracker
-
-    def _check(self, request: Request) -> None:
-        """The edge has checked all of this; ids index tensors, so it is checked here again."""
-        vocab = self._info.vocab_size
-        params = request.params
-        for ids in (request.prompt, request.output, params.logit_bias, params.stop_token_ids):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab):
-                raise RequestError(f"a token id is outside [0, {vocab})")
-        if request.total >= self._info.max_model_len + (params.max_tokens == 0):
-            raise RequestError(f"{request.total} tokens leave no room to generate")
+        try:
+            request = read_request(message, self._info)
+            tracker = RequestTracker(
+                request, self._info.eos_token_ids, self._info.max_model_len, message.progress
+            )
+            self._scheduler.add(request)
+        except Exception as error:
+            known = isinstance(error, RequestError)
+            logger.warning("request %d refused: %s", request_id, error, exc_info=not known)
+            waited = Timing(queue=self._clock() - message.arrival)
+            self._updates.append(
+                RequestUpdate(request_id=request_id, finish_reason="error", timing=waited)
+            )
+            return
+        self._requests[request_id] = request
+        self._trackers[request_id] = tracker
 
     def _expire(self) -> None:
         """End the requests whose deadline has passed, queued or running.
@@ -316,12 +308,6 @@ def build_engine(config: EngineConfig) -> EngineParts:
     from engine.loading import load_engine_parts
 
     return load_engine_parts(config)
-
-
-def _tokens(buffer: bytes) -> list[int]:
-    values = array("i")
-    values.frombytes(buffer)
-    return values.tolist()
 
 
 def _one_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from engine.request import Request
 from engine.transfer import upload
 
 _MASKED = torch.finfo(torch.float32).min  # finite: a row with every token masked stays a number
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
@@ -67,6 +68,8 @@ class LogitEdits:
             at, (factor_M,) = repeated.on(logits_RV.device)
             seen_M = logits_RV[at]
             logits_RV[at] = torch.where(seen_M > 0, seen_M / factor_M, seen_M * factor_M)
+        if bias.rows or repeated.rows:
+            logits_RV.clamp_(-_LARGEST, _LARGEST)  # a sum or product may have left float32
         if counted.rows:
             at, (presence_M, frequency_M, times_M) = counted.on(logits_RV.device)
             logits_RV[at] -= presence_M + frequency_M * times_M

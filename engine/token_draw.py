@@ -20,6 +20,7 @@ from engine.counter_rng import uniform
 from engine.request import Request, SamplingParams
 from engine.transfer import upload
 
+_COLDEST = 1e-30  # what float32 rounds to 0 would make the first token 0 / 0
 _ONE = 2.0**40  # weight of the most probable token; V * 2^40 fits int64 up to V = 2^22
 
 
@@ -55,6 +56,7 @@ def _weights(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
     """
     temperatures = [request.params.temperature for request in requests]
     temperature_R1 = upload(temperatures, torch.float32, logits_RV.device).double().unsqueeze(1)
+    temperature_R1.clamp_(min=_COLDEST)
     shifted_RV = logits_RV.double() - logits_RV.amax(dim=-1, keepdim=True)
     return ((shifted_RV / temperature_R1).exp() * _ONE).long()
 

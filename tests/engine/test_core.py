@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pytest
 from engine.core import EngineCore
 from engine.messages import Abort, Add, Attended, Shutdown
 from engine.messages import RequestUpdate as Update
-from engine.request import SamplingParams
+from engine.request import Request, SamplingParams
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.fake_runner import (
     EOS,
@@ -53,7 +54,7 @@ class Bench:
         self.channel.inbox.append(
             Add(
                 request_id=request_id,
-                params=SamplingParams(temperature=0.0, **params),
+                params=SamplingParams(**{"temperature": 0.0, **params}),
                 prompt=array("i", prompt).tobytes(),
                 output=array("i", output).tobytes(),
                 arrival=self.now,
@@ -292,6 +293,27 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "bias past the logits": {"prompt": [1], "logit_bias": {100: 1.0}},
     "stop id past the logits": {"prompt": [1], "stop_token_ids": (100,)},
     "longer than the model": {"prompt": [1] * 128},
+    "longer than the cache": {"prompt": [1], "max_tokens": 2**31},
+    "no prompt": {"prompt": []},
+    "resumed when it was done": {"prompt": [1], "output": [2] * 5},
+    "resumed past its end": {"prompt": [1], "output": [2] * 9},
+    "negative max_tokens": {"prompt": [1], "max_tokens": -1},
+    "NaN temperature": {"prompt": [1], "temperature": math.nan},
+    "negative temperature": {"prompt": [1], "temperature": -1.0},
+    "infinite temperature": {"prompt": [1], "temperature": math.inf},
+    "top_p 0": {"prompt": [1], "top_p": 0.0},
+    "top_p NaN": {"prompt": [1], "top_p": math.nan},
+    "negative top_k": {"prompt": [1], "top_k": -1},
+    "min_p over 1": {"prompt": [1], "min_p": 1.5},
+    "NaN bias": {"prompt": [1], "logit_bias": {3: math.nan}},
+    "infinite bias": {"prompt": [1], "logit_bias": {3: math.inf}},
+    "NaN penalty": {"prompt": [1], "frequency_penalty": math.nan},
+    "repetition_penalty 0": {"prompt": [1], "repetition_penalty": 0.0},
+    "tiny repetition_penalty": {"prompt": [1], "repetition_penalty": 1e-40},
+    "negative logprobs": {"prompt": [1], "logprobs": -1},
+    "negative prompt_logprobs": {"prompt": [1], "prompt_logprobs": -1},
+    "attention_top_p over 1": {"prompt": [1], "attention_top_p": 1.1},
+    "attention_top_p NaN": {"prompt": [1], "attention_top_p": math.nan},
 }
 
 
@@ -299,10 +321,40 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
 def test_v07_requests_at_fault_are_answered_and_touch_nobody(name: str) -> None:
     bench = Bench()
     bench.add(1, [1, 2], max_tokens=5)
-    bench.add(2, max_tokens=5, **BAD_REQUESTS[name])
+    bench.add(2, **{"max_tokens": 5, **BAD_REQUESTS[name]})
     bench.until_idle()
     assert bench.last(2).finish_reason == "error"
     assert bench.tokens(2) == []
+    assert bench.tokens(1) == toy_generate([1, 2], 5)
+
+
+def test_V09_an_exception_while_a_request_is_taken_in_ends_it_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is: a prompt that the scheduler stumbles over is no reason to end the loop."""
+    bench = Bench()
+    whole = bench.scheduler.add
+
+    def stumble(request: Request) -> None:
+        if 13 in request.prompt:
+            raise ZeroDivisionError("nobody expected this")
+        whole(request)
+
+    monkeypatch.setattr(bench.scheduler, "add", stumble)
+    bench.add(1, [1, 2], max_tokens=5)
+    bench.add(2, [13], max_tokens=5)
+    bench.until_idle()
+    assert bench.last(2).finish_reason == "error"
+    assert bench.tokens(1) == toy_generate([1, 2], 5)
+    assert "ZeroDivisionError" in caplog.text, "the log tells where"
+
+
+def test_a_request_that_comes_twice_is_computed_once() -> None:
+    bench = Bench()
+    bench.add(1, [1, 2], max_tokens=5)
+    bench.turns(2)
+    bench.add(1, [3], max_tokens=9)
+    bench.until_idle()
     assert bench.tokens(1) == toy_generate([1, 2], 5)
 
 

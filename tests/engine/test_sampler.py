@@ -34,6 +34,39 @@ def make_request(
     return Request(request_id, list(prompt), sampling, output=list(output))
 
 
+EXTREMES: dict[str, dict[str, Any]] = {
+    "coldest": {"temperature": 5e-324},
+    "below float32": {"temperature": 1e-50, "top_p": 0.9},
+    "cold and restricted": {"temperature": 1e-45, "top_k": 3, "min_p": 1.0},
+    "hottest": {"temperature": 1e6},
+    "smallest top_p": {"top_p": 5e-324},
+    "penalty that divides": {"repetition_penalty": 1e-6},
+    "penalty that multiplies": {"repetition_penalty": 1e6},
+    "largest bias": {"logit_bias": {3: 1e6, 4: 1e6, 5: -1e6}},
+    "all biased away": {"logit_bias": dict.fromkeys(range(37), -1e6)},
+    "all masked": {"stop_token_ids": tuple(range(37)), "min_tokens": 9},
+    "top_k past the vocabulary": {"top_k": 2**31},
+    "negative seed": {"seed": -(2**63)},
+}
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e37], ids=["usual", "huge"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_B01_legal_extremes_give_a_token_and_touch_no_neighbour(name: str, scale: float) -> None:
+    """A temperature that float32 rounds to 0, or a product past float32, once made ranks of NaN."""
+    logits = random_logits(3, scale=scale)
+    odd = make_request(1, output=(3, 4), **EXTREMES[name])
+    plain = [make_request(2, seed=5), make_request(3, seed=6, top_p=0.8)]
+    sampler = Sampler([EOS])
+    alone = [
+        sampler.sample(logits[[row]].clone(), [r])[0] for row, r in ((0, plain[0]), (2, plain[1]))
+    ]
+    first, middle, last = sampler.sample(logits.clone(), [plain[0], odd, plain[1]])
+    assert middle.token is not None
+    assert 0 <= middle.token < VOCAB
+    assert [first, last] == alone
+
+
 def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 

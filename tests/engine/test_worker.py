@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,16 +52,25 @@ class Session:
         self.memory_retries = 0
 
     def generate(
-        self, *prompts: list[int], max_tokens: int = 5
+        self,
+        *prompts: list[int],
+        max_tokens: int = 5,
+        beside: Sequence[dict[str, Any]] = (),
     ) -> list[tuple[list[int], str | None]]:
-        """Tokens and finish reason of each prompt, all computed together."""
+        """Tokens and finish reason of each prompt, all computed together.
+
+        Those with the parameters `beside` have a prompt of three tokens.
+        """
+        common = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+        params = [common] * len(prompts) + [{"max_tokens": 5, **own} for own in beside]
+        prompts = (*prompts, *([4, 5, 6] for _ in beside))
         ids = range(self.next_id, self.next_id + len(prompts))
         self.next_id = ids.stop
-        for request_id, prompt in zip(ids, prompts, strict=True):
+        for request_id, prompt, own in zip(ids, prompts, params, strict=True):
             self.channel.inbox.append(
                 Add(
                     request_id=request_id,
-                    params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+                    params=SamplingParams(**own),
                     prompt=array("i", prompt).tobytes(),
                     arrival=0.0,
                 )
@@ -110,6 +122,46 @@ def test_a_chunk_that_does_not_sample_is_checked_too(folder: Path) -> None:
     assert session.generate([POISONED] + [7] * 40) == [([], "error")]
     assert parts.scheduler.pools.full.cached == 0
     assert parts.scheduler.pools.window.cached == 0
+
+
+ODD_VALUES: dict[str, list[Any]] = {
+    "temperature": [0.0, 5e-324, 1e-50, 1.0, 1e6, math.nan, -1.0],
+    "top_p": [5e-324, 0.5, 1.0, math.nan, 2.0],
+    "top_k": [0, 1, 2**40, -3],
+    "min_p": [0.0, 1.0, math.inf],
+    "presence_penalty": [0.0, 1e6, -math.inf],
+    "frequency_penalty": [0.0, -1e6, math.nan],
+    "repetition_penalty": [1.0, 1e-6, 1e6, 1e-320],
+    "logit_bias": [{}, {3: 1e6}, {3: 1e39}, {-1: 1.0}, dict.fromkeys(range(60), -1e6)],
+    "stop_token_ids": [(), (3, 3), (10**6,), tuple(range(60))],
+    "min_tokens": [0, 3, 2**40, -1],
+    "max_tokens": [5, 1, 0, -1, 2**62],
+    "seed": [0, -(2**63), 2**64 + 1],
+    "logprobs": [None, 0, 2**30, -1],
+    "prompt_logprobs": [None, 0, 70, -1],
+    "attention_top_p": [None, 5e-324, 1.0, 0.0, math.nan],
+    "ignore_eos": [False, True],
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_V09_no_request_ends_the_loop_or_changes_another(folder: Path, seed: int) -> None:
+    """Requests with several values at the edges of what is legal, or past them, all together."""
+    plain = [[9] * 11, [8, 3] * 15]
+    parts = load(folder, max_num_seqs=8)
+    session = Session(parts)
+    expected = session.generate(*plain)
+    source = random.Random(seed)
+    odd = []
+    for _ in range(40):
+        names = source.sample(sorted(ODD_VALUES), 3)
+        odd.append({name: source.choice(ODD_VALUES[name]) for name in names})
+    answers = session.generate(*plain, beside=odd)
+    assert answers[:2] == expected
+    reasons = {reason for _, reason in answers[2:]}
+    assert reasons >= {"error", "length"}
+    assert reasons <= {"error", "length", "stop"}
+    assert parts.scheduler.pools.full.used == parts.scheduler.pools.window.used == 0
 
 
 @pytest.mark.parametrize(
