@@ -71,22 +71,27 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         load = LightLoad(server.url, KEY)
         for _ in range(2):  # a series that comes with its first event shows growth from the next on
             load.run()
-            wait_for_scrapes(prometheus, 2)
+            wait_for_scrapes(prometheus)
         page = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
         yield Observed(prometheus, page.text, start, time.time())
 
 
-def wait_for_scrapes(prometheus: Prometheus, count: int) -> None:
-    """Until the server was scraped `count` more times, and rules were evaluated after that."""
+def wait_for_scrapes(prometheus: Prometheus) -> None:
+    """Until two more scrapes have seen what is now, and rules were evaluated on them."""
 
-    def scrapes() -> float:
-        found = prometheus.query('count_over_time(up{job="rtpurbo"}[1h])')
+    def newest(expr: str) -> float:
+        found = prometheus.query(expr)
         return float(found[0]["value"][1]) if found else 0.0
 
-    target, deadline = scrapes() + count, time.monotonic() + 100
-    while scrapes() < target:
-        assert time.monotonic() < deadline, "Prometheus does not scrape"
-        time.sleep(0.3)
+    def wait_until(expr: str, value: float) -> None:
+        deadline = time.monotonic() + 100
+        while newest(expr) < value:
+            assert time.monotonic() < deadline, f"{expr} stays under {value}"
+            time.sleep(0.3)
+
+    scrapes = 'count_over_time(up{job="rtpurbo"}[1h])'
+    wait_until(scrapes, newest(scrapes) + 2)
+    wait_until(f"timestamp({RECORDED[-1]['record']})", time.time())  # the last of its group
 
 
 def test_the_scrape_is_authorised_and_fast(observed: Observed) -> None:
