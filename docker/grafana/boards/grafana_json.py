@@ -32,7 +32,7 @@ def dashboard(board: Board) -> Json:
         "description": board.text,
         "tags": [TAG],
         "schemaVersion": SCHEMA_VERSION,
-        "editable": False,
+        "editable": True,  # saving is not: provisioned boards are changed in their code
         "graphTooltip": 1,  # one crosshair over all panels
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
