@@ -373,6 +373,19 @@ def test_f07_a_row_that_is_not_finite_ends_alone_and_is_never_cached() -> None:
     assert bench.tokens(3) == toy_generate(poisoned[:10] + [6] * 20, 2)
 
 
+def test_F07_those_that_wait_for_a_prompt_that_fails_go_on_from_what_was_good() -> None:
+    bench = Bench(max_batch_tokens=8)
+    shared = [7] * 20
+    bench.add(1, [*shared, NOT_FINITE, *[8] * 9], max_tokens=5)
+    for request_id in (2, 3):
+        bench.add(request_id, [*shared, request_id, 5], max_tokens=5)
+    bench.until_idle()
+    assert bench.last(1).finish_reason == "error"
+    for request_id in (2, 3):
+        assert bench.tokens(request_id) == toy_generate([*shared, request_id, 5], 5)
+        assert bench.last(request_id).cached >= 16, "chunks before the failed one are shared"
+
+
 def test_f08_an_exception_in_a_step_leaves_the_loop() -> None:
     bench = Bench()
     bench.add(1, [RAISE], max_tokens=1)

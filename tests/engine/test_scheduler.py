@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.errors import RequestError
@@ -93,8 +95,8 @@ def test_refuses_what_could_never_be_computed() -> None:
     bench.run()
 
 
-def test_preempts_the_newest_and_computes_it_again() -> None:
-    """F09: the oldest is never preempted; output is kept and replayed."""
+def test_F09_preempts_the_newest_and_computes_it_again() -> None:
+    """The oldest is never preempted; output is kept and replayed."""
     bench = SchedulerBench(full_pages=6, prefix_caching=False)
     old = bench.add(distinct(7), max_tokens=16)
     new = bench.add(distinct(7, 100), max_tokens=16)
@@ -151,8 +153,8 @@ def test_a_preempted_request_comes_back_before_those_that_wait() -> None:
     bench.run()
 
 
-def test_preemption_under_pressure_stays_rare() -> None:
-    """F09: a request that was preempted waits for more room each time; a fourth time is too many.
+def test_F09_preemption_under_pressure_stays_rare() -> None:
+    """A request that was preempted waits for more room each time; a fourth time is too many.
 
     Twenty requests of which a third fit when grown; with a fixed margin some are preempted 4 times.
     """
@@ -161,6 +163,36 @@ def test_preemption_under_pressure_stays_rare() -> None:
     bench.run(3000)
     assert bench.scheduler.preemptions > 0, "the pool is there to be too small"
     assert max(request.preemptions for request in requests) <= 3
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_F09_no_livelock_in_pools_that_are_always_too_small(seed: int) -> None:
+    """Requests that fit one or two at a time, with window, chunks and shared beginnings at random:
+    the oldest gets on in every step, and nothing is computed again more than a few times."""
+    source = random.Random(seed)
+    longest = 60
+    bench = SchedulerBench(
+        full_pages=longest // BLOCK + source.randrange(1, 12),
+        window_pages=source.choice([0, 12]),
+        window_tokens=source.choice([4, 8]),
+        sink_tokens=2,
+        max_num_seqs=source.randrange(2, 9),
+        max_batch_tokens=source.choice([8, 16, 64]),
+        prefix_caching=source.random() < 0.5,
+    )
+    requests = []
+    for i in range(16):
+        prompt = distinct(source.randrange(1, 30), source.choice([0, 1000 * i]))
+        requests.append(bench.add(prompt, max_tokens=source.randrange(1, longest - 30)))
+    steps = 0
+    while bench.live:
+        oldest = bench.scheduler._running[:1]
+        computed = bench.step()
+        assert all(request.request_id in computed for request in oldest)
+        steps += 1
+    work = sum(request.total for request in requests)
+    assert steps <= 2 * work, "a token a step, twice over, is more than enough"
+    assert max(request.preemptions for request in requests) <= 6
 
 
 def test_every_slot_is_used_when_the_window_pool_holds_the_windows() -> None:

@@ -115,6 +115,26 @@ def test_f07_nan_of_one_request_reaches_neither_its_neighbours_nor_the_next_owne
         assert session.generate(*good) == expected
 
 
+def test_F07_a_prefix_that_a_failed_request_shared_stays_good(folder: Path) -> None:
+    """The NaN is in the middle of a later chunk; what was found in the cache, and what earlier
+    chunks put there, serves others beside it and afterwards."""
+    prefix = [9, 8, 7, 6] * 6
+    good = [[*prefix, 4, 4], [*prefix, 3]]
+    expected = Session(load(folder, max_batch_tokens=16)).generate(*good)
+    parts = load(folder, max_batch_tokens=16)
+    poison(parts)
+    session = Session(parts)
+    bad = [*prefix, 2, 2, 2, 2, 2, 2, 2, 2, 7, POISONED, *[7] * 9]
+    assert session.generate(good[0]) == expected[:1]
+    hits = parts.scheduler.prefix_hit_tokens
+    assert session.generate(good[1], bad, good[0]) == [expected[1], ([], "error"), expected[0]]
+    assert parts.scheduler.prefix_hit_tokens == hits + 3 * 24
+    hits = parts.scheduler.prefix_hit_tokens
+    assert session.generate([*bad[:32], 1], bad)[1] == ([], "error")
+    assert parts.scheduler.prefix_hit_tokens >= hits + 2 * 24
+    assert session.generate(*good) == expected
+
+
 def test_a_chunk_that_does_not_sample_is_checked_too(folder: Path) -> None:
     parts = load(folder, max_batch_tokens=16)
     poison(parts)

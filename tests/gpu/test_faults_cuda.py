@@ -1,0 +1,105 @@
+"""On a GPU host: faults F05 and F07 for real. Skips itself without CUDA.
+
+python -m pytest tests/gpu/test_faults_cuda.py
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import StepMemoryError
+from engine.worker import ModelRunner
+from tests.engine.test_decode_step import MODEL as TINY
+from tests.engine.test_decode_step import POISONED, generate, greedy
+from tests.engine.tiny_checkpoint import write_checkpoint
+from tests.gpu.test_engine_cuda import load, prompts, tokens_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+_SMALLEST = 2**21  # bytes of a piece of ballast: the allocator's own smallest segment
+
+
+def fill_memory(leave: int) -> list[Tensor]:
+    """Tensors that take all free memory but `leave` bytes, in ever smaller pieces."""
+    torch.cuda.empty_cache()
+    ballast: list[Tensor] = []
+    size = torch.cuda.mem_get_info()[0] - leave
+    while size >= _SMALLEST:
+        try:
+            ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+        else:
+            size = min(size, torch.cuda.mem_get_info()[0] - leave)
+    return ballast
+
+
+def test_F05_a_real_out_of_memory_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step needs is measured, then a third of it is left: the same tokens come out."""
+    wanted = [(prompt, greedy(16)) for prompt in prompts((12_000, 9000, 300))]
+    parts = load(dtype="float32", max_batch_tokens=8192)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    expected = generate(parts, wanted)
+    needed = torch.cuda.max_memory_allocated() - before
+    del parts
+    gc.collect()
+    parts = load(dtype="float32", max_batch_tokens=8192)  # nothing in its prefix cache
+    generate(parts, [([1, 2, 3], greedy(2))])  # what libraries keep for themselves is there
+    failures, execute = [], ModelRunner.execute
+
+    def counting(self: ModelRunner, *args: Any) -> Any:
+        try:
+            return execute(self, *args)
+        except StepMemoryError as error:
+            failures.append(str(error))
+            raise
+
+    monkeypatch.setattr(ModelRunner, "execute", counting)
+    ballast = fill_memory(leave=needed // 3)
+    try:
+        got = generate(parts, wanted)
+    finally:
+        ballast.clear()
+        torch.cuda.empty_cache()
+    assert failures, f"a step of {needed:,} bytes found them although a third was left"
+    assert tokens_of(got) == tokens_of(expected)
+    assert [reason for _, reason, _ in got] == ["length"] * 3
+    assert tokens_of(generate(parts, wanted)) == tokens_of(expected)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
+def test_F07_a_nan_in_a_prompt_fails_alone_and_leaves_the_shared_prefix(
+    tmp_path: Path, cuda_graphs: bool
+) -> None:
+    folder = write_checkpoint(tmp_path / "model", TINY)
+    settings = {"dtype": "float32", "max_model_len": 160, "kv_cache_bytes": 2**26}
+    settings |= {"cuda_graphs": cuda_graphs, "max_batch_tokens": 32}
+    prefix = [7 + i * 3 % 50 for i in range(64)]
+    good = [([*prefix, 11, 12], greedy(12)), ([*prefix, 13], greedy(12))]
+    bad = ([*prefix, *[14] * 5, POISONED, *[15] * 30], greedy(12))
+    expected = generate(load(folder, **settings), good)
+    parts = load(folder, **settings)
+    assert isinstance(parts.runner, ModelRunner)
+    with torch.no_grad():
+        parts.runner._decoder.embedding.weight[POISONED] = torch.nan
+    first = generate(parts, [good[0]])
+    hits = parts.scheduler.prefix_hit_tokens
+    answers = generate(parts, [good[1], bad, good[0]])
+    assert answers[1][:2] == ([], "error")
+    assert tokens_of([*first, answers[0]]) == tokens_of(expected)
+    assert answers[2][0] == expected[0][0]
+    assert parts.scheduler.prefix_hit_tokens >= hits + 3 * 48
+    for layer in parts.runner._cache.layers:
+        for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+            assert pool.isfinite().all()
