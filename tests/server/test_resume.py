@@ -120,13 +120,13 @@ class Stream:
             for name, values in (choice["logprobs"] or {}).items():
                 logprobs.setdefault(name, []).extend(values or [])
         last = self.chunks[-1]
-        metrics = last["metrics"] if self._body.get("stream") else self.chunks[0]["metrics"]
+        metrics = last.get("metrics", {})
         return {
             "text": "".join(choice["text"] for choice in choices),
             "logprobs": logprobs,
             "finish": [c["finish_reason"] for c in choices if c["finish_reason"]],
-            "usage": last["usage"],
-            "attended": (metrics["attended_tokens_mean"], metrics["attended_fraction"]),
+            "usage": last.get("usage"),
+            "attended": (metrics.get("attended_tokens_mean"), metrics.get("attended_fraction")),
         }
 
 
@@ -159,6 +159,7 @@ def undisturbed(server: ServerProcess, folder: Path) -> list[dict[str, Any]]:
     fresh(server)
     answers = [stream.answer() for stream in asyncio.run(ask_all(server, bodies(folder)))]
     assert answers[0]["finish"] == ["stop"], "the stop string"
+    assert all(answer["usage"] and answer["attended"][0] for answer in answers)
     assert answers[0]["usage"]["completion_tokens"] > 40
     assert "\\ufffd" in json.dumps(answers[1]["text"]), "broken characters"
     assert len(answers[2]["logprobs"]["token_logprobs"]) == 88 + 30
@@ -290,3 +291,22 @@ def test_a_spent_budget_ends_the_server_with_one_line(tmp_path: Path) -> None:
     assert got[-1] == "[DONE]"
     assert last.startswith("error: the engine is given up: it was lost 1 times within 600 s")
     assert "killed by signal 9" in last
+
+
+def test_f13_a_drain_in_the_middle_of_a_restart_waits_for_what_goes_on(tmp_path: Path) -> None:
+    """The engine dies, then SIGTERM comes: the stream is resumed, ends whole, and all is left."""
+    body = {"prompt": [3, 1], "temperature": 0, "max_tokens": 60, "stream": True}
+
+    async def disturb(streams: list[Stream]) -> None:
+        await until(lambda: len(streams[0].chunks) > 3)
+        engine_of(own).kill()
+        await until(lambda: streams[0].pauses)
+        psutil.Process(own.pid).terminate()
+
+    with toy_server(tmp_path / "model", step_seconds=0.05, keep_alive_seconds=0.1) as own:
+        (stream,) = asyncio.run(ask_all(own, [body], disturb))
+        assert psutil.Process(own.pid).wait(60) == 0
+    text = "".join(choice["text"] for chunk in stream.chunks for choice in chunk["choices"])
+    tokenizer = Tokenizer.from_folder(tmp_path / "model")
+    assert text == tokenizer.decode(toy_generate([3, 1], 60))
+    assert stream.answer()["finish"] == ["length"]
