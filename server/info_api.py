@@ -1,4 +1,4 @@
-"""The small routes: models, tokenize, detokenize, health, metrics, version."""
+"""The small routes: models, tokenize, detokenize, health, metrics, version, OpenAPI."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from server.errors import ApiError
 from server.event_stream import answered
 from server.metrics_page import MetricsPage
+from server.openapi import openapi_document
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.service import Service
 from server.validation import encode_prompt, parse_ids
@@ -26,6 +27,7 @@ METRICS = "/metrics"
 def info_router(service: Service) -> APIRouter:
     """The routes, bound to their service."""
     router = APIRouter()
+    document = openapi_document()
     page = MetricsPage(service.metrics.registry, service.config.model_name)
 
     @router.get("/v1/models")
@@ -71,6 +73,10 @@ def info_router(service: Service) -> APIRouter:
     async def metrics(request: Request) -> Response:
         content, kind = await page.render(request.headers.get("accept", ""))
         return Response(content, media_type=kind, headers={"Vary": "Accept"})
+
+    @router.get("/openapi.json")
+    async def openapi() -> Response:
+        return _json(document)
 
     @router.get("/version")
     async def show_version() -> Response:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
 from server.errors import ApiError, invalid
 from server.large_body import CutValues, cut_body
@@ -26,7 +26,45 @@ def _restored(value: Any, info: ValidationInfo) -> Any:
     return value if info.context is None else info.context.restore(value)
 
 
-Bulky = Annotated[Any, AfterValidator(_restored)]
+# Schemas of the fields that are checked by hand, for the OpenAPI document.
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT = {
+    "anyOf": [
+        _TEXT,
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 128},
+        _IDS | {"minItems": 1},
+        {"type": "array", "items": _IDS | {"minItems": 1}, "minItems": 1, "maxItems": 128},
+    ]
+}
+_STOP = {
+    "anyOf": [
+        _TEXT | {"maxLength": 256},
+        {"type": "array", "items": _TEXT | {"maxLength": 256}, "maxItems": 4},
+        {"type": "null"},
+    ]
+}
+_STOP_IDS = {"anyOf": [_IDS | {"maxItems": 128}, {"type": "null"}]}
+_BIAS = {
+    "type": ["object", "null"],
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "maxProperties": 4096,
+}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+    },
+    "required": ["role", "content"],
+}
+_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096}
 
 
 class StreamOptions(BaseModel):
@@ -49,12 +87,12 @@ class GenerationFields(BaseModel):
     top_k: Annotated[int, Field(ge=-1, le=2**20)] | None = None  # -1 and 0 are off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Any = None
-    stop_token_ids: Any = None
+    stop: Annotated[Any, WithJsonSchema(_STOP)] = None
+    stop_token_ids: Annotated[Any, WithJsonSchema(_STOP_IDS)] = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    logit_bias: Any = None
+    logit_bias: Annotated[Any, WithJsonSchema(_BIAS)] = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=10)] | None = None
@@ -68,7 +106,7 @@ class GenerationFields(BaseModel):
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions (design section 7)."""
 
-    prompt: Bulky = None
+    prompt: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_PROMPT)] = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -77,7 +115,7 @@ class CompletionRequest(GenerationFields):
 class ChatCompletionRequest(GenerationFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Bulky = None
+    messages: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_MESSAGES)] = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
@@ -98,7 +136,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", protected_namespaces=())
     model: str | None = None
-    tokens: Bulky
+    tokens: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_IDS)]
 
 
 # OpenAI fields that are known and do nothing here: null is as good as absent, a value is refused.

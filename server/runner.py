@@ -199,7 +199,7 @@ def _uvicorn_config(config: ServerConfig, app: Recorder) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(config.idle_seconds),
+        timeout_keep_alive=config.idle_seconds,  # type: ignore[arg-type]  # fractions work too
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=config.max_header_bytes,
     )
