@@ -25,6 +25,7 @@ class CacheCollector(Collector):
     def __init__(self, engine: Engine, model_name: str) -> None:
         self._engine = engine
         self._make = Families(model_name)
+        self._version = version("rtpurbo")  # looked up on disk
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
@@ -125,7 +126,7 @@ class CacheCollector(Collector):
     def _facts(self, info: EngineInfo) -> Iterator[Metric]:
         make = self._make
         facts = {
-            "version": version("rtpurbo"),
+            "version": self._version,
             "attention": info.attention,
             "device": info.device,
             "dtype": info.dtype,

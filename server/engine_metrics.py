@@ -1,7 +1,7 @@
 """What the engine does, read off its newest snapshot when it is scraped: health, load, work.
 
-What it holds and reads is in `server.cache_metrics`. The snapshot is replaced as a whole by the
-event loop, so a scrape takes one and no lock.
+What it holds and reads is in `server.cache_metrics`. The event loop replaces the snapshot as a
+whole, so a scrape takes one and no lock.
 """
 
 from __future__ import annotations

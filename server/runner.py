@@ -55,7 +55,7 @@ def run_server(
     try:
         preflight(config.model)
         tokenizer = Tokenizer.from_folder(config.model)
-        loop_factory = uvicorn.Config("", loop="uvloop").get_loop_factory()
+        loop_factory = uvicorn.Config("", loop="uvloop", log_config=None).get_loop_factory()
         with (
             log_lines(config.log_lines, "front end") as output,
             tracing(config) as observers,

@@ -298,11 +298,11 @@ def test_f19_a_storm_of_scrapes_is_one_rendering_and_holds_up_nothing(
     """While a page takes its time, others are answered, and scrapers share what comes of it."""
     begun, go_on, renderings = threading.Event(), threading.Event(), []
 
-    def slow(registry: Collector) -> bytes:
+    def slow(registry: Collector, **options: Any) -> bytes:
         renderings.append(registry)
         begun.set()
         assert go_on.wait(30)
-        return generate_latest(registry)
+        return generate_latest(registry, **options)
 
     monkeypatch.setattr(metrics_page, "generate_latest", slow)
     monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 3600.0)
