@@ -6,8 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import distribution
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.deploy.dockerfile_stages import (
     ROOT,
@@ -106,6 +110,37 @@ def test_the_image_has_what_the_project_needs(stages: dict[str, list[Step]]) -> 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["tracing"]]
     assert done.stdout.splitlines() == wanted
+
+
+def test_every_package_of_the_image_is_pinned() -> None:
+    """What the project needs, and what that needs in turn; torch itself pins CUDA's packages."""
+    pinned = {
+        canonicalize_name(line.split("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = [*project["dependencies"], *project["optional-dependencies"]["tracing"]]
+    names = set(required({Requirement(text) for text in direct}))
+    assert len(names) > 40
+    assert names - pinned == set()
+
+
+def required(wanted: set[Requirement]) -> Iterator[str]:
+    """Names of the installed distributions that `wanted` come down to."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while wanted:
+        one = wanted.pop()
+        key = canonicalize_name(one.name), frozenset(one.extras)
+        if key in seen:
+            continue
+        seen.add(key)
+        yield key[0]
+        for text in distribution(one.name).requires or []:
+            further = Requirement(text)
+            marker = further.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in one.extras | {""}):
+                wanted.add(further)
 
 
 def test_both_images_are_set_up_alike(stages: dict[str, list[Step]]) -> None:
