@@ -126,6 +126,8 @@ class Scheduler:
             self._compute_rows()
             self._admit()
             self._share_budget([r for r in self._running if not r.is_row])
+            if not self._spans:  # one that was just admitted found all but its last token cached
+                self._compute_rows()
         decodes = [span for span in self._spans.values() if span.rule == "decode"]
         prefills = [span for span in self._spans.values() if span.rule == "prefill"]
         return Batch(decodes + prefills)

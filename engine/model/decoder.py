@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.config = config
         # Not drawn: whoever makes a decoder fills it. On the meta device, drawing normal numbers
         # alone would import torch's compiler, which is half of what a start of the engine takes.
-        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]  # torch's own
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))

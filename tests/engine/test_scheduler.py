@@ -48,6 +48,16 @@ def test_a_resumed_request_replays_its_output_apart_from_its_prompt() -> None:
     ]
 
 
+def test_a_resumed_request_with_all_but_its_last_token_cached_is_computed_at_once() -> None:
+    """F01: the loop found work and no step for it, and ended the engine (a seed showed it)."""
+    bench = SchedulerBench(max_batch_tokens=100)
+    bench.add(distinct(12), max_tokens=1)
+    bench.run()
+    bench.add(distinct(12), output=[500], max_tokens=3)
+    (span,) = bench.batch().spans
+    assert (span.rule, span.start, span.stop, span.sample) == ("decode", 12, 13, True)
+
+
 def test_an_echo_request_computes_its_prompt_and_samples_nothing() -> None:
     bench = SchedulerBench()
     bench.add(distinct(6), max_tokens=0, prompt_logprobs=1)

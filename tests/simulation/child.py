@@ -37,7 +37,7 @@ from tests.simulation.toy_model import HungError, KilledError, SimulatedRunner
 
 BLOCK = 4  # tokens per page
 CLOSE_SECONDS = 0.1  # until a killed process is gone; other things happen meanwhile
-MOST_TURNS = 200  # in which some request must end: the oldest one gets a token in every turn
+MOST_TURNS = 400  # in which some request must end: the oldest gets on in every step that fits
 Wire = deque[tuple[float, list[bytes]]]  # when it arrives, and what
 
 
@@ -95,6 +95,7 @@ class SimulatedChild:
             max_step_seconds=scenario.max_step_seconds,
         )
         runner = SimulatedRunner(self.info, self._before_execute, self._after_execute)
+        runner.memory = scenario.memory
         self._note: StepNote | None = None
         self._step_ends = True
         self._core = self.make_core(

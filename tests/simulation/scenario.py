@@ -58,6 +58,7 @@ class Scenario:
     max_num_seqs: int = 4
     max_batch_tokens: int = 16
     max_step_seconds: float | None = None
+    memory: int | None = None  # tokens; a step of more finds no memory
     prefix_caching: bool = True
     cache_generated: bool = False
     max_queued_requests: int = 64
@@ -89,6 +90,7 @@ def draw_scenario(seed: int) -> Scenario:
         max_num_seqs=rng.randint(1, 4),
         max_batch_tokens=rng.choice((4, 8, 16, 32)),
         max_step_seconds=rng.choice((None, None, 0.006, 0.03)),
+        memory=rng.choice((None, None, None, None, 4, 7)),
         prefix_caching=rng.random() < 0.8,
         cache_generated=rng.random() < 0.2,
         max_queued_requests=rng.choice((1, 2, 4, 64, 64)),

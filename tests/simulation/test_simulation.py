@@ -15,7 +15,7 @@ CHUNKS = 10  # tests that the seeds are divided into, so that none of them lasts
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_f01_to_f04_f09_f13_f24_every_seed_keeps_the_rules(
+def test_f01_to_f05_f07_f09_f13_f24_every_seed_keeps_the_rules(
     chunk: int, simulation_seeds: range
 ) -> None:
     for seed in simulation_seeds[chunk::CHUNKS]:
@@ -41,6 +41,7 @@ def test_the_scenarios_hold_what_they_are_meant_to() -> None:
         seen["drain"] += scenario.drain is not None
         seen["interrupted load"] += scenario.interrupted_load is not None
         seen["small budget"] += scenario.policy.max_restarts < 3
+        seen["little memory"] += scenario.memory is not None
         seen["tiny pool"] += scenario.full_pages <= 16
         for life in scenario.lives:
             seen["hang"] += life.hang is not None
@@ -57,7 +58,7 @@ def test_the_scenarios_hold_what_they_are_meant_to() -> None:
             seen["echo"] += client.choices[0].prompt_logprobs is not None
             seen["no output"] += client.choices[0].max_tokens == 0
     expected = [f"crash: {point}" for point in CRASH_POINTS]
-    expected += [f"poison: {name}" for name in ("raise", "kill", "hang", "not finite")]
+    expected += [f"poison: {name}" for name in ("raise", "kill", "hang", "not finite", "no memory")]
     expected += [f"load: {fault}" for fault in ("crash", "hang", "refusal")]
     expected += ["frame: to engine", "frame: from engine"]
     rare = {name: seen[name] for name in [*expected, *seen] if seen[name] < 20}

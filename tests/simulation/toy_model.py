@@ -14,9 +14,15 @@ from engine.batch import Batch, Span
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.request import FinishReason, Request, SamplingParams
 from engine.step import Sample, StepResult
-from tests.engine.fake_runner import EOS, HANG, KILL, NOT_FINITE, RAISE, FakeRunner
+from tests.engine.fake_runner import EOS, HANG, KILL, NO_MEMORY, NOT_FINITE, RAISE, FakeRunner
 
-POISON = {"raise": RAISE, "kill": KILL, "hang": HANG, "not finite": NOT_FINITE}
+POISON = {
+    "raise": RAISE,
+    "kill": KILL,
+    "hang": HANG,
+    "not finite": NOT_FINITE,
+    "no memory": NO_MEMORY,
+}
 
 
 class KilledError(BaseException):
