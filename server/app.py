@@ -40,7 +40,7 @@ def create_app(
     """
     service = Service(engine, tokenizer, config, dropped_lines)
     open_paths = OPEN_PATHS | {METRICS} if config.open_metrics else OPEN_PATHS
-    keys = KeyRing(config.keys(), open_paths)
+    keys = KeyRing(config.key_source(), open_paths)
     log = RequestLog(config.model_name, quiet=(LIVE, READY, METRICS))
     return Recorder(
         Edge(create_routes(service), config, keys),

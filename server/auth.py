@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 
 from starlette.types import Scope
 
@@ -17,9 +17,14 @@ OPEN_PATHS = frozenset([LIVE, READY])  # everything else needs a key once there 
 class KeyRing:
     """The keys of a server; without any, everybody may do everything (loopback only)."""
 
-    def __init__(self, keys: Sequence[str], open_paths: Collection[str] = OPEN_PATHS) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(
+        self, keys: Callable[[], tuple[str, ...]], open_paths: Collection[str] = OPEN_PATHS
+    ) -> None:
+        """`keys` is asked for those that are valid now, at every request."""
+        self._keys = keys
         self._open_paths = open_paths
+        self._known: tuple[str, ...] = ()
+        self._digests: list[bytes] = []
 
     def check(self, scope: Scope) -> None:
         """Refuse a request without a valid bearer key.
@@ -27,7 +32,11 @@ class KeyRing:
         Raises:
             ApiError: 401, the same whatever is wrong.
         """
-        if not self._digests or scope["path"] in self._open_paths:
+        keys = self._keys()
+        if keys is not self._known:
+            self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+            self._known = keys
+        if not keys or scope["path"] in self._open_paths:
             return
         if not self._is_valid(_bearer(scope)):
             raise ApiError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
 from engine.log_lines import LogFormat, default_format
 from engine.supervision import SupervisionPolicy
-from server.key_file import read_keys
+from server.key_file import KeyFile, read_keys
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -38,7 +38,7 @@ class ServerConfig(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 takes a free one
     api_key: Annotated[SecretStr, Field(min_length=1)] | None = None  # environment only
-    api_key_file: Path | None = None  # one key a line, several for rotation; wins over api_key
+    api_key_file: Path | None = None  # one key a line; read again on change; wins over api_key
     allow_unauthenticated: bool = False  # listen on other than loopback without a key
     open_metrics: bool = False  # answer /metrics without a key, for a scraper that can send none
 
@@ -143,6 +143,17 @@ class ServerConfig(BaseSettings):
         if self.api_key_file is not None:
             return read_keys(self.api_key_file)
         return (self.api_key.get_secret_value(),) if self.api_key is not None else ()
+
+    def key_source(self) -> Callable[[], tuple[str, ...]]:
+        """What gives the keys that are valid at any moment; a file is read again when it changes.
+
+        Raises:
+            ConfigError: the file cannot be read or holds no key.
+        """
+        if self.api_key_file is not None:
+            return KeyFile(self.api_key_file).keys
+        keys = self.keys()
+        return lambda: keys
 
     def engine(self) -> EngineConfig:
         """The engine's settings.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -11,8 +11,10 @@ from fastapi.routing import APIRoute
 
 from engine.errors import ConfigError
 from server.app import create_routes
-from server.auth import OPEN_PATHS
+from server.auth import OPEN_PATHS, KeyRing
 from server.config import ServerConfig
+from server.errors import ApiError
+from server.key_file import LOOK_SECONDS, KeyFile
 from server.service import Service
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import LiveServer, live_server, make_tokenizer
@@ -133,3 +135,54 @@ def test_open_metrics_open_metrics_alone(tmp_path: Path) -> None:
     with live_server(tmp_path / "model", api_key="key", open_metrics=True) as server:
         assert httpx.get(server.url + "/metrics").status_code == 200
         assert httpx.get(server.url + "/v1/models").status_code == 401
+
+
+def test_keys_rotate_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be used leaves the keys before it valid; nothing ever opens the server."""
+    path, clock = tmp_path / "keys", [0.0]
+    path.write_text("old\n")
+    file = KeyFile(path, lambda: clock[0])
+
+    def after(change: Callable[[], object]) -> tuple[str, ...]:
+        change()
+        assert file.keys() == before, "looked at once a second at most"
+        clock[0] += LOOK_SECONDS
+        return file.keys()
+
+    before = file.keys()
+    assert after(lambda: None) is before
+    before = after(lambda: path.write_text("old\nnew\n"))
+    assert before == ("old", "new")
+    for spoil in (
+        lambda: path.write_text("\n \n"),
+        lambda: path.write_bytes(b"\xff\xfe\x00"),
+        path.unlink,
+        path.mkdir,
+    ):
+        caplog.clear()
+        assert after(spoil) is before
+        assert "the keys before stay valid" in caplog.text
+        assert "new" not in caplog.text
+        caplog.clear()
+        assert after(lambda: None) is before
+        assert not caplog.text, "said once"
+    path.rmdir()
+    (tmp_path / "target").write_text("linked\n")
+    assert after(lambda: path.symlink_to(tmp_path / "target")) == ("linked",)
+
+
+def test_a_ring_follows_its_keys() -> None:
+    keys: list[tuple[str, ...]] = [("old",)]
+    ring = KeyRing(lambda: keys[-1])
+
+    def status(key: str) -> int:
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        try:
+            ring.check({"path": "/v1/models", "headers": headers})
+        except ApiError as error:
+            return error.status
+        return 200
+
+    assert status("old") == 200
+    keys.append(("new", "other"))
+    assert [status(key) for key in ("old", "new", "other")] == [401, 200, 200]

@@ -1,4 +1,4 @@
-"""F13: what SIGTERM does to a real server process around the toy engine, at any time."""
+"""F13 and F11 of a real server process around the toy engine: SIGTERM at any time, a full disk."""
 
 from __future__ import annotations
 
@@ -147,3 +147,24 @@ def test_f13_a_signal_while_the_model_loads(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
         engine.wait(PATIENCE)
+
+
+def test_f11_a_full_disk_costs_log_lines_only(tmp_path: Path) -> None:
+    """No process of the server may write a byte to any file once it serves."""
+    with toy_server(tmp_path / "model", drain_seconds=PATIENCE) as server:
+        front_end = psutil.Process(server.pid)
+        (engine,) = front_end.children()
+        for process in (front_end, engine):
+            process.rlimit(psutil.RLIMIT_FSIZE, (0, 0))
+        url = server.url + "/v1/completions"
+        for body, status in (
+            ({"prompt": [1], "max_tokens": 5}, 200),
+            ({"prompt": "a" * 100_000}, 400),
+            ({"prompt": [1], "temperature": 9}, 400),
+        ):
+            assert httpx.post(url, json=body, timeout=PATIENCE).status_code == status
+        assert Reader(server.url, max_tokens=5).events()
+        for path in ("/metrics", "/health/live", "/health/ready", "/v1/models"):
+            assert httpx.get(server.url + path).status_code == 200
+        front_end.send_signal(signal.SIGTERM)
+        assert stops(server, engine) == 0
