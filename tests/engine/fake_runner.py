@@ -30,8 +30,8 @@ RAISE = 91  # the step raises
 KILL = 92  # the process dies as by kill -9
 HANG = 93  # the step never returns
 NO_MEMORY = 94  # a step with this token finds no memory, however small it is
-NO_GRAPHS = 94  # the step raises in an engine with CUDA graphs
-NO_KERNELS = 95  # the step raises in an engine with CUDA kernels
+NO_GRAPHS = 95  # the step raises in an engine with CUDA graphs
+NO_KERNELS = 96  # the step raises in an engine with CUDA kernels
 
 
 def toy_next(tokens: Sequence[int]) -> int:
