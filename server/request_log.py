@@ -17,13 +17,16 @@ class RequestLog:
     """Writes the lines of one server."""
 
     def __init__(self, model_name: str, quiet: Collection[str]) -> None:
-        """`quiet`: route templates that are asked all the time; a line only when they fail."""
+        """`quiet`: templates of routes that are asked all the time; a line only when the status is
+        another than the last time."""
         self._model = model_name
-        self._quiet = frozenset(quiet)
+        self._quiet = dict.fromkeys(quiet, 200)  # the newest status
 
     def write(self, record: RequestRecord) -> None:
-        if record.status < 400 and record.route in self._quiet:
-            return
+        if record.route in self._quiet:
+            before, self._quiet[record.route] = self._quiet[record.route], record.status
+            if record.status == before:
+                return
         level = logging.WARNING if record.status >= 500 else logging.INFO
         logger.log(
             level,

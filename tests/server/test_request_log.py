@@ -111,15 +111,22 @@ def test_refusals_have_their_code_and_the_clients_label(
     assert (line["route"], line["status"], line["error_code"]) == ("unmatched", 404, "not_found")
 
 
-def test_probes_and_scrapes_have_a_line_only_when_they_fail(
+def test_probes_and_scrapes_have_a_line_only_when_their_status_changes(
     server: LiveServer, lines: list[dict[str, Any]]
 ) -> None:
     for path in ("/health/live", "/health/ready", "/metrics"):
         assert httpx.get(server.url + path).status_code == 200
     server.engine.state = "draining"
-    assert httpx.get(server.url + "/health/ready").status_code == 503
-    line = one(server, lines)
-    assert (line["route"], line["level"]) == ("/health/ready", "WARNING")
+    for _ in range(3):
+        assert httpx.get(server.url + "/health/ready").status_code == 503
+    server.engine.state = "ready"
+    for _ in range(3):
+        assert httpx.get(server.url + "/health/ready").status_code == 200
+    server.until(lambda: len(lines) == 2)
+    assert [(line["message"], line["level"]) for line in lines] == [
+        ("GET /health/ready 503", "WARNING"),
+        ("GET /health/ready 200", "INFO"),
+    ]
 
 
 def test_D16_no_text_of_a_user_is_ever_logged(
