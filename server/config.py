@@ -43,6 +43,7 @@ class ServerConfig(BaseSettings):
     open_metrics: bool = False  # answer /metrics without a key, for a scraper that can send none
 
     max_body_bytes: Count = 16 * 2**20  # a prompt of 1M tokens needs it
+    max_held_body_bytes: Count = 256 * 2**20  # of all calls in flight together, without small ones
     max_header_bytes: Count = 32 * 2**10
     max_headers: Count = 100
     max_connections: Count = 1024  # health and metrics may have a few more

@@ -14,6 +14,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import KeyRing
+from server.body_budget import BodyBudget
 from server.config import ServerConfig
 from server.errors import ApiError, invalid, to_api_error
 from server.request_record import record_of
@@ -33,6 +34,7 @@ class Edge:
         self._app = app
         self._config = config
         self._keys = keys
+        self._held = BodyBudget(config.max_held_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +42,7 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        body = _Body(receive, self._config.max_body_bytes, self._config.body_seconds)
+        body = _Body(receive, self._config.max_body_bytes, self._config.body_seconds, self._held)
         answer = _Answer(send, request_id, body)
         try:
             self._check_head(scope)
@@ -49,6 +51,8 @@ class Edge:
             await self._app(scope, body.receive, answer.send)
         except Exception as error:  # whatever happens, a client gets exactly one answer
             await self._answer_exception(error, request_id, answer, scope, receive)
+        finally:
+            self._held.give_back(body.received)
 
     async def _answer_exception(
         self, error: Exception, request_id: str, answer: _Answer, scope: Scope, receive: Receive
@@ -98,18 +102,20 @@ class Edge:
 class _Body:
     """The body as it comes, under a byte cap and a deadline; both end with the body."""
 
-    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+    def __init__(self, receive: Receive, max_bytes: int, seconds: float, held: BodyBudget) -> None:
         self.complete = False
+        self.received = 0  # bytes, all of them held
         self._receive = receive
         self._max_bytes = max_bytes
         self._deadline = time.monotonic() + seconds
-        self._received = 0
+        self._held = held
 
     async def receive(self) -> Message:
         """The ASGI channel of the application.
 
         Raises:
             ApiError: 408 or 413.
+            QueueFullError: the bodies of other calls take too much memory.
         """
         if self.complete:
             return await self._receive()
@@ -118,9 +124,11 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
-        self._received += len(message.get("body", b""))
-        if self._received > self._max_bytes:
+        size = len(message.get("body", b""))
+        if self.received + size > self._max_bytes:
             raise _too_large(self._max_bytes)
+        self._held.take(size, self.received)
+        self.received += size
         self.complete = not message.get("more_body", False)
         return message
 

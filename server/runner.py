@@ -25,6 +25,7 @@ from server.config import ServerConfig
 from server.connections import BACKLOG, affordable_connections
 from server.http_protocol import LINGER_SECONDS, ProtocolLimits, limited_protocol
 from server.info_api import LIVE, METRICS, READY
+from server.memory_bounds import front_end_bounds, render_bounds
 from server.recorder import Recorder
 from server.trace_setup import tracing
 
@@ -168,6 +169,8 @@ async def _load(engine: EngineProcess, config: ServerConfig, port: int, output: 
     """Start the engine and tell the operator what was made of the settings."""
     await engine.start()
     output.write(f"memory plan\n{engine.info.plan}")
+    bounds = front_end_bounds(config, engine.info)
+    output.write(f"front end, at most\n{render_bounds(bounds)}")
     address = f"[{config.host}]" if ":" in config.host else config.host
     output.write(
         f"serving {config.model_name} ({engine.info.attention} attention, {engine.info.device}, "
