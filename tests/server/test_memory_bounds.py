@@ -66,7 +66,7 @@ class Client:
 
     def __init__(self, config: ServerConfig) -> None:
         self.gate = asyncio.Event()
-        self.edge = Edge(self._app, config, KeyRing(()))
+        self.edge = Edge(self._app, config, KeyRing(tuple))
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["more_body"]:
