@@ -5,7 +5,6 @@ python -m pytest tests/gpu/test_faults_cuda.py
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,18 @@ def fill_memory(leave: int) -> list[Tensor]:
 
 
 def test_F05_a_real_out_of_memory_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step needs is measured, then a third of it is left: the same tokens come out."""
+    """What a step needs is measured, then a third of it is left: the same tokens come out.
+
+    It is measured on an engine that has answered before: with what libraries take at first use,
+    and keep, a third was enough.
+    """
     wanted = [(prompt, greedy(16)) for prompt in prompts((12_000, 9000, 300))]
-    parts = load(dtype="float32", max_batch_tokens=8192)
+    parts = load(dtype="float32", max_batch_tokens=8192, prefix_caching=False)
+    expected = generate(parts, wanted)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    expected = generate(parts, wanted)
+    assert tokens_of(generate(parts, wanted)) == tokens_of(expected)
     needed = torch.cuda.max_memory_allocated() - before
-    del parts
-    gc.collect()
-    parts = load(dtype="float32", max_batch_tokens=8192)  # nothing in its prefix cache
-    generate(parts, [([1, 2, 3], greedy(2))])  # what libraries keep for themselves is there
     failures, execute = [], ModelRunner.execute
 
     def counting(self: ModelRunner, *args: Any) -> Any:
@@ -86,9 +86,10 @@ def test_F07_a_nan_in_a_prompt_fails_alone_and_leaves_the_shared_prefix(
     settings = {"dtype": "float32", "max_model_len": 160, "kv_cache_bytes": 2**26}
     settings |= {"cuda_graphs": cuda_graphs, "max_batch_tokens": 32}
     prefix = [7 + i * 3 % 50 for i in range(64)]
-    good = [([*prefix, 11, 12], greedy(12)), ([*prefix, 13], greedy(12))]
+    good = [([*prefix, 11, 12], greedy(12)), ([*prefix, 18], greedy(12))]
     bad = ([*prefix, *[14] * 5, POISONED, *[15] * 30], greedy(12))
     expected = generate(load(folder, **settings), good)
+    assert all(POISONED not in tokens for tokens in tokens_of(expected)), "they would fail too"
     parts = load(folder, **settings)
     assert isinstance(parts.runner, ModelRunner)
     with torch.no_grad():
