@@ -160,8 +160,10 @@ def test_F12_a_blocked_stdout_stops_no_answer(tmp_path: Path) -> None:
     fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
     with log_lines("json", "front end", write_fd, max_lines=10) as output:
         with live_server(tmp_path, dropped_lines=lambda: output.dropped) as server:
-            for _ in range(60):
-                assert server.post(prompt="a", max_tokens=1).status_code == 200
+            body = {"prompt": "a", "max_tokens": 1}
+            with httpx.Client(base_url=server.url, timeout=20) as client:
+                for _ in range(60):
+                    assert client.post("/v1/completions", json=body).status_code == 200
             server.until(lambda: output.dropped > 0)
             page = httpx.get(server.url + "/metrics").text
             series = 'rtpurbo_log_lines_dropped_total{model_name="toy",process="front_end"}'
