@@ -36,7 +36,7 @@ from tests.simulation.scenario import CrashPoint, LifePlan, Scenario
 from tests.simulation.toy_model import HungError, KilledError, SimulatedRunner
 
 BLOCK = 4  # tokens per page
-CLOSE_SECONDS = 0.1  # until a killed process is gone; other things happen meanwhile
+CLOSE_SECONDS = 0.4  # until a killed process is gone; other things happen meanwhile
 MOST_TURNS = 400  # in which some request must end: the oldest gets on in every step that fits
 Wire = deque[tuple[float, list[bytes]]]  # when it arrives, and what
 

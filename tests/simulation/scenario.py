@@ -97,7 +97,7 @@ def draw_scenario(seed: int) -> Scenario:
         max_queued_prefill_tokens=rng.choice((20, 100, 1000)),
         step_seconds=rng.choice((0.001, 0.004, 0.02)),
         latency=rng.choice((0.0, 0.0005, 0.03)),
-        drain=(rng.uniform(0, 4), rng.choice((0.0, 0.05, 600.0))) if rng.random() < 0.1 else None,
+        drain=(rng.uniform(0, 4), rng.choice((0.0, 0.05, 600.0))) if rng.random() < 0.15 else None,
         interrupted_load=rng.choice((0.0, 0.4, 2.0)) if rng.random() < 0.02 else None,
         policy=SupervisionPolicy(
             load_seconds=20.0,

@@ -127,10 +127,10 @@ class _Run:
             if is_alive and launches == self.history.launches:
                 break
         if engine.state != "ready":
-            launches = self.history.launches
-            spent = launches > self.scenario.policy.max_restarts or self.history.refused_start
-            if engine.state != "dead" or not spent:
-                self.history.violation(f"the engine is {engine.state} after {launches} launches")
+            if not self._may_be_dead(engine):
+                self.history.violation(
+                    f"the engine is {engine.state} after {self.history.launches} launches"
+                )
             return
         scheduler = self._children[-1].scheduler
         scheduler.check_integrity()
@@ -152,10 +152,16 @@ class _Run:
                 if await generation.next_update(SETTLE_SECONDS) is None:
                     break
         except EngineError as error:
-            self.history.violation(f"the last request: {error!r}")
+            if not self._may_be_dead(engine):
+                self.history.violation(f"the last request: {error!r}")
             return
         if generation.output != toy_answer([1, 2, 3], params, MAX_MODEL_LEN).tokens:
             self.history.violation(f"the last request got {generation.output}")
+
+    def _may_be_dead(self, engine: EngineProcess) -> bool:
+        """Whether it is, and for a reason: it did not start, or was lost too often."""
+        spent = self.history.launches > self.scenario.policy.max_restarts
+        return engine.state == "dead" and (spent or self.history.refused_start)
 
     def _check_nothing_is_left(self, engine: EngineProcess) -> None:
         if engine.state != "dead":
