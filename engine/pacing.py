@@ -48,12 +48,13 @@ class Pacer:
         return self._model.predict(StepLoad.of(spans))
 
     def room(self, spans: Iterable[Span]) -> Room:
-        """What is left for chunks beside these spans."""
+        """What is left for chunks beside these spans: a third of the step at least, since where the
+        rows alone take longer than the limit, prompts must get on all the same."""
         if self._limit == math.inf:
             return NO_LIMIT
         load = StepLoad.of(spans)
         taken = self._model.predict(load if load.tokens else load.with_chunk())
-        return Room(self._limit - taken, load.tokens)
+        return Room(max(self._limit - taken, 0.0 if load.tokens else taken / 2), load.tokens)
 
     def share(self, room: Room, others: Iterable[Request]) -> Room:
         """What one request may take of it: what the others leave, at least half."""

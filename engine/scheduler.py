@@ -10,8 +10,8 @@ Policy, in the order it is applied at every step:
    gets at least half, the others share the rest, shortest first; so a prompt of a million tokens
    neither starves short ones nor is starved by them.
 4. Where several sequences run, the budget is time as well (`max_step_seconds`): chunks are cut by
-   the time that they are foreseen to take, shared in the same way. The oldest and the shortest
-   other prompt get a block each in any case. A sequence that runs alone takes whole steps.
+   the time that they are foreseen to take, shared in the same way. They get a third of the step at
+   least, the oldest and the shortest other prompt a block. Who runs alone takes whole steps.
 
 When pages run out, cached ones are evicted, then the newest running request is preempted: its pages
 are freed, it waits at the head of the queue and is computed again, its output included. The oldest

@@ -20,11 +20,11 @@ from engine.batch import Span
 
 _SCALES = (1e3, 1e9, 1e2, 1e6, 1.0, 1.0)  # bring all near 1, so that sweeps converge
 _FORGET = 0.97  # weight of a measurement after each newer one of its kind
-_REFIT = 16  # measurements after which a fit that nobody asked for is made all the same
+_REFIT = 8  # measurements after which a fit that nobody asked for is made all the same
 _RIDGES = (1e-8, *[1e-6] * 5)  # of each sum of squares: settle what measurements leave open
 _DOUBT = 0.8  # the same where the newer one was clipped: many in a row are a new state of things
 _CLIP = 2.0  # a measurement counts as at most so many times what was expected, or its part
-_SETTLED = 8  # measurements of a kind before any is clipped
+_SETTLED = 8  # measurements of a kind before any is clipped; by then there is a fit of them
 _GROWTH = 4  # more than so many times the most tokens measured in a step are not foreseen
 
 

@@ -98,6 +98,19 @@ def test_a_long_prompt_gets_on_whatever_the_rows_take() -> None:
     assert len(bench.steps) - before <= 302
 
 
+def test_chunks_get_a_third_of_a_step_whose_rows_exceed_the_aim() -> None:
+    law = CostLaw(row=0.05)
+    bench = PacedBench(AIM, law=law)
+    streams = [bench.add(64, 10**6) for _ in range(8)]
+    bench.until(streams[-1], 20)
+    long = bench.add(100_000)
+    for _ in range(20):
+        bench.step()
+    rows = law(StepLoad(8, 8 * 120)) + law.with_chunk
+    assert long.request.computed > 15 * 2048, "not one block a step"
+    assert max(bench.steps) < 1.6 * rows
+
+
 def test_unknown_costs_are_approached_from_below() -> None:
     """The first chunks beside others, before anything of their size was measured."""
     bench = PacedBench(AIM, law=CPU)
