@@ -50,7 +50,10 @@ class ChaosBench:
     requests: int = 24  # different ones
     lengths: tuple[int, ...] = (12, 100, 400, 1300)  # prompt tokens
     most_tokens: int = 48  # generated
-    mean_pause: float = 2.0  # seconds from readiness to the next fault
+    # Seconds from readiness to the next fault: at least, and on average beyond that. A request that
+    # loses four engines in a row before it gets any further is taken for their killer, rightly.
+    least_pause: float = 6.0
+    mean_pause: float = 2.0
     silence: float = 8.0  # seconds without a report after which an engine hangs
     tolerance: float = 2e-3  # of log-probabilities
     timeout: float = 180.0  # seconds without a byte after which a request is lost
@@ -95,7 +98,9 @@ class _Run:
         await self._settle(server)
         self._before = footprint(server.pid)
         self._console.print(f"{len(self._answers)} requests; faults for {bench.seconds:g} s …")
-        self._nemesis = Nemesis(server.url, server.pid, bench.seed, bench.mean_pause)
+        self._nemesis = Nemesis(
+            server.url, server.pid, bench.seed, bench.least_pause, bench.mean_pause
+        )
         client = CompletionClient(server.url, bench.timeout)
         striking = asyncio.create_task(self._nemesis.run(bench.seconds))
         try:
@@ -204,6 +209,7 @@ class _Run:
             "seconds": self._bench.seconds,
             "seed": self._bench.seed,
             "clients": self._bench.clients,
+            "pause_seconds": [self._bench.least_pause, self._bench.mean_pause],
             "different_requests": len(self._answers),
             "left_out_as_unstable": self._unstable,
             "strikes": dict(nemesis.strikes),

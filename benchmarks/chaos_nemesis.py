@@ -33,8 +33,11 @@ GARBAGE = [b"RTPB\x63\x00\x00\x00", b"\xc0"]  # a frame of another version
 class Nemesis:
     """Strikes whenever the server is ready, after a random pause, until it is told to stop."""
 
-    def __init__(self, url: str, front_end: int, seed: int, mean_pause: float) -> None:
-        """`mean_pause`: seconds between the server's being ready and the next strike."""
+    def __init__(
+        self, url: str, front_end: int, seed: int, least_pause: float, mean_pause: float
+    ) -> None:
+        """Pauses are seconds from the server's being ready to the next strike: the least, and what
+        comes on top of it on average."""
         self.strikes: Counter[str] = Counter()
         self.engines: set[int] = set()  # ids of all engine processes seen
         self.folders: set[Path] = set()  # of their sockets
@@ -42,6 +45,7 @@ class Nemesis:
         self._url = url
         self._front_end = front_end
         self._rng = random.Random(seed)
+        self._least_pause = least_pause
         self._mean_pause = mean_pause
         self._folder = Path()  # of the newest engine's sockets
 
@@ -51,7 +55,7 @@ class Nemesis:
         async with httpx.AsyncClient(base_url=self._url, timeout=10) as client:
             while True:
                 await self._until_ready(client, None)
-                pause = self._rng.expovariate(1 / self._mean_pause)
+                pause = self._least_pause + self._rng.expovariate(1 / self._mean_pause)
                 if time.monotonic() + pause > end:
                     return
                 await asyncio.sleep(pause)
