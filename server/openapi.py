@@ -123,7 +123,7 @@ def _json(name: str) -> Json:
 
 def _streamed(name: str) -> Json:
     """An answer that is a stream of events if the request asks for it."""
-    return _json(name) | {"text/event-stream": {"schema": {"type": "string"}}}
+    return _json(name) | {"text/event-stream": {}}
 
 
 def _ref(name: str) -> Json:

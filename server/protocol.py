@@ -106,7 +106,7 @@ class GenerationFields(BaseModel):
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions (design section 7)."""
 
-    prompt: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_PROMPT)] = None
+    prompt: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_PROMPT)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -115,7 +115,7 @@ class CompletionRequest(GenerationFields):
 class ChatCompletionRequest(GenerationFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_MESSAGES)] = None
+    messages: Annotated[Any, AfterValidator(_restored), WithJsonSchema(_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None

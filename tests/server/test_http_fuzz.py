@@ -1,6 +1,6 @@
 """Raw bytes to a real socket: no 5xx, no hang, and the server answers a good request afterwards.
 
-The draws are the same in every run, so a failure here can be repeated.
+The draws depend on nothing but the code, so a failure here can be repeated.
 """
 
 from __future__ import annotations
