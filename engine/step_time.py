@@ -21,7 +21,7 @@ from engine.batch import Span
 _SCALES = (1e3, 1e9, 1e2, 1e6, 1.0, 1.0)  # bring all near 1, so that sweeps converge
 _FORGET = 0.97  # weight of a measurement after each newer one of its kind
 _REFIT = 8  # measurements after which a fit that nobody asked for is made all the same
-_RIDGES = (1e-8, *[1e-6] * 5)  # of each sum of squares: settle what measurements leave open
+_RIDGE = 1e-6  # of each sum of squares: divides what the measurements leave open
 _DOUBT = 0.8  # the same where the newer one was clipped: many in a row are a new state of things
 _CLIP = 2.0  # a measurement counts as at most so many times what was expected, or its part
 _SETTLED = 8  # measurements of a kind before any is clipped; by then there is a fit of them
@@ -81,7 +81,8 @@ class _Sums:
 class StepTimeModel:
     """Non-negative least squares of relative errors, recent steps first.
 
-    What few measurements leave open is put on the tokens, so that chunks grow step by step.
+    What few measurements leave open is divided between constants and tokens: put on the constants,
+    the first guess would be too long; put on the tokens, chunks that are short would stay short.
 
     Clockless and deterministic. A single step that took far longer than expected, because something
     was compiled or the host was busy, moves the fit little; a lasting change is followed.
@@ -159,7 +160,7 @@ class StepTimeModel:
         places = [i for i, norm in enumerate(norms) if norm > 0]
         while places:
             matrix = [
-                [squares[i][k] / norms[i] / norms[k] + _RIDGES[i] * (i == k) for k in places]
+                [squares[i][k] / norms[i] / norms[k] + _RIDGE * (i == k) for k in places]
                 for i in places
             ]
             scaled = _solve(matrix, [products[i] / norms[i] for i in places])
