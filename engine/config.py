@@ -28,7 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None  # tokens, prompt + output; None: the model's own limit
     max_num_seqs: int = 32  # sequences computed together
     max_batch_tokens: int = 2048  # tokens in one step, decode first, the rest prefill chunks
-    max_step_ms: float | None = None  # aim of a step beside which others wait; None: tokens alone
+    # aim of a step beside which others wait; auto: by the device; None: tokens alone
+    max_step_ms: float | Literal["auto"] | None = None
     kv_cache_bytes: int | None = None  # both pools; None: a share of free memory (see memory plan)
     prefix_caching: bool = True
     cache_generated: bool = False  # also share pages of generated tokens
@@ -42,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens must be at least max_num_seqs ({self.max_num_seqs}), "
                 f"got {self.max_batch_tokens}"
             )
-        if self.max_step_ms is not None and not self.max_step_ms > 0:
+        if isinstance(self.max_step_ms, float) and not self.max_step_ms > 0:
             raise ConfigError(f"max_step_ms must be positive, got {self.max_step_ms}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}")

@@ -83,7 +83,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         prefill,
         cuda_graphs=config.cuda_graphs,
     )
-    return EngineParts(_scheduler(config, model, plan), runner)
+    return EngineParts(_scheduler(config, model, plan, device), runner)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -214,7 +214,9 @@ def _process_bytes(weights: int) -> int:
     return max(resident_bytes() - weights, 0) + FIRST_STEP_BYTES
 
 
-def _scheduler(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Scheduler:
+def _scheduler(
+    config: EngineConfig, model: ModelConfig, plan: MemoryPlan, device: torch.device
+) -> Scheduler:
     pools = KvPools(
         full_pages=plan.full_pages,
         window_pages=plan.window_pages,
@@ -228,8 +230,15 @@ def _scheduler(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Sc
         pools,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
-        max_step_seconds=None if config.max_step_ms is None else config.max_step_ms / 1000,
+        max_step_seconds=step_seconds(config, device),
     )
+
+
+def step_seconds(config: EngineConfig, device: torch.device) -> float | None:
+    """Aim of a step beside which others wait; None: no aim. See `server.config`."""
+    if config.max_step_ms == "auto":
+        return 0.1 if device.type == "cuda" else 1.0
+    return None if config.max_step_ms is None else config.max_step_ms / 1000
 
 
 def _describe(

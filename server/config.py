@@ -79,10 +79,11 @@ class ServerConfig(BaseSettings):
     max_num_seqs: Count = 32
     max_batch_tokens: Count = 2048  # tokens of one engine step
     # Milliseconds of a step in which others wait for tokens: chunks are cut by measured times.
-    # 100: ten tokens a second beside a prompt of any length, faster than one reads. The price for
-    # that prompt is what a step takes before its first token, out of each 100 ms; one that runs
+    # None: 100 on a GPU, ten tokens a second beside a prompt of any length, faster than one reads;
+    # 1000 on a CPU, where 100 would be gone before the first token of a chunk. The price for that
+    # prompt is what a step takes before its first token, out of each such time; one that runs
     # alone pays nothing. 0: no aim, chunks are as long as max_batch_tokens lets them be.
-    max_step_ms: Annotated[float, Field(ge=0)] = 100.0
+    max_step_ms: Annotated[float, Field(ge=0)] | None = None
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")] | None = (
         None  # traces go to its /v1/traces by OTLP over HTTP; None: no tracing
@@ -178,7 +179,7 @@ class ServerConfig(BaseSettings):
                 "max_model_len": self.max_model_len,
                 "max_num_seqs": self.max_num_seqs,
                 "max_batch_tokens": self.max_batch_tokens,
-                "max_step_ms": self.max_step_ms or None,
+                "max_step_ms": "auto" if self.max_step_ms is None else self.max_step_ms or None,
                 "kv_cache_bytes": None if gib is None else int(gib * 2**30),
                 "prefix_caching": self.prefix_caching,
                 "cache_generated": self.cache_generated,

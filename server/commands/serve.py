@@ -52,7 +52,10 @@ def serve(
     ] = None,
     max_step_ms: Annotated[
         float | None,
-        typer.Option(help="Longest step in ms while others wait for tokens; 0: no limit."),
+        typer.Option(
+            help="Longest step in ms while others wait for tokens; default 100 on a GPU, 1000 on a "
+            "CPU; 0: no limit."
+        ),
     ] = None,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory for the KV cache in GiB; default: measured.")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from engine.loading import step_seconds
 from engine.step_time import StepLoad
+from server.config import ServerConfig
 from tests.engine.paced_bench import BLOCK, CostLaw, PacedBench
 
 AIM = 0.1  # seconds
@@ -136,3 +142,20 @@ def test_a_graph_that_is_compiled_late_does_not_stop_chunks_for_long() -> None:
     for _ in range(10):
         bench.step()
     assert long.request.computed - computed > 10 * 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "seconds"),
+    [
+        ({}, "cuda", 0.1),
+        ({}, "cpu", 1.0),
+        ({"max_step_ms": 250}, "cpu", 0.25),
+        ({"max_step_ms": 0}, "cuda", None),
+    ],
+    ids=["gpu", "cpu", "given", "no-aim"],
+)
+def test_the_aim_follows_the_device_unless_it_is_given(
+    flags: dict[str, Any], device: str, seconds: float | None, tmp_path: Path
+) -> None:
+    config = ServerConfig.resolve(flags, tmp_path).engine()
+    assert step_seconds(config, torch.device(device)) == seconds
