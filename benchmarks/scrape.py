@@ -22,12 +22,14 @@ from typing import Any
 
 import httpx
 
+from benchmarks.endless_stream import decode_forever
 from benchmarks.hardware import describe_hardware
 from benchmarks.server_process import serving
 from engine.embedded import embedded_model_path
 
 FORMATS = ("text/plain", "application/openmetrics-text;version=1.0.0")
 RENDERED = re.compile(r"^rtpurbo_scrape_seconds\{[^}]*\} (\S+)$", re.MULTILINE)
+PROMPT = "def main():\n"
 PAUSE = 1.1  # seconds between two scrapes of a format; sooner would find the page in the cache
 
 
@@ -41,19 +43,8 @@ class Gathered:
     renderings: list[float] = field(default_factory=list)
     page_bytes: int = 0
 
-
-async def stream(client: httpx.AsyncClient, gathered: Gathered) -> None:
-    """One completion after the other, until cancelled."""
-    body = {"prompt": "def main():\n", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    while True:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            before = None
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    now = time.perf_counter()
-                    if before is not None:
-                        gathered.gaps[gathered.scraping].append(now - before)
-                    before = now
+    def note_gap(self, seconds: float) -> None:
+        self.gaps[self.scraping].append(seconds)
 
 
 async def scrape(client: httpx.AsyncClient, gathered: Gathered) -> None:
@@ -70,7 +61,10 @@ async def scrape(client: httpx.AsyncClient, gathered: Gathered) -> None:
 async def measure(url: str, given: argparse.Namespace) -> Gathered:
     gathered = Gathered()
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-        streams = [asyncio.create_task(stream(client, gathered)) for _ in range(given.streams)]
+        streams = [
+            asyncio.create_task(decode_forever(client, PROMPT, gathered.note_gap))
+            for _ in range(given.streams)
+        ]
         await asyncio.sleep(given.seconds)  # all of them decode, and the caches are warm
         gathered.gaps[False].clear()
         for turn in range(2 * given.turns):

@@ -1,4 +1,4 @@
-"""On a GPU host: faults F05 and F07 for real. Skips itself without CUDA.
+"""On a GPU host: faults F05, F06 and F07 for real. Skips itself without CUDA.
 
 python -m pytest tests/gpu/test_faults_cuda.py
 """
@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
 from engine.errors import StepMemoryError
 from engine.worker import ModelRunner
+from tests.engine.broken_device import generate_through_a_fault
+from tests.engine.process_bench import run
 from tests.engine.test_decode_step import MODEL as TINY
 from tests.engine.test_decode_step import POISONED, generate, greedy
 from tests.engine.tiny_checkpoint import write_checkpoint
@@ -104,3 +107,21 @@ def test_F07_a_nan_in_a_prompt_fails_alone_and_leaves_the_shared_prefix(
     for layer in parts.runner._cache.layers:
         for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
             assert pool.isfinite().all()
+
+
+def test_F06_streams_outlast_a_device_side_assertion(tmp_path: Path) -> None:
+    """The context is lost with the process; the next one goes on with the same tokens."""
+    folder = write_checkpoint(tmp_path / "model", TINY)
+    settings: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 2**26, "max_model_len": 160}
+    jobs = [(list(range(40)), greedy(100)), ([5, 3], greedy(120))]
+    expected = generate(load(folder, **settings), jobs)
+    marker = tmp_path / "marker"
+    marker.touch()
+
+    async def test() -> None:
+        config = EngineConfig(model=str(folder), device="cuda", max_num_seqs=6, **settings)
+        generations, engine = await generate_through_a_fault(config, jobs, marker)
+        assert [generation.output for generation in generations] == tokens_of(expected)
+        assert (engine.restarts, engine.recovery.resumed) == (1, 2)
+
+    run(test)
