@@ -26,6 +26,7 @@ from tests.observability.prometheus_process import ROOT, Prometheus, promtool, s
 pytestmark = pytest.mark.timeout(400)
 
 KEY = "a-key-of-this-test"
+SCRAPES = 'count_over_time(up{job="rtpurbo"}[1h])'
 RULES = yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())["groups"]
 RECORDED = [rule for group in RULES for rule in group["rules"] if "record" in rule]
 ASKED = [
@@ -69,6 +70,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     ):
         start = time.time()
         load = LightLoad(server.url, KEY)
+        wait_until(prometheus, SCRAPES, 1)  # it may find its target seconds after it is ready
         for _ in range(2):  # a series that comes with its first event shows growth from the next on
             load.run()
             wait_for_scrapes(prometheus)
@@ -77,21 +79,24 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 
 def wait_for_scrapes(prometheus: Prometheus) -> None:
-    """Until two more scrapes have seen what is now, and rules were evaluated on them."""
+    """Until what is now was scraped, and rules were evaluated on it.
 
-    def newest(expr: str) -> float:
-        found = prometheus.query(expr)
-        return float(found[0]["value"][1]) if found else 0.0
+    The server renders a page at most once a second, so the next scrape may find one of before.
+    """
+    wait_until(prometheus, SCRAPES, newest(prometheus, SCRAPES) + 3)
+    wait_until(prometheus, f"timestamp({RECORDED[-1]['record']})", time.time())  # last of its group
 
-    def wait_until(expr: str, value: float) -> None:
-        deadline = time.monotonic() + 100
-        while newest(expr) < value:
-            assert time.monotonic() < deadline, f"{expr} stays under {value}"
-            time.sleep(0.3)
 
-    scrapes = 'count_over_time(up{job="rtpurbo"}[1h])'
-    wait_until(scrapes, newest(scrapes) + 2)
-    wait_until(f"timestamp({RECORDED[-1]['record']})", time.time())  # the last of its group
+def newest(prometheus: Prometheus, expr: str) -> float:
+    found = prometheus.query(expr)
+    return float(found[0]["value"][1]) if found else 0.0
+
+
+def wait_until(prometheus: Prometheus, expr: str, value: float) -> None:
+    deadline = time.monotonic() + 100
+    while newest(prometheus, expr) < value:
+        assert time.monotonic() < deadline, f"{expr} stays under {value}"
+        time.sleep(0.3)
 
 
 def test_the_scrape_is_authorised_and_fast(observed: Observed) -> None:
