@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--aims", default="0,100,1000", help="max-step-ms of the servers")
     parser.add_argument("--warm", type=float, default=5.0, help="seconds of decoding before it")
     given = parser.parse_args(arguments)
-    tokenizer = Tokenizer.from_folder(given.model)
+    tokenizer = Tokenizer.from_folder(Path(given.model))
     aims: dict[str, Any] = {}
     for aim in given.aims.split(","):
         with serving(given.model, "--max-step-ms", aim) as server:

@@ -237,7 +237,7 @@ def _scheduler(
 def step_seconds(config: EngineConfig, device: torch.device) -> float | None:
     """Aim of a step beside which others wait; None: no aim. See `server.config`."""
     if config.max_step_ms == "auto":
-        return 0.1 if device.type == "cuda" else 1.0
+        return 0.1 if device.type == "cuda" else 0.4
     return None if config.max_step_ms is None else config.max_step_ms / 1000
 
 

@@ -80,9 +80,9 @@ class ServerConfig(BaseSettings):
     max_batch_tokens: Count = 2048  # tokens of one engine step
     # Milliseconds of a step in which others wait for tokens: chunks are cut by measured times.
     # None: 100 on a GPU, ten tokens a second beside a prompt of any length, faster than one reads;
-    # 1000 on a CPU, where 100 would be gone before the first token of a chunk. The price for that
-    # prompt is what a step takes before its first token, out of each such time; one that runs
-    # alone pays nothing. 0: no aim, chunks are as long as max_batch_tokens lets them be.
+    # 400 on a CPU, where 100 would make the prompt four times as slow (benchmarks/fairness.py). Its
+    # price is what a step takes before its first token, out of each such time; one that runs alone
+    # pays nothing. 0: no aim, chunks are as long as max_batch_tokens lets them be.
     max_step_ms: Annotated[float, Field(ge=0)] | None = None
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")] | None = (

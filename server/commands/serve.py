@@ -53,7 +53,7 @@ def serve(
     max_step_ms: Annotated[
         float | None,
         typer.Option(
-            help="Longest step in ms while others wait for tokens; default 100 on a GPU, 1000 on a "
+            help="Longest step in ms while others wait for tokens; default 100 on a GPU, 400 on a "
             "CPU; 0: no limit."
         ),
     ] = None,

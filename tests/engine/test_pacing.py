@@ -148,7 +148,7 @@ def test_a_graph_that_is_compiled_late_does_not_stop_chunks_for_long() -> None:
     ("flags", "device", "seconds"),
     [
         ({}, "cuda", 0.1),
-        ({}, "cpu", 1.0),
+        ({}, "cpu", 0.4),
         ({"max_step_ms": 250}, "cpu", 0.25),
         ({"max_step_ms": 0}, "cuda", None),
     ],
