@@ -55,12 +55,17 @@ def serving(
         _wait_until_ready(url, process, command, time.monotonic() + deadline)
         yield ServerProcess(url, process)
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, 30)
+
+
+def end_process(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process to end, and make sure after `seconds`."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(

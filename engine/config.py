@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens must be at least max_num_seqs ({self.max_num_seqs}), "
                 f"got {self.max_batch_tokens}"
             )
-        if isinstance(self.max_step_ms, float) and not self.max_step_ms > 0:
+        if isinstance(self.max_step_ms, int | float) and not self.max_step_ms > 0:
             raise ConfigError(f"max_step_ms must be positive, got {self.max_step_ms}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}")

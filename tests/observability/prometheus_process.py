@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.server_process import free_port
+from benchmarks.server_process import end_process, free_port
 from tests.debian_tools import tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,12 +76,7 @@ def scraping(folder: Path, server_port: int, key_file: Path) -> Iterator[Prometh
         _wait_until_ready(found, process, folder / "log")
         yield found
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, 20)
 
 
 def _shipped(server_port: int, key_file: Path, own_port: int) -> dict[str, Any]:
