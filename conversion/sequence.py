@@ -20,6 +20,7 @@ from engine.model.attention import AttentionLayers, BlockSelection, PagedAttenti
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
+from engine.model.kv_bytes import IndexDtype
 from engine.model.kv_cache import KVCache
 from kernels.prefill_sparse import DENSE_TAIL
 
@@ -39,6 +40,7 @@ class CachedSequence:
         branch_tokens: int = 0,
         selections: Sequence[BlockSelection] | None = None,
         prefill_attention: PrefillMode = "dense",
+        index_dtype: IndexDtype = "auto",
     ) -> None:
         """
         Args:
@@ -50,6 +52,7 @@ class CachedSequence:
             branch_tokens: longest continuation given to `branch`, 0: there is none.
             selections: per layer, how retrieval heads select; None: as in serving.
             prefill_attention: what retrieval heads read for prompt tokens.
+            index_dtype: of the index keys in the cache.
         """
         parameter = next(decoder.parameters())
         self.length = 0
@@ -70,6 +73,7 @@ class CachedSequence:
             block_tokens=self._block,
             device=self._device,
             dtype=parameter.dtype,
+            index_dtype=index_dtype,
         )
         self._layers = AttentionLayers(
             config, cache, indexers, self._device, selections, prefill_attention
@@ -162,8 +166,7 @@ class CachedSequence:
     def _copy_page(self, page: int, to_S: Tensor) -> None:
         """One page of every cache to others."""
         for layer in self._layers.caches:
-            caches = (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v)
-            for cache in caches:
+            for cache in layer.full_tensors + layer.window_tensors:
                 if cache.numel():
                     cache[to_S] = cache[page].clone()
 

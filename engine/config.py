@@ -8,6 +8,7 @@ import msgspec
 
 from engine.errors import ConfigError
 from engine.log_lines import LogFormat
+from engine.model.kv_bytes import IndexDtype
 
 AttentionMode = Literal["sparse", "dense"]
 KernelMode = Literal["auto", "cuda", "torch"]
@@ -21,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_attention: AttentionMode = "dense"  # of retrieval heads; "sparse" needs an indexer
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    index_dtype: IndexDtype = "auto"  # of index keys; int8: with a scale per token
     kernels: KernelMode = "auto"  # of attention; auto: kernels where they can be had
     cuda_graphs: bool = True  # record decode steps and replay them; only with CUDA kernels
     kernel_cache: str | None = None  # folder of compiled kernels; None: ~/.cache/rtpurbo/kernels

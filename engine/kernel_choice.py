@@ -12,6 +12,7 @@ import torch
 from engine.config import AttentionMode, KernelMode
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
+from engine.model.kv_bytes import IndexDtype
 from kernels._build import KernelBuildError, default_cache, find_library
 from kernels._launch import MAX_BLOCKS, KernelError, KernelLibrary
 from kernels.device_prefill import DevicePrefill
@@ -30,6 +31,7 @@ def choose_kernels(
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
+    index_dtype: IndexDtype = "auto",
 ) -> KernelLibrary | None:
     """The compiled kernels, or None for the PyTorch ops; says which, and why, in one line of log.
 
@@ -37,6 +39,7 @@ def choose_kernels(
         cache: folder of compiled kernels; None takes the default one.
         model: as it is served.
         block_tokens: tokens of a page.
+        index_dtype: of index keys.
 
     Raises:
         ConfigError: mode is "cuda" and the kernels cannot be had; the message says why.
@@ -44,6 +47,8 @@ def choose_kernels(
     try:
         if mode == "torch":
             raise _UnsupportedError("the setting kernels says so")
+        if index_dtype == "int8":
+            raise _UnsupportedError("index keys are of 8 bits")
         library = _library(cache, model, device, dtype, block_tokens)
     except (_UnsupportedError, KernelBuildError, KernelError) as reason:
         if mode == "cuda":

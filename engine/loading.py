@@ -52,7 +52,13 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     checkpoint = _as_served(stored, config)
     _check_fit(checkpoint, device, dtype)
     library = choose_kernels(
-        config.kernels, config.kernel_cache, checkpoint.config, device, dtype, block_tokens
+        config.kernels,
+        config.kernel_cache,
+        checkpoint.config,
+        device,
+        dtype,
+        block_tokens,
+        config.index_dtype,
     )
     decoder = load_decoder(checkpoint, device, dtype)
     model = checkpoint.config
@@ -70,6 +76,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         block_tokens=block_tokens,
         device=device,
         dtype=dtype,
+        index_dtype=config.index_dtype,
     )
     kernel_mode: Literal["cuda", "torch"] = "torch" if kernels is None else "cuda"
     info = _describe(config, model, plan, device, dtype, kernel_mode)
@@ -197,6 +204,7 @@ def _plan(
         process_bytes=_process_bytes(weights) if device.type == "cpu" else 0,
         decode_bytes=0 if kernels is None else kernels.num_bytes + recorded,
         prefill_bytes=None if prefill is None else _prefill_bytes(config, model, prefill),
+        index_dtype=config.index_dtype,
     )
 
 
@@ -264,7 +272,7 @@ def _describe(
         full_page_bytes=plan.full_page_bytes,
         window_page_bytes=plan.window_page_bytes,
         window_tokens=0 if model.sparse is None else model.sparse.window_tokens,
-        reads=read_bytes(model, dtype.itemsize),
+        reads=read_bytes(model, dtype.itemsize, config.index_dtype),
         max_num_seqs=config.max_num_seqs,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),

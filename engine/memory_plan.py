@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.model.byte_size import shown_bytes
 from engine.model.config import ModelConfig
-from engine.model.kv_bytes import dense_token_bytes, page_bytes
+from engine.model.kv_bytes import IndexDtype, dense_token_bytes, page_bytes
 
 CPU_CACHE_LIMIT = 2**30  # a server on a laptop does not take half of it unasked
 CPU_SHARE = 0.5  # of the memory that is free, for the cache
@@ -94,6 +94,7 @@ def plan_memory(
     process_bytes: int = 0,
     decode_bytes: int = 0,
     prefill_bytes: int | None = None,
+    index_dtype: IndexDtype = "auto",
 ) -> MemoryPlan:
     """Divide `cache_bytes` between the pools.
 
@@ -101,16 +102,17 @@ def plan_memory(
     that cached prefixes keep their windows, but at most half; the rest goes to the full pool.
 
     Args:
-        item_bytes: of one element of keys, values and index keys.
+        item_bytes: of one element of keys and values.
         max_model_len: None takes the model's limit, or what fits if that is less.
         process_bytes: taken already, weights not counted; 0 if that is not known.
         decode_bytes: for the decode kernels; `cache_bytes` is what they leave.
         prefill_bytes: for the prefill kernels; None: the PyTorch ops, which gather the context.
+        index_dtype: of index keys.
 
     Raises:
         ConfigError: one request of the maximum length does not fit; the message names the bytes.
     """
-    full_page, window_page = page_bytes(config, item_bytes, block_tokens)
+    full_page, window_page = page_bytes(config, item_bytes, block_tokens, index_dtype)
     window = config.sparse.window_tokens if config.sparse is not None else 0
 
     def blocks(tokens: int) -> int:

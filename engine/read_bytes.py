@@ -19,15 +19,15 @@ from engine.batch import Batch
 from engine.messages import ReadBytes, Stats
 from engine.model.config import ModelConfig
 from engine.model.head_layout import model_heads
-from engine.model.kv_bytes import dense_token_bytes
+from engine.model.kv_bytes import IndexDtype, dense_token_bytes, index_key_bytes
 from engine.step import StepResult
 
 
-def read_bytes(config: ModelConfig, item_bytes: int) -> ReadBytes:
+def read_bytes(config: ModelConfig, item_bytes: int, index_dtype: IndexDtype = "auto") -> ReadBytes:
     """Bytes by token and role, of a model as it is served.
 
     Args:
-        item_bytes: of one element of keys, values and index keys.
+        item_bytes: of one element of keys and values.
     """
     head = 2 * config.head_dim * item_bytes
     sparse = config.sparse
@@ -36,11 +36,11 @@ def read_bytes(config: ModelConfig, item_bytes: int) -> ReadBytes:
         len(set(heads.local_on_full_kv_row)) + len(set(heads.local_on_windowed_kv_row))
         for heads in layers
     )
-    index_dim = 0 if sparse is None or sparse.index_dim is None else sparse.index_dim
+    index_key = index_key_bytes(config, item_bytes, index_dtype)
     return ReadBytes(
         head=head,
         full=head * sum(len(heads.full_kv) for heads in layers),
-        index=index_dim * item_bytes * sum(heads.index_rows for heads in layers),
+        index=index_key * sum(heads.index_rows for heads in layers),
         local=head * local,
         dense=dense_token_bytes(config, item_bytes),
         window_tokens=0 if sparse is None else sparse.window_tokens + sparse.sink_tokens,

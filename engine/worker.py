@@ -262,9 +262,9 @@ class ModelRunner:
             full = [span.full_blocks[i] for i in blocks if span.full_blocks]
             window = [span.window_blocks[i] for i in blocks if span.window_blocks]
             for layer in self._cache.layers:
-                for cache in (layer.full_k, layer.full_v, layer.index):
+                for cache in layer.full_tensors:
                     cache[full] = 0
-                for cache in (layer.window_k, layer.window_v):
+                for cache in layer.window_tensors:
                     cache[window] = 0
 
 

@@ -125,6 +125,7 @@ class DevicePrefill:
         dense_from_S: Tensor,
         dense_below: int,
         scale: float,
+        index_scales: Tensor | None = None,
     ) -> None:
         """Retrieval heads read what their tiles select: `score_tiles`, `select_tiles` and
         `prefill_sparse` of `kernels.reference`, written into `inputs.out_THD`.
@@ -136,7 +137,8 @@ class DevicePrefill:
         from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
 
         tables_SB, block_tokens = inputs.block_tables_SB, inputs.k_cache.shape[2]
-        share_ZGB = score_tiles(qi_TGI, index_row_G, index_cache, tables_SB, tiles)
+        index = (index_row_G, index_cache, tables_SB, tiles, index_scales)
+        share_ZGB = score_tiles(qi_TGI, *index)
         mask_ZGB = select_tiles(share_ZGB, top_p_G, tiles, dense_from_S, dense_below, block_tokens)
         attend_lists(self.library, inputs, tiles, list_kept(mask_ZGB), scale)
 

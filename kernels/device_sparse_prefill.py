@@ -32,6 +32,7 @@ def score_tiles(
     index_cache: Tensor,
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
+    index_scales: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B]; waits for nothing.
 
@@ -49,6 +50,7 @@ def score_tiles(
     width, block_tokens = block_tables_SB.shape[1], index_cache.shape[2]
     if not is_supported(dim, block_tokens):
         raise ValueError(f"no kernel for pages of {block_tokens} tokens with index_dim {dim}")
+    scales = index_cache if index_scales is None else index_scales
     qi_THI = qi_THI.contiguous()
     share_ZHB = qi_THI.new_empty((tiles.count, heads, width), dtype=torch.float32)
     most = max(1, MAX_MASSES // (heads * SAMPLED * width))
@@ -60,6 +62,7 @@ def score_tiles(
             qi_THI,
             index_row_H,
             index_cache,
+            scales,
             block_tables_SB,
             tiles.span_Z[part],
             tiles.sampled_ZQ[part],
@@ -74,6 +77,7 @@ def score_tiles(
             SAMPLED=SAMPLED,
             KEYS=block_tokens,
             BLOCKS=RUN_BLOCKS,
+            SCALED=index_scales is not None,
             STAGES=3,
             num_warps=1,
         )

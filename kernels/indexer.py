@@ -30,24 +30,29 @@ def score_blocks(
     index_cache: Tensor,
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
+    index_scales: Tensor | None = None,
 ) -> Tensor:
     """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
 
     Args:
         qi_RHI: index queries.
         index_row_H: int64, row of each head's index keys in the cache.
-        index_cache: [P, index rows, K, I].
+        index_cache: [P, index rows, K, I], in the dtype of the queries, or int8.
         block_tables_RB: int64 pages by logical block.
         context_lens_R: int64, valid tokens of each row; blocks past them get -inf.
+        index_scales: bfloat16 [P, index rows, K], of int8 keys: what q·k is multiplied by.
     """
+    sizes: dict[str, int] = {}
     check_shapes(
-        {},
+        sizes,
         qi=(qi_RHI, "R H I"),
         index_row=(index_row_H, "H"),
         index_cache=(index_cache, "P X K I"),
         block_tables=(block_tables_RB, "R B"),
         context_lens=(context_lens_R, "R"),
     )
+    if index_scales is not None:
+        check_shapes(sizes, index_scales=(index_scales, "P X K"))
     rows, heads, dim = qi_RHI.shape
     width, block_tokens = block_tables_RB.shape[1], index_cache.shape[2]
     # Rows share a buffer as far as it goes, and a row is read to its own end only: fresh memory
@@ -65,6 +70,7 @@ def score_blocks(
             index_cache,
             block_tables_RB[part, :own],
             context_lens_R[part],
+            index_scales,
             buffer,
         )
     return log_mass_RHB
@@ -76,6 +82,7 @@ def _score_rows(
     index_cache: Tensor,
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
+    index_scales: Tensor | None,
     buffer: Tensor,
 ) -> Tensor:
     """One gather that lays the keys out as [rows x heads, tokens, I], then one batched product."""
@@ -85,12 +92,15 @@ def _score_rows(
     pages_RHB = block_tables_RB[:, None] * index_rows + index_row_H[:, None]
     flat = index_cache.view(-1, block_tokens * dim)
     keys = torch.index_select(flat, 0, pages_RHB.flatten(), out=buffer[: pages_RHB.numel()])
-    keys = keys.view(rows * heads, width * block_tokens, dim)
+    # Whole numbers of 8 bits are exact in any dtype of queries.
+    keys = keys.view(rows * heads, width * block_tokens, dim).to(qi_RHI.dtype)
     # One row times a wide matrix: three times as fast as a tall matrix times one column.
     scores = torch.bmm(qi_RHI.reshape(rows * heads, 1, dim), keys.transpose(1, 2))
     positions = torch.arange(width * block_tokens, device=scores.device)
     past = (positions >= context_lens_R[:, None]).view(rows, 1, width, block_tokens)
     scores_RHBK = scores.view(rows, heads, width, block_tokens).float()
+    if index_scales is not None:
+        scores_RHBK = scores_RHBK * index_scales.view(-1, block_tokens)[pages_RHB]
     return scores_RHBK.masked_fill_(past, float("-inf")).logsumexp(-1)
 
 

@@ -34,6 +34,7 @@ def score_tiles(
     index_cache: Tensor,
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
+    index_scales: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B].
 
@@ -42,6 +43,7 @@ def score_tiles(
         index_row_H: int64, row of each head's index keys in the cache.
         index_cache: [P, index rows, K, I]; the spans' own keys are already stored.
         block_tables_SB: int64 pages by logical block.
+        index_scales: bfloat16 [P, index rows, K] of int8 keys.
     """
     check_shapes(
         {},
@@ -57,9 +59,9 @@ def score_tiles(
         for span in sorted(set(spans[start : start + TILES_AT_ONCE])):
             stop = min(start + TILES_AT_ONCE, tiles.count)
             part = [tile for tile in range(start, stop) if spans[tile] == span]
-            _score_part(
-                log_share_ZHB, part, qi_THI, index_row_H, index_cache, block_tables_SB[span], tiles
-            )
+            table_B = block_tables_SB[span]
+            keys = (index_row_H, index_cache, index_scales)
+            _score_part(log_share_ZHB, part, qi_THI, *keys, table_B, tiles)
     return log_share_ZHB
 
 
@@ -69,6 +71,7 @@ def _score_part(
     qi_THI: Tensor,
     index_row_H: Tensor,
     index_cache: Tensor,
+    index_scales: Tensor | None,
     table_B: Tensor,
     tiles: PrefillTiles,
 ) -> None:
@@ -79,8 +82,11 @@ def _score_part(
     blocks = int(positions_X1.max()) // block_tokens + 1
     future_XS = torch.arange(blocks * block_tokens, device=table_B.device) > positions_X1
     for head, index_row in enumerate(index_row_H.tolist()):
-        keys_SI = gather_pages(index_cache, index_row, table_B[:blocks])
+        pages_B = table_B[:blocks]
+        keys_SI = gather_pages(index_cache, index_row, pages_B).to(qi_THI.dtype)
         scores_XS = (qi_THI[rows_X, head] @ keys_SI.T).float()
+        if index_scales is not None:
+            scores_XS = scores_XS * gather_pages(index_scales, index_row, pages_B)
         scores_XS = scores_XS.masked_fill_(future_XS, float("-inf"))
         log_mass_XB = scores_XS.view(len(rows_X), blocks, block_tokens).logsumexp(-1)
         log_share_XB = log_mass_XB - log_mass_XB.logsumexp(-1, keepdim=True)

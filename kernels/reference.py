@@ -23,6 +23,7 @@ from kernels.window_plan import WindowPlan
 
 BINS = 256  # of the selection histogram
 BINS_PER_NAT = 8
+INDEX_STEPS = 127  # of an index key in 8 bits, to either side of 0
 MASS_UNIT = 2.0**32  # masses are summed as whole multiples of 1 / MASS_UNIT, so order cannot matter
 
 
@@ -37,12 +38,45 @@ def store_kv(
         v_cache[page, :, place] = v_TND[token]
 
 
-def store_index_keys(index_keys_THI: Tensor, index_cache: Tensor, slots_T: Tensor) -> None:
-    """Write index keys of new tokens into [P, index rows, K, I]."""
+def quantise_index_keys(keys_THI: Tensor) -> tuple[Tensor, Tensor]:
+    """Index keys in 8 bits and what they are to be multiplied by: int8 [T, H, I], bfloat16 [T, H].
+
+    The scale is the largest |k| of the key over 127; the key is divided by the scale as it is
+    stored and rounded to the nearest whole number, of two to the even one. A key of zeros has the
+    scale 0. What is not finite gives a scale that is not finite, and so do all its scores.
+    """
+    steps_THI = torch.zeros(keys_THI.shape, dtype=torch.int8)
+    scales_TH = torch.zeros(keys_THI.shape[:2], dtype=torch.bfloat16)
+    for token in range(keys_THI.shape[0]):
+        for head in range(keys_THI.shape[1]):
+            key_I = keys_THI[token, head].float()
+            scale = (key_I.abs().max() / INDEX_STEPS).bfloat16()
+            scales_TH[token, head] = scale
+            if scale != 0 and scale.isfinite():
+                steps_I = (key_I / scale.float()).round()
+                steps_THI[token, head] = steps_I.clamp(-INDEX_STEPS, INDEX_STEPS)
+    return steps_THI, scales_TH
+
+
+def store_index_keys(
+    index_keys_THI: Tensor,
+    index_cache: Tensor,
+    slots_T: Tensor,
+    index_scales: Tensor | None = None,
+) -> None:
+    """Write index keys of new tokens into [P, index rows, K, I].
+
+    With scales, bfloat16 [P, index rows, K], the cache is int8 and keys are quantised.
+    """
+    scales_TH = None
+    if index_scales is not None:
+        index_keys_THI, scales_TH = quantise_index_keys(index_keys_THI)
     block_tokens = index_cache.shape[2]
     for token, slot in enumerate(slots_T.tolist()):
         page, place = divmod(slot, block_tokens)
         index_cache[page, :, place] = index_keys_THI[token]
+        if index_scales is not None and scales_TH is not None:
+            index_scales[page, :, place] = scales_TH[token]
 
 
 def project_index(x_TND: Tensor, weight_HID: Tensor, head_H: Tensor) -> Tensor:
@@ -63,10 +97,11 @@ def score_blocks(
     index_cache: Tensor,
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
+    index_scales: Tensor | None = None,
 ) -> Tensor:
     """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
 
-    Blocks past the end of a row's context have -inf.
+    Blocks past the end of a row's context have -inf. With scales q·k is multiplied by the key's.
     """
     rows, width = block_tables_RB.shape
     log_mass_RHB = torch.full((rows, qi_RHI.shape[1], width), -math.inf)
@@ -75,8 +110,11 @@ def score_blocks(
         for head, index_row in enumerate(index_row_H.tolist()):
             for block in range(math.ceil(context / block_tokens)):
                 valid = min(block_tokens, context - block * block_tokens)
-                keys = index_cache[block_tables_RB[row, block], index_row, :valid].float()
+                page = block_tables_RB[row, block]
+                keys = index_cache[page, index_row, :valid].float()
                 scores = keys @ qi_RHI[row, head].float()
+                if index_scales is not None:
+                    scores *= index_scales[page, index_row, :valid].float()
                 log_mass_RHB[row, head, block] = scores.logsumexp(0)
     return log_mass_RHB
 
@@ -271,6 +309,7 @@ def score_tiles(
     index_cache: Tensor,
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
+    index_scales: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B]; see `PrefillTiles`.
 
@@ -287,6 +326,7 @@ def score_tiles(
             index_cache,
             block_tables_SB[span].expand(len(rows), -1),
             tiles.position_T[rows] + 1,
+            index_scales,
         )
         log_share_QHB = log_mass_QHB - log_mass_QHB.logsumexp(-1, keepdim=True)
         log_share_ZHB[tile] = log_share_QHB.amax(0)

@@ -24,6 +24,7 @@ def tile_masses(
     qi_ptr,
     index_rows,
     keys_ptr,
+    scales_ptr,
     tables,
     span_of,
     sampled,
@@ -39,9 +40,13 @@ def tile_masses(
     SAMPLED: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A run of BLOCKS blocks for one tile and head; log2 of masses [Z, H, Q, B]."""
+    """A run of BLOCKS blocks for one tile and head; log2 of masses [Z, H, Q, B].
+
+    SCALED: keys are int8, and each has a scale of its own.
+    """
     tile = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     first = tl.program_id(2) * BLOCKS
@@ -58,7 +63,9 @@ def tile_masses(
         page = tl.load(pages + block).to(tl.int64)
         at = (page * cache_rows + index_row) * KEYS
         k = tl.load(keys_ptr + (at + n[:, None]) * DIM + i[None, :])
-        s = tl.dot(x, tl.trans(k), input_precision="ieee")
+        s = tl.dot(x, tl.trans(k.to(x.dtype)), input_precision="ieee")
+        if SCALED:
+            s *= tl.load(scales_ptr + at + n).to(tl.float32)[None, :]
         s = tl.where(block * KEYS + n[None, :] <= position[:, None], s, float("-inf"))
         peak = tl.max(s, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak * LOG2_E)

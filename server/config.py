@@ -19,6 +19,7 @@ from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.embedded import EMBEDDED_MODEL_NAME
 from engine.errors import ConfigError
 from engine.log_lines import LogFormat, default_format
+from engine.model.kv_bytes import IndexDtype
 from engine.supervision import SupervisionPolicy
 from server.key_file import KeyFile, read_keys
 
@@ -72,6 +73,7 @@ class ServerConfig(BaseSettings):
     prefill_attention: AttentionMode = "dense"  # of retrieval heads
     device: str = "auto"
     dtype: str = "auto"
+    index_dtype: IndexDtype = "auto"
     kernels: KernelMode = "auto"
     kernel_cache: Path | None = None
     cuda_graphs: bool = True
@@ -173,6 +175,7 @@ class ServerConfig(BaseSettings):
                 "prefill_attention": self.prefill_attention,
                 "device": self.device,
                 "dtype": self.dtype,
+                "index_dtype": self.index_dtype,
                 "kernels": self.kernels,
                 "cuda_graphs": self.cuda_graphs,
                 "kernel_cache": None if self.kernel_cache is None else str(self.kernel_cache),

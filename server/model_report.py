@@ -12,13 +12,15 @@ from engine.memory_plan import CUDA_SHARE, MemoryPlan, plan_memory
 from engine.model.byte_size import shown_bytes
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.head_layout import model_heads
-from engine.model.kv_bytes import block_tokens_of, dense_token_bytes, page_bytes
+from engine.model.kv_bytes import IndexDtype, block_tokens_of, dense_token_bytes, page_bytes
 
 BFLOAT16_BYTES = 2
 RETRIEVAL, LOCAL_ON_FULL, LOCAL = "#", "+", "."
 
 
-def device_plan(checkpoint: Checkpoint, device_bytes: int) -> MemoryPlan:
+def device_plan(
+    checkpoint: Checkpoint, device_bytes: int, index_dtype: IndexDtype = "auto"
+) -> MemoryPlan:
     """How `serve` would divide a GPU of so many bytes, with its default settings, in bfloat16.
 
     Raises:
@@ -37,10 +39,13 @@ def device_plan(checkpoint: Checkpoint, device_bytes: int) -> MemoryPlan:
         max_num_seqs=defaults.max_num_seqs,
         max_batch_tokens=defaults.max_batch_tokens,
         block_tokens=block_tokens_of(checkpoint.config),
+        index_dtype=index_dtype,
     )
 
 
-def model_report(folder: Path, device_bytes: int) -> dict[str, Any]:
+def model_report(
+    folder: Path, device_bytes: int, index_dtype: IndexDtype = "auto"
+) -> dict[str, Any]:
     """Facts about a folder, ready for JSON, and the memory plan for a GPU of so many bytes.
 
     Raises:
@@ -48,10 +53,13 @@ def model_report(folder: Path, device_bytes: int) -> dict[str, Any]:
         ConfigError: the device is too small.
     """
     checkpoint = preflight(folder)
-    return _facts(checkpoint, device_plan(checkpoint, device_bytes), device_bytes)
+    plan = device_plan(checkpoint, device_bytes, index_dtype)
+    return _facts(checkpoint, plan, device_bytes, index_dtype)
 
 
-def _facts(checkpoint: Checkpoint, plan: MemoryPlan, device_bytes: int) -> dict[str, Any]:
+def _facts(
+    checkpoint: Checkpoint, plan: MemoryPlan, device_bytes: int, index_dtype: IndexDtype
+) -> dict[str, Any]:
     config, sparse = checkpoint.config, checkpoint.config.sparse
     heads = model_heads(config)
     elements, _ = page_bytes(config, item_bytes=1, block_tokens=1)
@@ -67,6 +75,7 @@ def _facts(checkpoint: Checkpoint, plan: MemoryPlan, device_bytes: int) -> dict[
         "window_tokens": None if sparse is None else sparse.window_tokens,
         "sink_tokens": None if sparse is None else sparse.sink_tokens,
         "index_dim": None if sparse is None else sparse.index_dim,
+        "index_dtype": "bfloat16" if index_dtype == "auto" else index_dtype,
         "dense_below": None if sparse is None else sparse.dense_below,
         "max_position_embeddings": config.max_position_embeddings,
         "weight_bytes": checkpoint.weight_bytes,
@@ -102,19 +111,19 @@ def render_head_map(report: dict[str, Any], heads_per_layer: int, group: int) ->
     return "\n".join(lines)
 
 
-def render_report(folder: Path, device_bytes: int) -> str:
+def render_report(folder: Path, device_bytes: int, index_dtype: IndexDtype = "auto") -> str:
     """The report for people; raises as `model_report`."""
     checkpoint = preflight(folder)
-    plan = device_plan(checkpoint, device_bytes)
-    report = _facts(checkpoint, plan, device_bytes)
+    plan = device_plan(checkpoint, device_bytes, index_dtype)
+    report = _facts(checkpoint, plan, device_bytes, index_dtype)
     chosen = sum(len(layer) for layer in report["retrieval_heads"])
     total = report["query_heads"]
-    sparse, dense = report["kv_elements_per_token"], report["kv_elements_per_token_dense"]
+    sparse, dense = plan.bytes_per_token, plan.bytes_per_token_dense
     saving = dense / max(sparse, 1)
     facts = {
         "model": f"{report['model']} ({report['family']}, {report['attention']} attention)",
         "retrieval heads": f"{chosen} of {total} ({chosen / total:.1%})",
-        "KV per token": f"{2 * sparse:,} B in bfloat16, dense {2 * dense:,} B ({saving:.1f}x)",
+        "KV per token": f"{sparse:,} B in bfloat16, dense {dense:,} B ({saving:.1f}x)",
         "weights": shown_bytes(report["weight_bytes"]),
         "context": f"{report['max_position_embeddings']:,} tokens",
     }
@@ -123,7 +132,8 @@ def render_report(folder: Path, device_bytes: int) -> str:
         facts["indexer"] = (
             "none: retrieval heads decode densely"
             if report["index_dim"] is None
-            else f"{report['index_dim']} dimensions, dense below {report['dense_below']:,} tokens"
+            else f"{report['index_dim']} dimensions in {report['index_dtype']}, "
+            f"dense below {report['dense_below']:,} tokens"
         )
     lines = [f"{name:>16}  {value}" for name, value in facts.items()]
     config = checkpoint.config

@@ -12,6 +12,7 @@ from conversion.evaluation.code_tasks import CODE_TASKS
 from conversion.evaluation.ruler.tasks import RULER_TASKS
 from conversion.evaluation.traces import TRACE_TASKS
 from engine.model.attention import PrefillMode
+from engine.model.kv_bytes import IndexDtype
 
 AttentionName = Literal["dense", "sparse"]
 GRID_TASKS = ("passkey", "code_passkey")
@@ -35,6 +36,7 @@ class EvalOptions:
     samples: int = 20  # documents or prompts per task, length and setting
     attention: tuple[AttentionName, ...] = ()  # empty: dense, and sparse if the model is
     prefill_attention: PrefillMode = "dense"  # of the sparse model's retrieval heads
+    index_dtype: IndexDtype = "auto"  # of the sparse model's index keys; auto: as dtype
     teacher: Path | None = None  # dense model to compare with instead of the model itself
     facts: tuple[int, ...] = (1, 4, 16)  # planted facts of a document; each is asked
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the passkey grid

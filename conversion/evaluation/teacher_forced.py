@@ -24,6 +24,7 @@ from conversion.sequence import CachedSequence
 from engine.model.attention import BlockSelection, PrefillMode
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
+from engine.model.kv_bytes import IndexDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Variant:
     indexers: Sequence[Indexer | None]
     selections: Sequence[BlockSelection] | None = None  # per layer; None: as in serving
     prefill_attention: PrefillMode = "dense"  # of retrieval heads
+    index_dtype: IndexDtype = "auto"  # of index keys
 
     def sequence(self, capacity: int, branch_tokens: int = 0) -> CachedSequence:
         """An empty sequence; arguments as `CachedSequence`."""
@@ -46,6 +48,7 @@ class Variant:
             branch_tokens=branch_tokens,
             selections=self.selections,
             prefill_attention=self.prefill_attention,
+            index_dtype=self.index_dtype,
         )
 
     def generate(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:

@@ -52,6 +52,7 @@ def load_variants(folder: Path, options: EvalOptions) -> dict[str, Variant]:
             decoder.config,
             decoder.indexers,
             prefill_attention=options.prefill_attention,
+            index_dtype=options.index_dtype,
         )
     return variants
 

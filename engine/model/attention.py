@@ -187,7 +187,7 @@ class PagedAttention:
         indexer = self.layers.indexers[layer]
         if heads.has_indexer and indexer is not None:
             keys_TXI = project_index(k_pre_TND, indexer.k_proj_HID, roles.index_head_X)
-            store_index_keys(keys_TXI, cache.index, metadata.full_slots_T)
+            store_index_keys(keys_TXI, cache.index, metadata.full_slots_T, cache.index_scales)
 
     def _prefill(self, layer: int, q_pre_THD: Tensor, q_THD: Tensor, out_THD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
@@ -255,7 +255,12 @@ class PagedAttention:
         roles, tiles = static.roles[layer], self._tiles()
         qi_THI = project_index(q_pre_THD, indexer.q_proj_HID, roles.retrieval.heads_H)
         log_share_ZHB = score_tiles(
-            qi_THI, roles.index_row_H, cache.index, metadata.prefill_full_SB, tiles
+            qi_THI,
+            roles.index_row_H,
+            cache.index,
+            metadata.prefill_full_SB,
+            tiles,
+            cache.index_scales,
         )
         rule = (dense_from_S, static.dense_below, static.block_tokens)
         return select_tiles(log_share_ZHB, roles.top_p_H, tiles, *rule)
@@ -293,7 +298,12 @@ class PagedAttention:
         lens_R, block = metadata.decode_lens_R, self.layers.block_tokens
         qi_RHI = project_index(q_pre_RHD, indexer.q_proj_HID, roles.retrieval.heads_H)
         log_mass_RHB = score_blocks(
-            qi_RHI, roles.index_row_H, cache.index, metadata.decode_full_RB, lens_R
+            qi_RHI,
+            roles.index_row_H,
+            cache.index,
+            metadata.decode_full_RB,
+            lens_R,
+            cache.index_scales,
         )
         own_R1 = metadata.top_p_R.unsqueeze(1)
         top_p_RH = torch.where(own_R1.isnan(), roles.top_p_H, own_R1)

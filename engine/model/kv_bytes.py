@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from engine.model.config import ModelConfig
 from engine.model.head_layout import model_heads
 
+IndexDtype = Literal["auto", "int8"]  # of index keys; auto: that of keys and values
+SCALE_BYTES = 2  # of an int8 index key: one bfloat16
 DENSE_BLOCK_TOKENS = 64  # page size of a model without a sparse section
 
 
@@ -13,20 +17,29 @@ def block_tokens_of(config: ModelConfig) -> int:
     return DENSE_BLOCK_TOKENS if config.sparse is None else config.sparse.block_tokens
 
 
-def page_bytes(config: ModelConfig, item_bytes: int, block_tokens: int) -> tuple[int, int]:
+def index_key_bytes(config: ModelConfig, item_bytes: int, index_dtype: IndexDtype = "auto") -> int:
+    """Bytes of one index key, its scale included; 0 without an indexer."""
+    if config.sparse is None or config.sparse.index_dim is None:
+        return 0
+    dim = config.sparse.index_dim
+    return dim + SCALE_BYTES if index_dtype == "int8" else dim * item_bytes
+
+
+def page_bytes(
+    config: ModelConfig, item_bytes: int, block_tokens: int, index_dtype: IndexDtype = "auto"
+) -> tuple[int, int]:
     """Bytes of one page of the full pool (index keys included) and of the window pool.
 
     Args:
-        item_bytes: of one element of keys, values and index keys.
+        item_bytes: of one element of keys and values.
     """
-    index_dim = 0
-    if config.sparse is not None and config.sparse.index_dim is not None:
-        index_dim = config.sparse.index_dim
+    head = 2 * config.head_dim * item_bytes
+    index_key = index_key_bytes(config, item_bytes, index_dtype)
     full = window = 0
     for heads in model_heads(config):
-        full += 2 * len(heads.full_kv) * config.head_dim + heads.index_rows * index_dim
-        window += 2 * len(heads.windowed_kv) * config.head_dim
-    return full * item_bytes * block_tokens, window * item_bytes * block_tokens
+        full += len(heads.full_kv) * head + heads.index_rows * index_key
+        window += len(heads.windowed_kv) * head
+    return full * block_tokens, window * block_tokens
 
 
 def dense_token_bytes(config: ModelConfig, item_bytes: int) -> int:

@@ -45,6 +45,7 @@ class SpanKernels(Protocol):
         dense_from_S: Tensor,
         dense_below: int,
         scale: float,
+        index_scales: Tensor | None = None,
     ) -> None: ...
 
 
@@ -88,6 +89,7 @@ def attend_prefill(
                 dense_from_S,
                 layers.dense_below,
                 layers.scale,
+                cache.index_scales,
             )
     if heads.local_on_full:
         kernels.attend_windowed(inputs(roles.local_on_full, full), *rule)

@@ -42,6 +42,10 @@ def evaluate(
         Literal["sparse", "dense"],
         typer.Option(help="What retrieval heads of the sparse model read for prompt tokens."),
     ] = "dense",
+    index_dtype: Annotated[
+        Literal["auto", "int8"],
+        typer.Option(help="Of the sparse model's index keys; auto: as keys and values."),
+    ] = "auto",
     facts: FactsOption = "1,4,16",
     depths: Annotated[
         str, typer.Option(help="Depths of the passkey grid, 0 to 1, comma separated.")
@@ -94,6 +98,7 @@ def evaluate(
             samples=samples,
             attention=attention_modes(attention),
             prefill_attention=prefill_attention,
+            index_dtype=index_dtype,
             facts=numbers(facts),
             depths=shares(depths),
             text_samples=text_samples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,9 @@ def inspect(
     gpu_gib: Annotated[
         float, typer.Option(min=0.1, help="Plan the memory of a GPU of this size.")
     ] = 80,
+    index_dtype: Annotated[
+        Literal["auto", "int8"], typer.Option(help="Of index keys; auto: bfloat16.")
+    ] = "auto",
 ) -> None:
     """Show a model folder's head map, what a token of context costs, and a memory plan."""
     from engine.embedded import embedded_model_path
@@ -30,7 +33,8 @@ def inspect(
     folder = model or embedded_model_path()
     try:
         size = int(gpu_gib * 2**30)
-        print(json.dumps(model_report(folder, size)) if as_json else render_report(folder, size))
+        given = (folder, size, index_dtype)
+        print(json.dumps(model_report(*given)) if as_json else render_report(*given))
         if plot is not None:
             plot_head_map(folder, plot)
     except EngineError as error:

@@ -32,6 +32,10 @@ def serve(
         Literal["auto", "float32", "bfloat16"] | None,
         typer.Option(help="auto: bfloat16 on CUDA, else float32."),
     ] = None,
+    index_dtype: Annotated[
+        Literal["auto", "int8"] | None,
+        typer.Option(help="Of index keys; int8: with a scale per token; auto: as keys and values."),
+    ] = None,
     kernels: Annotated[
         Literal["auto", "cuda", "torch"] | None,
         typer.Option(help="Of attention; auto: cuda where they can be had, else torch."),
@@ -101,6 +105,7 @@ def serve(
         "prefill_attention": prefill_attention,
         "device": device,
         "dtype": dtype,
+        "index_dtype": index_dtype,
         "kernels": kernels,
         "kernel_cache": kernel_cache,
         "cuda_graphs": cuda_graphs,

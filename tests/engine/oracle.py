@@ -37,8 +37,11 @@ class Answer:
 class Oracle:
     """One checkpoint folder."""
 
-    def __init__(self, folder: Path, model: TinyModel, *, dense: bool = False) -> None:
+    def __init__(
+        self, folder: Path, model: TinyModel, *, dense: bool = False, int8_index: bool = False
+    ) -> None:
         self.model = model
+        self.int8_index = int8_index
         self.dense = dense or model.retrieval_heads is None
         self.weights = {k: v.double() for k, v in load_file(folder / "model.safetensors").items()}
         if not self.dense and (folder / "indexer.safetensors").exists():
@@ -141,6 +144,9 @@ class Oracle:
         key_row = row if model.index_scope == "query_head" else model.full_kv(layer).index(kv)
         qi_TI = q_pre_THD[:, head] @ self.weights[f"{name}.q_proj.weight"][row].T
         ki_TI = k_pre_TND[:, kv] @ self.weights[f"{name}.k_proj.weight"][key_row].T
+        if self.int8_index:
+            scale_T1 = (ki_TI.abs().amax(-1, keepdim=True) / 127).bfloat16().double()
+            ki_TI = (ki_TI / scale_T1).round().clamp(-127, 127) * scale_T1
         return qi_TI @ ki_TI.T
 
     def _select(

@@ -19,12 +19,12 @@ from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAtten
 from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Indexer
 from engine.model.head_layout import model_heads
-from engine.model.kv_bytes import block_tokens_of
+from engine.model.kv_bytes import IndexDtype, block_tokens_of
 from engine.model.kv_cache import KVCache
 from engine.model.prefill_kernels import SpanKernels
 from engine.request import Request, SamplingParams
 from kernels._launch import KernelLibrary
-from kernels.reference import select_blocks
+from kernels.reference import quantise_index_keys, select_blocks
 
 Take = tuple[int, int, Rule]  # sequence, number of tokens, rule
 
@@ -125,6 +125,7 @@ class Driver:
         prefill_kernels: SpanKernels | None = None,
         prefill_attention: PrefillMode = "dense",
         prompt_tokens: int = 1,
+        index_dtype: IndexDtype = "auto",
     ) -> None:
         """
         Args:
@@ -133,6 +134,7 @@ class Driver:
             prompt_tokens: that requests claim: their last 128 are read densely in any prefill.
         """
         self.model = model
+        self.index_dtype = index_dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.block = block_tokens_of(model)
         self.heads = model_heads(model)
@@ -152,10 +154,11 @@ class Driver:
             window_pages=pages if self.has_window else 0,
             dtype=torch.float32,
             device=torch.device("cpu"),
+            index_dtype=index_dtype,
         )
         for layer in self.cache.layers:
-            for tensor in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
-                tensor.fill_(torch.nan)
+            for tensor in layer.full_tensors + layer.window_tensors:
+                tensor.fill_(poison_of(tensor))
         self.free_full = (torch.randperm(pages, generator=self.generator) + 1).tolist()
         self.free_window = (torch.randperm(pages, generator=self.generator) + 1).tolist()
         self.tensors = BatchTensors(
@@ -264,8 +267,8 @@ class Driver:
         for page in filter(None, sequence.window_blocks):
             self.free_window.insert(0, page)
         for layer in self.cache.layers if self.has_full else ():
-            for tensor in (layer.full_k, layer.full_v, layer.index):
-                tensor[sequence.full_blocks] = torch.nan
+            for tensor in layer.full_tensors:
+                tensor[sequence.full_blocks] = poison_of(tensor)
         self.free_full[:0] = sequence.full_blocks
         sequence.full_blocks, sequence.window_blocks = [], []
         sequence.computed = 0
@@ -317,6 +320,9 @@ class Driver:
         key_row = self.heads[layer].full_kv.index(kv) if sparse.index_scope == "kv_head" else row
         qi_I = indexer.q_proj_HID[row] @ sequence.q_pre[layer, query, head]
         ki_nI = sequence.k_pre[layer, : query + 1, kv] @ indexer.k_proj_HID[key_row].T
+        if self.index_dtype == "int8":
+            steps_nHI, scales_nH = quantise_index_keys(ki_nI[:, None])
+            ki_nI = steps_nHI[:, 0].float() * scales_nH.float()
         blocks = -(-sequence.q.shape[1] // self.block)
         log_mass_B = torch.full((blocks,), -torch.inf)
         for block, scores in enumerate(torch.split(ki_nI @ qi_I, self.block)):
@@ -329,6 +335,11 @@ class Driver:
             self.block,
         )
         return mask_11B[0, 0]
+
+
+def poison_of(tensor: Tensor) -> float:
+    """What shows in every result that it gets into; 8 bits hold no NaN, but their scales do."""
+    return torch.nan if tensor.is_floating_point() else 127
 
 
 RAGGED = ((1, 12), (41, 60), (64, 70))  # prompt and total tokens of the sequences of a driver

@@ -54,6 +54,23 @@ def test_replay_after_preemption_repeats_every_step() -> None:
     torch.testing.assert_close(torch.cat(replay, dim=1), torch.cat(steps, dim=1))
 
 
+@pytest.mark.parametrize("layout", ["mixed-groups", "index-per-kv-head", "dense-below"])
+def test_int8_index_keys_equal_naive_masks(layout: str) -> None:
+    """Rounded once, when they are stored: chunks, decode rows and replays select by the same."""
+    driver = Driver(make_model(**LAYOUTS[layout]), RAGGED, index_dtype="int8")
+    for index, got in enumerate(ragged_outputs(driver)):
+        torch.testing.assert_close(got, driver.expected(index))
+
+
+def test_replay_with_int8_index_keys_repeats_every_step() -> None:
+    driver = Driver(make_model([[0, 3]]), [(30, 60), (5, 9)], index_dtype="int8")
+    (prompt, _) = driver.step([(0, 30, "prefill"), (1, 5, "prefill")])
+    steps = [prompt, *(driver.step([(0, 1, "decode")])[0] for _ in range(30))]
+    driver.restart(0)
+    replay = [driver.step([(0, 30, "prefill")])[0], driver.step([(0, 30, "decode")])[0]]
+    torch.testing.assert_close(torch.cat(replay, dim=1), torch.cat(steps, dim=1))
+
+
 def test_a_slot_taken_over_holds_the_new_pages() -> None:
     """A sequence in the slot of another, or back on other pages, must not read old entries."""
     tables = BlockTables(1, 8, torch.device("cpu"))
@@ -99,10 +116,11 @@ def test_a_step_without_selection_counts_nothing() -> None:
     assert driver.attended() == {}
 
 
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("layout", ["mixed-groups", "no-retrieval", "dense-model"])
-def test_a_sequence_full_of_nan_spoils_no_other(layout: str) -> None:
+def test_a_sequence_full_of_nan_spoils_no_other(layout: str, index_dtype: Any) -> None:
     """Values that are not finite stay in their own rows, selection included."""
-    driver = Driver(make_model(**LAYOUTS[layout]), [(40, 44), (40, 44)])
+    driver = Driver(make_model(**LAYOUTS[layout]), [(40, 44), (40, 44)], index_dtype=index_dtype)
     for name in ("q_pre", "k_pre", "q", "k", "v"):
         getattr(driver.sequences[0], name).fill_(torch.nan)
     prefill = driver.step([(0, 40, "prefill"), (1, 40, "prefill")])[1]

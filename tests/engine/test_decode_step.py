@@ -182,7 +182,7 @@ def test_f07_a_row_that_is_not_finite_fails_alone(folder: Path, backend: Countin
     assert got[1][:2] == ([POISONED], "error")
     assert [got[0], got[2]] == [expected[0], expected[2]]
     for layer in parts.runner._cache.layers:
-        for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+        for pool in layer.full_tensors + layer.window_tensors:
             assert pool.isfinite().all(), "pages go back clean"
 
 

@@ -71,6 +71,7 @@ class Run:
         parts = build_engine(
             EngineConfig(model=str(folder), device="cpu", dtype="float32", threads=1, **settings)
         )
+        self.reads = parts.runner.info.reads
         channel = FakeChannel()
         core = EngineCore(parts.scheduler, parts.runner, channel)
         for request_id, (prompt, params) in enumerate(requests):
@@ -200,6 +201,33 @@ def test_preemption_replays_generated_tokens_under_the_decode_rule(
     assert run.stats.preemptions > 0
     answers = expect(folders[name], name, requests, run)
     assert sum(answer.blocks_dropped for answer in answers) > 20
+
+
+def test_int8_index_keys_equal_the_oracle(folders: dict[str, Path]) -> None:
+    """Keys rounded once, when stored; chunks, prefix hits and preemptions find the same ones."""
+    name = "per query head"
+    prompts = make_prompts(4, seed=5, shortest=24, longest=36)
+    requests = [(prompt, greedy(24)) for prompt in prompts]
+    run = Run(
+        folders[name],
+        requests,
+        index_dtype="int8",
+        max_batch_tokens=40,
+        max_num_seqs=4,
+        max_model_len=72,
+        kv_cache_bytes=tight_cache(MODELS[name]),
+    )
+    assert run.stats.preemptions > 0
+    assert run.stats.prefix_hit_tokens > 0
+    model = MODELS[name]
+    assert run.reads.index == sum(map(len, model.retrieval_heads or ())) * (model.index_dim + 2)
+    rounded = Oracle(folders[name], model, int8_index=True)
+    answers = {i: rounded.generate(*requests[i]) for i in (1, 2)}
+    for request_id, answer in answers.items():
+        assert run.tokens(request_id) == answer.tokens, f"request {request_id}"
+        counts = run.updates[request_id][-1].attended
+        assert counts is not None
+        assert (counts.pairs, counts.tokens) == (answer.pairs, answer.attended)
 
 
 def tight_cache(model: TinyModel) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from engine.memory_plan import plan_memory
 from engine.model.config import ModelConfig
+from engine.model.kv_bytes import IndexDtype
 from engine.model.kv_cache import KVCache
 from tests.engine.paged_driver import make_model
 
@@ -19,9 +20,12 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_allocated_bytes_are_the_planned_bytes(model: ModelConfig, dtype: torch.dtype) -> None:
+def test_allocated_bytes_are_the_planned_bytes(
+    model: ModelConfig, dtype: torch.dtype, index_dtype: IndexDtype
+) -> None:
     plan = plan_memory(
         model,
         item_bytes=dtype.itemsize,
@@ -31,6 +35,7 @@ def test_allocated_bytes_are_the_planned_bytes(model: ModelConfig, dtype: torch.
         max_num_seqs=3,
         max_batch_tokens=64,
         block_tokens=8,
+        index_dtype=index_dtype,
     )
     cache = KVCache(
         model,
@@ -39,6 +44,7 @@ def test_allocated_bytes_are_the_planned_bytes(model: ModelConfig, dtype: torch.
         block_tokens=plan.block_tokens,
         device=torch.device("cpu"),
         dtype=dtype,
+        index_dtype=index_dtype,
     )
     assert cache.num_bytes == plan.cache_bytes
 

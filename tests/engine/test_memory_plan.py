@@ -36,6 +36,12 @@ def test_page_bytes_follow_the_head_layout() -> None:
     assert window == 8 * KV_HEAD
 
 
+def test_int8_index_keys_take_a_byte_a_dimension_and_a_scale() -> None:
+    full, window = page_bytes(make_model([[0], [1, 2, 3]]), 4, 8, "int8")
+    assert full == 8 * (3 * KV_HEAD + 4 * (4 + 2))
+    assert window == 8 * KV_HEAD
+
+
 def test_index_keys_per_kv_head_are_fewer() -> None:
     by_head, _ = page_bytes(make_model([[0, 1, 2]]), 2, 8)
     by_kv, _ = page_bytes(make_model([[0, 1, 2]], scope="kv_head"), 2, 8)

@@ -26,7 +26,7 @@ parts = load_engine_parts(EngineConfig(
     max_num_seqs=4,
 ))
 for layer in parts.runner._cache.layers:
-    for pages in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+    for pages in layer.full_tensors + layer.window_tensors:
         pages.zero_()
 request = Request(0, [7 + i % 4000 for i in range(8190)], SamplingParams(max_tokens=2))
 parts.scheduler.add(request)

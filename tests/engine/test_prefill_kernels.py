@@ -54,9 +54,11 @@ class Specification:
         dense_from_S: Tensor,
         dense_below: int,
         scale: float,
+        index_scales: Tensor | None = None,
     ) -> None:
         tables_SB, block = inputs.block_tables_SB, inputs.k_cache.shape[2]
-        shares = reference.score_tiles(qi_TGI, index_row_G, index_cache, tables_SB, tiles)
+        index = (index_row_G, index_cache, tables_SB, tiles, index_scales)
+        shares = reference.score_tiles(qi_TGI, *index)
         rule = (top_p_G, tiles, dense_from_S, dense_below, block)
         mask_ZGB = reference.select_tiles(shares, *rule)
 
@@ -89,11 +91,13 @@ def test_ragged_batches_equal_naive_masks(layout: dict[str, Any]) -> None:
     assert kernels.calls.total() == roles * steps_with_prompts, "one call a role, for all spans"
 
 
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("layout", ["mixed-groups", "index-per-kv-head", "dense-below"])
-def test_sparse_prompts_equal_those_of_the_ops(layout: str) -> None:
+def test_sparse_prompts_equal_those_of_the_ops(layout: str, index_dtype: str) -> None:
     model = make_model(**LAYOUTS[layout] | {"top_p": 0.3})
     kernels = Specification()
     given: dict[str, Any] = {"prefill_attention": "sparse", "prompt_tokens": 400}
+    given["index_dtype"] = index_dtype
     got = ragged_outputs(Driver(model, RAGGED, prefill_kernels=kernels, **given))
     want = ragged_outputs(Driver(model, RAGGED, **given))
     torch.testing.assert_close(got, want)

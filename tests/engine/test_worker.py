@@ -107,7 +107,7 @@ def test_f07_nan_of_one_request_reaches_neither_its_neighbours_nor_the_next_owne
     assert session.generate(bad) == [([], "error")]
     assert isinstance(parts.runner, ModelRunner)
     for layer in parts.runner._cache.layers:
-        for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+        for pool in layer.full_tensors + layer.window_tensors:
             assert pool.isfinite().all(), "pages go back clean"
     assert parts.scheduler.pools.full.cached == 0, "nothing of it is shared"
     assert session.generate(good[0], bad, good[1]) == [expected[0], ([], "error"), expected[1]]

@@ -105,7 +105,7 @@ def test_F07_a_nan_in_a_prompt_fails_alone_and_leaves_the_shared_prefix(
     assert answers[2][0] == expected[0][0]
     assert parts.scheduler.prefix_hit_tokens >= hits + 3 * 48
     for layer in parts.runner._cache.layers:
-        for pool in (layer.full_k, layer.full_v, layer.index, layer.window_k, layer.window_v):
+        for pool in layer.full_tensors + layer.window_tensors:
             assert pool.isfinite().all()
 
 

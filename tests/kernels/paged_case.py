@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.paged_kv import quantise_index_keys
+
 
 @dataclass(frozen=True, slots=True)
 class PagedCase:
@@ -46,6 +48,14 @@ class PagedCase:
                     cache[page, :, place] = values
             tables_SB[row, -(-length // block) :] = 0
         return cls(k_cache, v_cache, index_cache, tables_SB, torch.tensor(lens))
+
+    def int8_index(self) -> tuple[Tensor, Tensor]:
+        """The same index keys in 8 bits: int8 [P, X, K, I], 127 where nothing is stored, and
+        scales [P, X, K], NaN there."""
+        steps, scales = quantise_index_keys(self.index_cache.flatten(0, 1))
+        shape = self.index_cache.shape
+        steps = steps.view(shape).masked_fill(self.index_cache.isnan(), 127)
+        return steps, scales.view(shape[:3])
 
 
 def random_tensor(*shape: int, seed: int = 1) -> Tensor:

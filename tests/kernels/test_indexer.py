@@ -30,6 +30,26 @@ def test_score_blocks(
     torch.testing.assert_close(indexer.score_blocks(*args), reference.score_blocks(*args))
 
 
+@pytest.mark.parametrize("limit", [1, 2**24], ids=["row-by-row", "at-once"])
+@pytest.mark.parametrize("lens", [[1], [7, 8, 9, 17], [1, 64, 33, 100]], ids=str)
+def test_score_blocks_by_int8_keys(
+    lens: list[int], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As specified, and off by no more than half a step and the queries allow."""
+    monkeypatch.setattr(indexer, "MAX_GATHERED", limit)
+    case, rows = PagedCase.make(lens), torch.tensor([2, 2, 0, 1])
+    qi_RHI = random_tensor(len(lens), 4, 4)
+    steps, scales = case.int8_index()
+    tail = (case.tables_SB, case.lens_S)
+    got = indexer.score_blocks(qi_RHI, rows, steps, *tail, scales)
+    torch.testing.assert_close(got, reference.score_blocks(qi_RHI, rows, steps, *tail, scales))
+    exact = reference.score_blocks(qi_RHI, rows, case.index_cache, *tail)
+    inside = exact.isfinite()
+    off = 0.75 * float(scales.nan_to_num().max()) * float(qi_RHI.abs().sum(-1).max())
+    assert 0 < float((got - exact)[inside].abs().max()) <= off
+    assert torch.equal(got.isfinite(), inside)
+
+
 def test_score_blocks_takes_what_project_index_returns() -> None:
     """Regression: projected queries are not contiguous, and scoring several rows of them failed."""
     case = PagedCase.make([20, 9])

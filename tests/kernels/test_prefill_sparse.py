@@ -55,6 +55,13 @@ def test_scores(case: Case) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_scores_by_int8_keys(case: Case) -> None:
+    steps, scales = case.pages.int8_index()
+    args = (case.qi_THI, case.index_rows, steps, case.pages.tables_SB, case.tiles, scales)
+    got, want = prefill_sparse.score_tiles(*args), reference.score_tiles(*args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dense_tail", "dense_below"), [(0, 0), (1, 0), (150, 0), (0, 300)])
 def test_selection_and_attention(case: Case, dense_tail: int, dense_below: int) -> None:
     shares = reference.score_tiles(*case.score_arguments)

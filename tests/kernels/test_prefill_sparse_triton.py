@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.paged_kv import quantise_index_keys
 from kernels.prefill_tiles import PrefillTiles
 from tests.kernels.paged_case import random_tensor
 from tests.kernels.span_case import SpanCase
@@ -36,6 +37,12 @@ def test_scores_lists_and_attention(spans: list[tuple[int, int]]) -> None:
     arguments = (qi_THI, torch.tensor([1, 0]), keys, tables_SB, tiles)
     shares = score_tiles(*arguments)
     torch.testing.assert_close(shares, reference.score_tiles(*arguments), rtol=1e-5, atol=1e-5)
+    steps, scales = quantise_index_keys(keys.flatten(0, 1))
+    steps = steps.view(keys.shape).masked_fill(keys.isnan(), 127)
+    rounded = (*arguments[:2], steps, tables_SB, tiles, scales.view(keys.shape[:3]))
+    torch.testing.assert_close(
+        score_tiles(*rounded), reference.score_tiles(*rounded), rtol=1e-5, atol=1e-5
+    )
     lens = case.pages.lens_S
     mask_ZHB = reference.select_tiles(shares, torch.tensor([0.2, 0.6]), tiles, lens, 0, 16)
     lists = list_kept(mask_ZHB)

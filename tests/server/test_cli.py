@@ -18,8 +18,9 @@ from server.cli import app
 
 FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated cuda-graphs device
-        dtype host kernel-cache kernels kv-cache-gib log-format max-batch-tokens max-model-len
-        max-num-seqs max-step-ms model-name port prefill-attention prefix-caching threads""",
+        dtype host index-dtype kernel-cache kernels kv-cache-gib log-format max-batch-tokens
+        max-model-len max-num-seqs max-step-ms model-name port prefill-attention prefix-caching
+        threads""",
     "health": "host live port timeout",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
         distil-data
@@ -27,11 +28,11 @@ FLAGS = {
         fit-steps heads-granularity heads-mass heads-share index-dim index-scope max-kv-heads seed
         sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
-        json lengths plots prefill-attention samples seed tasks teacher text-samples timeout url
-        url-model""",
+        index-dtype json lengths plots prefill-attention samples seed tasks teacher text-samples
+        timeout url url-model""",
     "ablate": "data decoded device facts lengths samples seed tasks teacher text-samples work",
     "report": "ablations eval",
-    "inspect": "gpu-gib json plot",
+    "inspect": "gpu-gib index-dtype json plot",
     "build-kernels": "json kernel-cache targets",
     "bench attention": "json lengths only plot quick",
     "bench chaos": "clients json seconds seed",
