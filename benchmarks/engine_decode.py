@@ -4,8 +4,9 @@
 
 The embedded model by default, prompts of real Python code, greedy tokens, no wire. One JSON line:
 the median step as the loop sees it, what scheduler and runner take of it, tokens per second, and on
-a GPU what the kernels of a step take when their times are added up (torch.profiler, in steps of
-their own, since profiling slows the host down). `step_over_kernels` is what waiting costs.
+a GPU how many kernels and copies a step has (`launches`) and what they take when their times are
+added up (torch.profiler, in steps of their own, since profiling slows the host down).
+`step_over_kernels` is what waiting costs.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def measure(
         "tokens_per_second": round(len(prompts) / turn * 1e3, 1),
     }
     if on_gpu:
-        total, kernels = _kernel_times(loop)
+        total, launches, kernels = _kernel_times(loop)
         figures |= {
+            "launches": round(launches, 2),
             "kernels_ms": round(total, 4),
             "step_over_kernels": round(turn / total, 3),
             "kernels": kernels,
@@ -112,8 +114,8 @@ def measure(
     return figures
 
 
-def _kernel_times(loop: DecodeLoop) -> tuple[float, list[dict[str, Any]]]:
-    """Milliseconds of all kernels and copies of a step, and the longest of them by name."""
+def _kernel_times(loop: DecodeLoop) -> tuple[float, float, list[dict[str, Any]]]:
+    """Milliseconds of all kernels and copies of a step, their number, and the longest by name."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED_STEPS):
             loop.step()
@@ -132,7 +134,8 @@ def _kernel_times(loop: DecodeLoop) -> tuple[float, list[dict[str, Any]]]:
         }
         for name, total in micros.most_common(SHOWN_KERNELS)
     ]
-    return sum(micros.values()) / PROFILED_STEPS / 1e3, longest
+    total = sum(micros.values()) / PROFILED_STEPS / 1e3
+    return total, calls.total() / PROFILED_STEPS, longest
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -31,6 +31,7 @@ def choose_kernels(
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
+    max_blocks: int,
     index_dtype: IndexDtype = "auto",
 ) -> KernelLibrary | None:
     """The compiled kernels, or None for the PyTorch ops; says which, and why, in one line of log.
@@ -39,6 +40,7 @@ def choose_kernels(
         cache: folder of compiled kernels; None takes the default one.
         model: as it is served.
         block_tokens: tokens of a page.
+        max_blocks: pages of the longest context that will be served.
         index_dtype: of index keys.
 
     Raises:
@@ -49,7 +51,7 @@ def choose_kernels(
             raise _UnsupportedError("the setting kernels says so")
         if index_dtype == "int8":
             raise _UnsupportedError("index keys are of 8 bits")
-        library = _library(cache, model, device, dtype, block_tokens)
+        library = _library(cache, model, device, dtype, block_tokens, max_blocks)
     except (_UnsupportedError, KernelBuildError, KernelError) as reason:
         if mode == "cuda":
             raise ConfigError(f"kernels cuda is not possible: {reason}") from None
@@ -119,14 +121,18 @@ def _library(
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
+    max_blocks: int,
 ) -> KernelLibrary:
     """The library, asked for every kernel that the model needs."""
     if device.type != "cuda":
         raise _UnsupportedError(f"the device is {device}")
     if block_tokens % 16:
         raise _UnsupportedError(f"pages hold {block_tokens} tokens, not a multiple of 16")
-    if (blocks := -(-model.max_position_embeddings // block_tokens)) > MAX_BLOCKS:
-        raise _UnsupportedError(f"contexts have up to {blocks} pages, more than {MAX_BLOCKS}")
+    if max_blocks > MAX_BLOCKS:
+        raise _UnsupportedError(
+            f"contexts have up to {max_blocks} pages, more than {MAX_BLOCKS}; "
+            "a lower max_model_len would do"
+        )
     with torch.cuda.device(device):
         library = KernelLibrary(find_library(Path(cache) if cache else default_cache()))
     library.decode_plan(device, dtype, model.head_dim)

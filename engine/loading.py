@@ -23,6 +23,7 @@ from engine.model.decoder import Decoder
 from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
+from engine.model.layer_kernels import LayerKernels
 from engine.model.weights import load_decoder
 from engine.read_bytes import read_bytes
 from engine.scheduler import Scheduler
@@ -58,6 +59,7 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
         device,
         dtype,
         block_tokens,
+        _max_blocks(config, checkpoint.config, block_tokens),
         config.index_dtype,
     )
     decoder = load_decoder(checkpoint, device, dtype)
@@ -65,6 +67,8 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     kernels = None
     if library is not None:
         kernels = _decode_kernels(config, model, library, device, dtype, block_tokens)
+        if LayerKernels.take(model, dtype):
+            decoder.kernels = LayerKernels(library, model, device)
     prefill = choose_prefill(
         config.kernels, library, model, device, dtype, block_tokens, config.prefill_attention
     )

@@ -75,7 +75,8 @@ class ModelRunner:
     ) -> None:
         """
         Args:
-            decoder: on `device`; a `config.sparse` of None serves it densely.
+            decoder: on `device`, with its kernels if any; a `config.sparse` of None serves it
+                densely.
             cache: pages for `info.full_pages` and `info.window_pages`.
             info: facts that the front end is told.
             device: where all tensors of a step are made.
@@ -96,6 +97,7 @@ class ModelRunner:
             prefill_attention=prefill_attention,
             kernels=kernels,
             prefill_kernels=prefill_kernels,
+            layer_kernels=decoder.kernels,
         )
         self._sampler = Sampler(info.eos_token_ids)
         self._tensors = BatchTensors(

@@ -10,6 +10,8 @@ On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_l
 
     cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace)
     cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
+    cuda_layer     store_qkv, add_norm, silu_mul: the layer around attention (layer_inputs; their
+                   specification is layer_reference)
     cuda_ops       the ops of indexer and decode on the same kernels, one at a time
 
 Prefill on a GPU begins at device_prefill (span_inputs: what its kernels take). On chips other than

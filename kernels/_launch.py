@@ -167,6 +167,19 @@ class KernelLibrary:
         with on_device(like.device):
             self._check(launcher(byref(args), stream_of(like.device)), "sparse_decode")
 
+    def launch(
+        self,
+        name: Literal["qkv_store", "add_norm", "silu_mul"],
+        args: ctypes.Structure,
+        like: Tensor,
+    ) -> None:
+        """Start a kernel of `cuda_layer` on the current stream of the device of `like`."""
+        if getattr(self._library, f"rtpurbo_{name}_bytes")() != ctypes.sizeof(args):
+            raise KernelError(f"{name}: built from other sources; build the kernels again")
+        launcher = getattr(self._library, f"rtpurbo_{name}")
+        with on_device(like.device):
+            self._check(launcher(byref(args), c_void_p(stream_of(like.device))), name)
+
     def launch_prefill(self, args: ctypes.Structure, like: Tensor) -> None:
         """Start `span_prefill` (arguments: `cuda_prefill.SpanArgs`) on the current stream."""
         if self._library.rtpurbo_span_args_bytes() != ctypes.sizeof(args):

@@ -19,7 +19,10 @@ from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Indexer
 from engine.model.head_layout import LayerHeads, model_heads
 from engine.model.kv_cache import KVCache, LayerCache
+from engine.model.layer_kernels import LayerKernels
+from engine.model.layers import Projection
 from engine.model.prefill_kernels import SpanKernels, attend_prefill
+from engine.model.queries import Queries
 from kernels.decode import decode_dense, decode_sparse, decode_windowed
 from kernels.indexer import count_attended, project_index, score_blocks, select_blocks
 from kernels.paged_kv import store_index_keys, store_kv
@@ -115,6 +118,7 @@ class AttentionLayers:
         prefill_attention: PrefillMode = "dense",
         kernels: DecodeKernels | None = None,
         prefill_kernels: SpanKernels | None = None,
+        layer_kernels: LayerKernels | None = None,
     ) -> None:
         """
         Args:
@@ -123,10 +127,12 @@ class AttentionLayers:
             kernels: computes decode rows; gives way to the PyTorch ops where `selections` are set,
                 since its own choice of blocks is part of it.
             prefill_kernels: compute prompt tokens; None: the PyTorch ops.
+            layer_kernels: those of the decoder; store what it projects.
         """
         self.prefill_attention = prefill_attention
         self.kernels = kernels if selections is None else None
         self.prefill_kernels = prefill_kernels
+        self.layer_kernels = layer_kernels
         self.selections = selections or [select_blocks] * config.num_layers
         self.heads = model_heads(config)
         self.roles = [LayerRoles.make(heads, config.group_size, device) for heads in self.heads]
@@ -165,12 +171,23 @@ class PagedAttention:
         v_TND: Tensor,
     ) -> Tensor:
         self._store(layer, k_pre_TND, k_TND, v_TND)
-        out_THD = torch.empty_like(q_THD)
+        return self._attend(layer, Queries(q_THD, q_pre_THD))
+
+    def attend_projection(self, layer: int, projection: Projection) -> Tensor:
+        """`attend` from the projection as it is: one launch does what comes before attention."""
+        kernels = self.layers.layer_kernels
+        if kernels is None:
+            return self.attend(layer, *projection.rotated())
+        return self._attend(layer, kernels.store(self.layers, layer, projection, self.metadata))
+
+    def _attend(self, layer: int, queries: Queries) -> Tensor:
+        """Attention [T, H, D]; what the tokens themselves add is in the pages already."""
+        out_THD = torch.empty_like(queries.rotated_THD)
         rows = self.metadata.num_decode_rows
         if rows:
-            self._decode(layer, q_pre_THD[:rows], q_THD[:rows], out_THD[:rows])
+            self._decode(layer, queries.take(slice(rows)), out_THD[:rows])
         if self.metadata.num_prefill_spans:
-            self._prefill(layer, q_pre_THD[rows:], q_THD[rows:], out_THD[rows:])
+            self._prefill(layer, queries.take(slice(rows, None)), out_THD[rows:])
         return out_THD
 
     def _store(self, layer: int, k_pre_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> None:
@@ -189,11 +206,11 @@ class PagedAttention:
             keys_TXI = project_index(k_pre_TND, indexer.k_proj_HID, roles.index_head_X)
             store_index_keys(keys_TXI, cache.index, metadata.full_slots_T, cache.index_scales)
 
-    def _prefill(self, layer: int, q_pre_THD: Tensor, q_THD: Tensor, out_THD: Tensor) -> None:
+    def _prefill(self, layer: int, queries: Queries, out_THD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
-        metadata, static = self.metadata, self.layers
+        metadata, static, q_THD = self.metadata, self.layers, queries.rotated_THD
         if static.prefill_kernels is not None:
-            given = (static, layer, q_pre_THD, q_THD, out_THD, metadata)
+            given = (static, layer, queries, out_THD, metadata)
             attend_prefill(static.prefill_kernels, *given, self._tiles)
             return
         ends = (metadata.prefill_starts, metadata.prefill_lens_S)
@@ -202,7 +219,7 @@ class PagedAttention:
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
             q = group.pick(q_THD)
-            mask_ZHB = self._select_tiles(layer, q_pre_THD, cache)
+            mask_ZHB = self._select_tiles(layer, queries, cache)
             group.place(
                 prefill_dense(q, group.kv_row_H, *full, static.scale)
                 if mask_ZHB is None
@@ -218,11 +235,11 @@ class PagedAttention:
             q = group.pick(q_THD)
             group.place(prefill_windowed(q, group.kv_row_H, *window, *rule), out_THD)
 
-    def _decode(self, layer: int, q_pre_RHD: Tensor, q_RHD: Tensor, out_RHD: Tensor) -> None:
+    def _decode(self, layer: int, queries: Queries, out_RHD: Tensor) -> None:
         roles, cache = self.layers.roles[layer], self.layers.caches[layer]
-        metadata, static = self.metadata, self.layers
+        metadata, static, q_RHD = self.metadata, self.layers, queries.rotated_THD
         if static.kernels is not None:
-            attended_RH = static.kernels.attend(static, layer, q_pre_RHD, q_RHD, out_RHD, metadata)
+            attended_RH = static.kernels.attend(static, layer, queries, out_RHD, metadata)
             if attended_RH is not None:
                 self.attended[layer] = attended_RH
             return
@@ -232,7 +249,7 @@ class PagedAttention:
         rule = (static.window, static.sinks, static.scale)
         for group in _present(roles.retrieval):
             q = group.pick(q_RHD)
-            mask_RHB = self._select(layer, q_pre_RHD, cache)
+            mask_RHB = self._select(layer, queries, cache)
             group.place(
                 decode_dense(q, group.kv_row_H, *full, static.scale)
                 if mask_RHB is None
@@ -246,14 +263,14 @@ class PagedAttention:
             q = group.pick(q_RHD)
             group.place(decode_windowed(q, group.kv_row_H, *window, *rule, self._plan()), out_RHD)
 
-    def _select_tiles(self, layer: int, q_pre_THD: Tensor, cache: LayerCache) -> Tensor | None:
+    def _select_tiles(self, layer: int, queries: Queries, cache: LayerCache) -> Tensor | None:
         """Blocks that tiles of prompt tokens read, bool [Z, H, B]; None: everything before them."""
         indexer, metadata, static = self.layers.indexers[layer], self.metadata, self.layers
         dense_from_S = metadata.prefill_dense_from_S
         if static.prefill_attention == "dense" or indexer is None or dense_from_S is None:
             return None
         roles, tiles = static.roles[layer], self._tiles()
-        qi_THI = project_index(q_pre_THD, indexer.q_proj_HID, roles.retrieval.heads_H)
+        qi_THI = queries.in_index_space(indexer, roles.retrieval.heads_H)
         log_share_ZHB = score_tiles(
             qi_THI,
             roles.index_row_H,
@@ -285,7 +302,7 @@ class PagedAttention:
             )
         return self._window_plan
 
-    def _select(self, layer: int, q_pre_RHD: Tensor, cache: LayerCache) -> Tensor | None:
+    def _select(self, layer: int, queries: Queries, cache: LayerCache) -> Tensor | None:
         """Blocks that each row's retrieval heads attend, bool [R, H, B]; None: all of them.
 
         Rows below `dense_below` take every block and are not counted as a selection.
@@ -296,7 +313,7 @@ class PagedAttention:
             return None
         roles = self.layers.roles[layer]
         lens_R, block = metadata.decode_lens_R, self.layers.block_tokens
-        qi_RHI = project_index(q_pre_RHD, indexer.q_proj_HID, roles.retrieval.heads_H)
+        qi_RHI = queries.in_index_space(indexer, roles.retrieval.heads_H)
         log_mass_RHB = score_blocks(
             qi_RHI,
             roles.index_row_H,

@@ -14,12 +14,12 @@ from torch import Tensor
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.head_layout import LayerHeads, model_heads
+from engine.model.queries import Queries
 from kernels._launch import KernelLibrary
 from kernels.cuda_decode import attend
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
-from kernels.indexer import project_index
 
 if TYPE_CHECKING:
     from engine.model.attention import AttentionLayers
@@ -72,8 +72,7 @@ class DecodeKernels:
         self,
         layers: AttentionLayers,
         layer: int,
-        q_pre_RHD: Tensor,
-        q_RHD: Tensor,
+        queries: Queries,
         out_RHD: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor | None:
@@ -84,14 +83,14 @@ class DecodeKernels:
         Returns:
             Tokens attended, int64 [R, S]; None in a layer that does not select.
         """
-        attended_RS = None
+        q_RHD, attended_RS = queries.rotated_THD, None
         if layers.indexers[layer] is not None:
             attended_RS = q_RHD.new_empty(
                 (len(q_RHD), len(layers.heads[layer].index_row)), dtype=torch.int64
             )
         for start in range(0, len(q_RHD), self.max_rows):
             part = slice(start, start + self.max_rows)
-            pools, selection = self._inputs(layers, layer, q_pre_RHD[part], metadata, part)
+            pools, selection = self._inputs(layers, layer, queries.take(part), metadata, part)
             attend(
                 self._workspace,
                 self._tiles[layer],
@@ -110,7 +109,7 @@ class DecodeKernels:
         self,
         layers: AttentionLayers,
         layer: int,
-        q_pre_RHD: Tensor,
+        queries: Queries,
         metadata: AttentionMetadata,
         part: slice,
     ) -> tuple[tuple[PagedPool | None, PagedPool | None], Selection | None]:
@@ -124,7 +123,7 @@ class DecodeKernels:
             window = PagedPool(cache.window_k, cache.window_v, metadata.decode_window_RB[part])
         if indexer is not None:
             selection = Selection(
-                qi_RSI=project_index(q_pre_RHD, indexer.q_proj_HID, roles.retrieval.heads_H),
+                qi_RSI=queries.in_index_space(indexer, roles.retrieval.heads_H),
                 index_row_S=roles.index_row_H,
                 index_cache=cache.index,
                 top_p_S=roles.top_p_H,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
+from engine.model.layer_kernels import LayerKernels
 from engine.model.layers import Attention, AttentionBlock, Mlp, RMSNorm
 from engine.model.moe import MoeMlp
 from engine.model.rope import RotaryEmbedding
@@ -30,7 +31,10 @@ class Indexer:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual."""
+    """Pre-norm attention and MLP, each with a residual.
+
+    With kernels a sum waits for the norm after it, which does both.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -48,6 +52,21 @@ class DecoderLayer(nn.Module):
         x_TE = x_TE + self.attention(self.input_norm(x_TE), cos, sin, attention)
         out: Tensor = x_TE + self.mlp(self.post_attention_norm(x_TE))
         return out
+
+    def run_fused(
+        self,
+        x_TE: Tensor,
+        branch_TE: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        kernels: LayerKernels,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and a branch that is still to be added to it, in and out."""
+        x_TE, normed_TE = kernels.add_norm(x_TE, branch_TE, self.input_norm)
+        branch_TE = self.attention(normed_TE, cos, sin, attention)
+        x_TE, normed_TE = kernels.add_norm(x_TE, branch_TE, self.post_attention_norm)
+        return x_TE, self.mlp(normed_TE, kernels)
 
 
 class Decoder(nn.Module):
@@ -69,6 +88,8 @@ class Decoder(nn.Module):
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.indexers: list[Indexer | None] = [None] * config.num_layers
+        self.kernels: LayerKernels | None = None
+        """Set for inference on a GPU; then attention must be one that stores with them."""
         self._rope: RotaryEmbedding | None = None
 
     @property
@@ -89,7 +110,15 @@ class Decoder(nn.Module):
             attention: computes every layer's attention and owns what it needs to know of the past.
         """
         x_TE: Tensor = self.embedding(token_ids_T)
-        cos, sin = self._rotary(x_TE.device).tables(positions_T, x_TE.dtype)
+        rotary, kernels = self._rotary(x_TE.device), self.kernels
+        if kernels is not None:
+            cos, sin = rotary.tables(positions_T, torch.float32)  # what the kernel computes in
+            branch_TE = None
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                x_TE, branch_TE = layer.run_fused(x_TE, branch_TE, cos, sin, attention, kernels)
+            return kernels.add_norm(x_TE, branch_TE, self.final_norm)[1]
+        cos, sin = rotary.tables(positions_T, x_TE.dtype)
         for layer in self.layers:
             x_TE = layer(x_TE, cos, sin, attention)
         out: Tensor = self.final_norm(x_TE)

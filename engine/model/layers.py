@@ -1,18 +1,20 @@
 """Building blocks of a decoder layer: norm, SwiGLU MLP, and the projections around attention.
 
 Shapes: T tokens, E hidden size, F intermediate size, H query heads, N KV heads,
-X = H + N, D head_dim.
+X = H + N, R = H + 2 N, D head_dim.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
+from engine.model.layer_kernels import LayerKernels
 from engine.model.rope import rotate
 
 
@@ -30,6 +32,37 @@ class Attention(Protocol):
     ) -> Tensor:
         """Attention output [T, H, D]; `pre` is after QK-norm and before RoPE, the rest after."""
         ...
+
+
+@runtime_checkable
+class ProjectedAttention(Protocol):
+    """Attention that may norm, turn and store by itself: the serving cache, on its kernels."""
+
+    def attend_projection(self, layer: int, projection: Projection) -> Tensor:
+        """Attention output [T, H, D]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Queries, keys and values of a layer as they leave the product, and what is done to them."""
+
+    qkv_TRD: Tensor
+    heads: int  # H
+    norm: QKNorm | None
+    cos: Tensor  # [T, 1, D / 2], as sin
+    sin: Tensor
+
+    def rotated(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `Attention.attend` takes after the layer."""
+        kv_heads = (self.qkv_TRD.shape[1] - self.heads) // 2
+        sizes = [self.heads, kv_heads]
+        qk_TXD, v_TND = torch.split(self.qkv_TRD, [sum(sizes), kv_heads], dim=1)
+        if self.norm is not None:
+            qk_TXD = self.norm(qk_TXD)
+        q_pre_THD, k_pre_TND = torch.split(qk_TXD, sizes, dim=1)
+        q_THD, k_TND = torch.split(rotate(qk_TXD, self.cos, self.sin), sizes, dim=1)
+        return q_pre_THD, k_pre_TND, q_THD, k_TND, v_TND
 
 
 class RMSNorm(nn.Module):
@@ -79,9 +112,14 @@ class Mlp(nn.Module):
         self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=bias)
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TE).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate_TF) * up_TF)  # type: ignore[no-any-return]  # nn.Module
+    def forward(self, x_TE: Tensor, kernels: LayerKernels | None = None) -> Tensor:
+        gate_up_TF = self.gate_up_proj(x_TE)
+        if kernels is None:
+            gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+            inner_TF = F.silu(gate_TF) * up_TF
+        else:
+            inner_TF = kernels.silu_mul(gate_up_TF)
+        return self.down_proj(inner_TF)  # type: ignore[no-any-return]  # nn.Module
 
 
 class AttentionBlock(nn.Module):
@@ -105,12 +143,10 @@ class AttentionBlock(nn.Module):
         )
 
     def forward(self, x_TE: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        sizes = [self.heads, self.kv_heads]
-        rows_TRD = self.qkv_proj(x_TE).view(x_TE.shape[0], -1, self.head_dim)
-        qk_TXD, v_TND = torch.split(rows_TRD, [sum(sizes), self.kv_heads], dim=1)
-        if self.qk_norm is not None:
-            qk_TXD = self.qk_norm(qk_TXD)
-        q_pre_THD, k_pre_TND = torch.split(qk_TXD, sizes, dim=1)
-        q_THD, k_TND = torch.split(rotate(qk_TXD, cos, sin), sizes, dim=1)
-        out_THD = attention.attend(self.layer, q_pre_THD, k_pre_TND, q_THD, k_TND, v_TND)
+        qkv_TRD = self.qkv_proj(x_TE).view(x_TE.shape[0], -1, self.head_dim)
+        projection = Projection(qkv_TRD, self.heads, self.qk_norm, cos, sin)
+        if isinstance(attention, ProjectedAttention):
+            out_THD = attention.attend_projection(self.layer, projection)
+        else:
+            out_THD = attention.attend(self.layer, *projection.rotated())
         return self.o_proj(out_THD.flatten(1))  # type: ignore[no-any-return]  # nn.Module

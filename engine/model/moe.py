@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.config import MoeConfig
+from engine.model.layer_kernels import LayerKernels
 
 
 class MoeMlp(nn.Module):
@@ -24,7 +25,7 @@ class MoeMlp(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * size, hidden))
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, size))
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def forward(self, x_TE: Tensor, kernels: LayerKernels | None = None) -> Tensor:
         """Sort the pairs by expert, so that each expert that was chosen runs once.
 
         A token's results are summed in the order of its own choices: what stands beside it in the

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from engine.model.batch_tensors import AttentionMetadata
-from kernels.indexer import project_index
+from engine.model.queries import Queries
 from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import SpanInputs
 
@@ -53,8 +53,7 @@ def attend_prefill(
     kernels: SpanKernels,
     layers: AttentionLayers,
     layer: int,
-    q_pre_THD: Tensor,
-    q_THD: Tensor,
+    queries: Queries,
     out_THD: Tensor,
     metadata: AttentionMetadata,
     tiles: Callable[[], PrefillTiles],
@@ -71,7 +70,7 @@ def attend_prefill(
     rule = (layers.window, layers.sinks, layers.scale)
 
     def inputs(group: HeadGroup, pool: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> SpanInputs:
-        return SpanInputs(q_THD, out_THD, group.heads_H, group.kv_row_H, *pool)
+        return SpanInputs(queries.rotated_THD, out_THD, group.heads_H, group.kv_row_H, *pool)
 
     indexer, dense_from_S = layers.indexers[layer], metadata.prefill_dense_from_S
     if heads.retrieval:
@@ -82,7 +81,7 @@ def attend_prefill(
             kernels.attend_sparse(
                 spans,
                 tiles(),
-                project_index(q_pre_THD, indexer.q_proj_HID, roles.retrieval.heads_H),
+                queries.in_index_space(indexer, roles.retrieval.heads_H),
                 roles.index_row_H,
                 cache.index,
                 roles.top_p_H,

@@ -19,11 +19,13 @@ from engine.decode_step import DecodeStep, Eager, Step, padded_sizes
 from engine.loading import load_engine_parts
 from engine.messages import Add, Attended, TokenLogprobs
 from engine.model.batch_tensors import BlockTables
+from engine.model.decoder import DecoderLayer
 from engine.request import Request, SamplingParams
 from engine.step import EngineParts
 from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
 from tests.engine.fake_channel import FakeChannel
+from tests.engine.launch_count import LaunchCount
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 from tests.kernels.emulation.library import compiler
 
@@ -152,6 +154,42 @@ def test_tokens_and_budget_equal_those_of_the_ops(
         want = generate(load(folder), requests)
     assert want[0][2].pairs > 0
     same(got, want)
+
+
+def launches(runner: ModelRunner, patch: pytest.MonkeyPatch, method: str) -> list[Counter[str]]:
+    """What each layer starts in a step of one row, by name."""
+    found: list[Counter[str]] = []
+    inner = getattr(DecoderLayer, method)
+
+    def counted(layer: DecoderLayer, *args: Any) -> Any:
+        before = count.names.copy()
+        result = inner(layer, *args)
+        found.append(count.names - before)
+        return result
+
+    assert runner._decode is not None
+    with patch.context() as inside, torch.no_grad():
+        inside.setattr(DecoderLayer, method, counted)
+        with LaunchCount(inside) as count:
+            runner._decode._compute(1)
+    return found
+
+
+@needs_compiler
+def test_launches_of_a_layer(
+    folder: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four products, attention, and as few others as there are: shown with pytest -s."""
+    runner = load(folder, max_num_seqs=1).runner
+    assert isinstance(runner, ModelRunner)
+    fused = launches(runner, monkeypatch, "run_fused")
+    own = {"qkv_store": 1, "add_norm": 2, "silu_mul": 1, "launch_decode": 1, "mm": 4}
+    assert fused == [own | {"index_select": 1}, own, own | {"index_select": 1}]
+    runner._decoder.kernels = runner._layers.layer_kernels = None
+    plain = launches(runner, monkeypatch, "forward")
+    for before, after in zip(plain, fused, strict=True):
+        print(f"launches of a layer: {before.total()} by PyTorch ops, {after.total()} fused")
+        assert before.total() > 3 * after.total()
 
 
 @needs_compiler

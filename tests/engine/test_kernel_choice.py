@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from engine import kernel_choice
-from engine.config import AttentionMode, KernelMode
+from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.errors import ConfigError
 from engine.kernel_choice import choose_kernels, choose_prefill
+from engine.loading import _max_blocks
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
 from tests.engine.paged_driver import make_model
@@ -52,7 +53,7 @@ def test_the_log_names_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert choose_kernels(mode, None, MODEL, device, torch.float32, 16) is None
+    assert choose_kernels(mode, None, MODEL, device, torch.float32, 16, 16) is None
     assert message in reason(caplog)
 
 
@@ -65,30 +66,54 @@ def test_no_library_means_the_ops_unless_the_kernels_were_asked_for(
 
     monkeypatch.setattr(kernel_choice, "find_library", missing)
     caplog.set_level(logging.INFO)
-    assert choose_kernels("auto", "/some/folder", MODEL, CUDA, torch.float32, 16) is None
+    assert choose_kernels("auto", "/some/folder", MODEL, CUDA, torch.float32, 16, 16) is None
     assert "nothing in /some/folder" in reason(caplog)
     with pytest.raises(ConfigError, match="not possible: nothing in /some/folder"):
-        choose_kernels("cuda", "/some/folder", MODEL, CUDA, torch.float32, 16)
+        choose_kernels("cuda", "/some/folder", MODEL, CUDA, torch.float32, 16, 16)
 
 
 @pytest.mark.usefixtures("a_gpu")
 def test_pages_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert choose_kernels("auto", None, MODEL, CUDA, torch.float32, 8) is None
+    assert choose_kernels("auto", None, MODEL, CUDA, torch.float32, 8, 32) is None
     assert "8 tokens, not a multiple of 16" in reason(caplog)
 
 
 @pytest.mark.usefixtures("a_gpu")
 def test_contexts_that_the_kernels_do_not_take(caplog: pytest.LogCaptureFixture) -> None:
-    model = dataclasses.replace(MODEL, max_position_embeddings=2**21)
     caplog.set_level(logging.INFO)
-    assert choose_kernels("auto", None, model, CUDA, torch.float32, 16) is None
-    assert "131072 pages, more than 65535" in reason(caplog)
+    assert choose_kernels("auto", None, MODEL, CUDA, torch.float32, 16, 65536) is None
+    assert "65536 pages, more than 65535; a lower max_model_len would do" in reason(caplog)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_what_is_served_decides_and_not_what_the_model_could_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model of millions of positions, of which few are served."""
+    model = dataclasses.replace(MODEL, max_position_embeddings=2**22)
+    few = EngineConfig(model="unused", max_model_len=2**20)
+    blocks = _max_blocks(few, model, 16)
+    assert blocks == 65536
+    asked: list[object] = []
+    monkeypatch.setattr(kernel_choice, "find_library", asked.append)
+    monkeypatch.setattr(kernel_choice, "KernelLibrary", lambda _: FakeLibrary())
+    given = (None, model, CUDA, torch.float32, 16)
+    assert choose_kernels("auto", *given, blocks) is None
+    assert choose_kernels("auto", *given, blocks - 1) is not None
+    assert len(asked) == 1
+
+
+class FakeLibrary:
+    """Has every kernel."""
+
+    def decode_plan(self, *_: object) -> None: ...
+    def select_ctas(self, *_: object) -> None: ...
 
 
 def test_cuda_kernels_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="the device is cpu"):
-        choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32, 16)
+        choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32, 16, 16)
 
 
 class FakePrefill:

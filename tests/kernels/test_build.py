@@ -25,7 +25,14 @@ from kernels._launch import KernelError, KernelLibrary
 
 NVCC = Compiler.find()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this host")
-KERNELS = {"index_select": 8, "sparse_decode": 4, "host_checks": 0, "span_prefill": 2}
+KERNELS = {
+    "index_select": 8,
+    "sparse_decode": 4,
+    "host_checks": 0,
+    "span_prefill": 2,
+    "qkv_store": 4,
+    "layer_ops": 4,
+}
 
 
 @needs_nvcc

@@ -1,0 +1,113 @@
+"""On a GPU host: the kernels around attention against their specification. Skips itself without
+CUDA.
+
+    python -m pytest tests/gpu/test_layer_kernels.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import cuda_layer, layer_reference
+from kernels._build import default_cache, find_library
+from kernels._launch import KernelLibrary
+from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+@pytest.fixture(scope="module")
+def library() -> KernelLibrary:
+    return KernelLibrary(find_library(default_cache()))
+
+
+@pytest.mark.parametrize("head_map", HEAD_MAPS)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 300])
+@pytest.mark.parametrize("dim", [64, 128])
+@DTYPES
+def test_store(
+    library: KernelLibrary, dtype: torch.dtype, dim: int, tokens: int, head_map: str
+) -> None:
+    case = StoreCase.make(tokens, head_map, dtype=dtype, dim=dim, block=64, device="cuda")
+    check_store(case, library)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index_dim": 8},
+        {"index_dim": 32},
+        {"normed": False},
+        {"query_tokens": 3},
+        {"query_tokens": 0},
+        {"stored_index": False},
+        {"dim": 128, "block": 64},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [5, 2100])
+@DTYPES
+def test_store_options(
+    library: KernelLibrary, dtype: torch.dtype, tokens: int, options: dict[str, Any]
+) -> None:
+    check_store(StoreCase.make(tokens, dtype=dtype, device="cuda", **options), library)
+
+
+@DTYPES
+def test_repeats_and_graphs_are_identical(library: KernelLibrary, dtype: torch.dtype) -> None:
+    def case() -> StoreCase:
+        return StoreCase.make(33, dtype=dtype, dim=128, device="cuda")
+
+    first = {name: value.clone() for name, value in case().run(library).items()}
+    recorded = case()
+    recorded.run(library)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = recorded.run(library)
+    for _ in range(10):
+        graph.replay()
+        again = case().run(library)
+        for name, value in first.items():
+            assert torch.equal(written[name].nan_to_num(), value.nan_to_num()), name
+            assert torch.equal(again[name].nan_to_num(), value.nan_to_num()), name
+
+
+@pytest.mark.parametrize("size", [8, 256, 1000, 2048, 4096, 12288])
+@pytest.mark.parametrize("tokens", [1, 7, 8192])
+@DTYPES
+def test_rows(library: KernelLibrary, dtype: torch.dtype, tokens: int, size: int) -> None:
+    """Sums of rows, their norm, and gates: as close to float32 as the PyTorch op is, twice."""
+    generator = torch.Generator("cuda").manual_seed(size)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    x, branch, weight = random(tokens, size), random(tokens, size), 1 + random(size) / 4
+    gate_up = 3 * random(tokens, 2 * size)
+    summed, normed = cuda_layer.add_norm(library, x, branch, weight, 1e-6)
+    assert torch.equal(summed, x + branch)
+    alone = cuda_layer.add_norm(library, summed, None, weight, 1e-6)
+    assert alone[0] is summed
+    assert torch.equal(alone[1], normed)
+    twin = layer_reference.add_norm(summed, None, weight, 1e-6)[1]
+    exact = layer_reference.add_norm(summed.float(), None, weight.float(), 1e-6)[1]
+    as_close(normed, twin, exact)
+    gated = cuda_layer.silu_mul(library, gate_up)
+    as_close(gated, layer_reference.silu_mul(gate_up), layer_reference.silu_mul(gate_up.float()))
+
+
+def as_close(got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+        return
+    allowed = 2 * float((twin.float() - exact).abs().max()) + 1e-6
+    assert float((got.float() - exact).abs().max()) <= allowed
