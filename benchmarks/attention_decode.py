@@ -119,6 +119,14 @@ def head_tiles() -> HeadTiles:
     return HeadTiles.make(roles, torch.device("cuda"), split_roles=True)
 
 
+def tiles_of_role(tiles: HeadTiles, *, retrieval: bool) -> HeadTiles:
+    """The tiles of one role alone; what the other heads would write is left as it was."""
+    is_it_G = (tiles.groups[:, 3] != 0) == retrieval
+    place_G = is_it_G.cumsum(0) - 1
+    tile_of_selected_S = place_G[tiles.tile_of_selected_S.long()].int()
+    return HeadTiles(tiles.groups[is_it_G], tile_of_selected_S, tiles.num_heads, tiles.most_heads)
+
+
 def graph_microseconds(calls: Sequence[Callable[[], object]]) -> float:
     """Median time of one of the calls when all are replayed in a CUDA graph."""
     for call in calls:
@@ -196,7 +204,10 @@ def blocks_needed(space: DecodeWorkspace, rows: int, context: int, tiles: int) -
 def sparse_figures(
     library: KernelLibrary, rows: int, context: int, share: float, bandwidth: float
 ) -> dict[str, Any]:
-    """Both kernels, each alone and together, with the bytes that they must read."""
+    """Both kernels, each alone and together, with the bytes that they must read.
+
+    Attention also in its parts: local heads alone, and retrieval heads with lists made before.
+    """
     tiles, blocks = head_tiles(), context // BLOCK
     layer_bytes = rows * context * INDEX_DIM * 2 * len(RETRIEVAL)
     count = min(16, max(1, BYTES_PER_GRAPH // layer_bytes))
@@ -234,14 +245,12 @@ def sparse_figures(
             layer.attended_RS,
         )
 
-    def select(layer: Layer, space: DecodeWorkspace) -> None:
-        list_blocks(
-            space, tiles, layer.pool, layer.lens_R, RULE, layer.selection, layer.attended_RS
-        )
+    def select(layer: Layer, space: DecodeWorkspace, of: HeadTiles = tiles) -> None:
+        list_blocks(space, of, layer.pool, layer.lens_R, RULE, layer.selection, layer.attended_RS)
 
-    def attention(layer: Layer, space: DecodeWorkspace) -> None:
+    def attention(layer: Layer, space: DecodeWorkspace, of: HeadTiles = tiles) -> None:
         heads = (layer.q_RHD, layer.out_RHD)
-        attend_listed(space, tiles, *heads, layer.pool, None, layer.lens_R, RULE, scale, 0)
+        attend_listed(space, of, *heads, layer.pool, None, layer.lens_R, RULE, scale, 0)
 
     def measure(call: Callable[[Layer, DecodeWorkspace], None]) -> float:
         pairs = list(zip(layers, workspaces, strict=True))
@@ -251,11 +260,18 @@ def sparse_figures(
     needed = statistics.fmean(blocks_needed(s, rows, context, tiles.count) for s in workspaces)
     index_bytes, kv_bytes = layer_bytes, needed * BLOCK * DIM * 4
     select_us, attention_us = measure(select), measure(attention)
+    local, retrieval = (tiles_of_role(tiles, retrieval=flag) for flag in (False, True))
+    local_us = measure(partial(attention, of=local))
+    for layer, space in zip(layers, workspaces, strict=True):
+        select(layer, space, retrieval)  # lists are numbered by tile
+    retrieval_us = measure(partial(attention, of=retrieval))
     attended = [float(layer.attended_RS.float().mean()) for layer in layers]
     return {
         "microseconds": both,
         "select_microseconds": select_us,
         "attention_microseconds": attention_us,
+        "local_microseconds": local_us,
+        "retrieval_microseconds": retrieval_us,
         "attended_fraction": statistics.fmean(attended) / context,
         "floor_microseconds": 1e6 * (index_bytes + kv_bytes) / bandwidth,
         "select_share_of_copy": index_bytes / (1e-6 * select_us) / bandwidth,
@@ -290,8 +306,8 @@ def run(shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, Any]:
 
 def _table(records: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="decode attention of one layer, microseconds")
-    columns = "rows x context|share|dense|sparse|ratio|select|of copy|attention|of copy|floor"
-    for column in columns.split("|"):
+    columns = "rows x context|share|dense|sparse|ratio|select|of copy|attention|of copy"
+    for column in (*columns.split("|"), "local", "retrieval", "floor"):
         table.add_column(column, justify="right")
     for record in records:
         sparse, best = record["sparse"], min(record["dense"], key=record["dense"].get)
@@ -305,6 +321,8 @@ def _table(records: Sequence[dict[str, Any]]) -> Table:
             f"{sparse['select_share_of_copy']:.0%}",
             f"{sparse['attention_microseconds']:.1f}",
             f"{sparse['attention_share_of_copy']:.0%}",
+            f"{sparse['local_microseconds']:.1f}",
+            f"{sparse['retrieval_microseconds']:.1f}",
             f"{sparse['floor_microseconds']:.1f}",
         )
     return table

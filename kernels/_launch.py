@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 TILE_HEADS = 16
-MAX_ITEMS = 2048  # rows x group tiles of one launch
+MAX_ITEMS = 1024  # rows x group tiles of one launch
 MAX_BLOCKS = 65535  # of one sequence
 MAX_WINDOW = 2**30
 GROUP_WORDS = 4 + 2 * TILE_HEADS  # int32 of a group
@@ -99,6 +99,7 @@ class DecodeArgs(ctypes.Structure):
         ("rows", c_int64),
         ("groups", c_void_p),
         ("group_count", c_int64),
+        ("tile_heads", c_int64),
         ("block_tokens", c_int64),
         ("head_dim", c_int64),
         ("data_type", c_int64),
@@ -116,7 +117,6 @@ class DecodeArgs(ctypes.Structure):
         ("warps", c_int64),
         ("shared_bytes", c_int64),
         ("overlap", c_int64),
-        ("tickets", c_void_p),
         ("held_back", c_int64),
     ]
 
@@ -150,7 +150,7 @@ class KernelLibrary:
         for which, size in enumerate(sizes):
             if self._library.rtpurbo_struct_bytes(which) != size:
                 raise KernelError(f"{path.name}: built from other sources; build the kernels again")
-        self._plans: dict[tuple[int, torch.dtype, int], DecodePlan] = {}
+        self._plans: dict[tuple[int, torch.dtype, int, bool], DecodePlan] = {}
         self._select_ctas: dict[tuple[int, torch.dtype, int], int] = {}
 
     def launch_select(
@@ -188,18 +188,22 @@ class KernelLibrary:
             code = self._library.rtpurbo_span_prefill(byref(args), stream_of(like.device))
         self._check(code, "span_prefill")
 
-    def decode_plan(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodePlan:
+    def decode_plan(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, *, wide: bool = False
+    ) -> DecodePlan:
         """CTAs, warps and shared memory of a decode launch; asked of the device once.
+
+        `wide`: a tile holds more than 8 query heads.
 
         Raises:
             KernelError: no kernel for this dtype and head_dim, or the device refuses it.
         """
-        key = (device.index or 0, dtype, head_dim)
+        key = (device.index or 0, dtype, head_dim, wide)
         if key not in self._plans:
             plan = DecodePlan()
             with on_device(device):
                 code = self._library.rtpurbo_decode_plan(
-                    DATA_TYPES.get(dtype, -1), head_dim, byref(plan)
+                    DATA_TYPES.get(dtype, -1), head_dim, 16 if wide else 8, byref(plan)
                 )
             self._check(code, f"attention in {dtype} with head_dim {head_dim}")
             self._plans[key] = plan
@@ -232,7 +236,7 @@ class KernelLibrary:
         for which in ("index_select", "select", "list"):
             getattr(lib, f"rtpurbo_{which}").argtypes = [POINTER(SelectArgs), c_void_p]
         lib.rtpurbo_sparse_decode.argtypes = [POINTER(DecodeArgs), c_void_p]
-        lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, POINTER(DecodePlan)]
+        lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, c_int64, POINTER(DecodePlan)]
         lib.rtpurbo_select_ctas.argtypes = [POINTER(SelectArgs), POINTER(c_int64)]
         if hasattr(lib, "rtpurbo_span_prefill"):  # not in the emulation
             lib.rtpurbo_span_prefill.argtypes = [c_void_p, c_void_p]
@@ -246,8 +250,10 @@ class KernelLibrary:
         lib.rtpurbo_fixed_mass.restype = c_uint64
         lib.rtpurbo_share_start.argtypes = [c_int64] * 3
         lib.rtpurbo_share_start.restype = c_int64
-        lib.rtpurbo_share_owner.argtypes = [c_int64] * 3
-        lib.rtpurbo_share_owner.restype = c_int64
+        lib.rtpurbo_piece_blocks.argtypes = [c_int] * 4
+        lib.rtpurbo_piece_start.argtypes = [c_int] * 3
+        lib.rtpurbo_shares_start.argtypes = [c_int] * 3
+        lib.rtpurbo_shares_owner.argtypes = [c_int] * 3
         lib.rtpurbo_working_ctas.argtypes = [c_int64] * 3
         lib.rtpurbo_working_ctas.restype = c_int64
         lib.rtpurbo_item_of.argtypes = [POINTER(c_int), c_int, c_int64]

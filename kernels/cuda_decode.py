@@ -36,8 +36,8 @@ from kernels.decode_inputs import (
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
 
-# One CTA in so many takes items with lists only. The others move memory as fast, and a CTA that
-# cannot start before index_select has left its multiprocessor holds nobody up.
+# One CTA in so many takes items with lists only: neither role waits for the other, and either part
+# alone moves memory as fast as all.
 HELD_BACK = 3
 
 
@@ -163,8 +163,7 @@ def attend_listed(
         overlap: the lists are being made by the launch before this one on the stream; tiles
             without one need not wait for it. Wrong after anything but `index_select`.
     """
-    plan = workspace.plan
-    overlaps = overlap and bool(plan.overlap)
+    plan = workspace.plan(tiles)
     args = DecodeArgs(
         queries=q_RHD.data_ptr(),
         query_row_stride=q_RHD.stride(0),
@@ -176,6 +175,7 @@ def attend_listed(
         rows=len(context_lens_R),
         groups=tiles.groups.data_ptr(),
         group_count=tiles.count,
+        tile_heads=tiles.most_heads,
         head_dim=q_RHD.shape[2],
         data_type=DATA_TYPES[q_RHD.dtype],
         scale=scale,
@@ -187,9 +187,8 @@ def attend_listed(
         ctas=plan.ctas,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
-        overlap=overlaps,
-        tickets=workspace.tickets.data_ptr(),
-        held_back=plan.ctas // HELD_BACK if overlaps else 0,
+        overlap=overlap and bool(plan.overlap),
+        held_back=plan.ctas // HELD_BACK,
     )
     for index, pool in enumerate((full, window)):
         if pool is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import ENTRY_WORDS, MAX_BLOCKS, TILE_HEADS, KernelLibrary
+from kernels._launch import ENTRY_WORDS, MAX_BLOCKS, TILE_HEADS, DecodePlan, KernelLibrary
+from kernels.head_tiles import HeadTiles
 
 
 class DecodeWorkspace:
@@ -40,7 +41,7 @@ class DecodeWorkspace:
         if max_blocks > MAX_BLOCKS:
             raise ValueError(f"contexts of {max_blocks} blocks; the kernels take {MAX_BLOCKS}")
         self.library = library
-        self.plan = library.decode_plan(device, dtype, head_dim)
+        self._plans = [library.decode_plan(device, dtype, head_dim, wide=w) for w in (False, True)]
         self.limits = (max_rows, max_tiles, max_selecting, max_blocks)
         rows = max_rows
 
@@ -57,8 +58,7 @@ class DecodeWorkspace:
         self.lists = ints(rows * max_tiles * max_blocks * ENTRY_WORDS if max_selecting else 0)
         self.list_counts = ints(rows * max_tiles)
         self.item_done = ints(rows * max_tiles)
-        self.tickets = ints(1)
-        parts = (self.plan.ctas, 4, TILE_HEADS)
+        parts = (max(plan.ctas for plan in self._plans), 4, TILE_HEADS)
         self.partial = floats(*parts, head_dim)
         self.partial_stats = floats(*parts, 2)
 
@@ -66,6 +66,10 @@ class DecodeWorkspace:
     def num_bytes(self) -> int:
         """Bytes of all of it."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+    def plan(self, tiles: HeadTiles) -> DecodePlan:
+        """How attention of these tiles is launched."""
+        return self._plans[tiles.most_heads > 8]
 
     def check(self, rows: int, tiles: int, selecting: int, blocks: int) -> None:
         """Raises ValueError if a launch needs more than was made."""

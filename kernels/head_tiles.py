@@ -33,11 +33,13 @@ class HeadTiles:
 
     groups: int32 [G, 36], `Group` of `csrc/args.h`.
     tile_of_selected_S: int32, the tile of each head that selects.
+    most_heads: of a tile.
     """
 
     groups: Tensor
     tile_of_selected_S: Tensor
     num_heads: int
+    most_heads: int
 
     @classmethod
     def make(
@@ -76,6 +78,7 @@ class HeadTiles:
             torch.tensor([_group(roles, heads) for heads in tiles], dtype=torch.int32).to(device),
             torch.tensor([tile_of[i] for i in range(selecting)], dtype=torch.int32).to(device),
             len(roles),
+            max(map(len, tiles)),
         )
 
     @property

@@ -10,7 +10,7 @@
 namespace rtpurbo {
 
 constexpr int kTileHeads = 16;
-constexpr int kMaxItems = 2048;    // rows x group tiles of one launch
+constexpr int kMaxItems = 1024;    // rows x group tiles of one launch
 constexpr int kMaxBlocks = 65535;  // of one sequence
 
 enum DataType : int64_t { kBfloat16 = 0, kFloat32 = 1 };
@@ -90,6 +90,7 @@ struct DecodeArgs {
     int64_t rows;
     const Group* groups;  // [G]
     int64_t group_count;
+    int64_t tile_heads;   // of the group that has most
     int64_t block_tokens;
     int64_t head_dim;
     int64_t data_type;
@@ -107,8 +108,7 @@ struct DecodeArgs {
     int64_t warps;
     int64_t shared_bytes;
     int64_t overlap;  // 1: straight after index_select on the stream; start before it has ended
-    uint32_t* tickets;  // zero, and zero again afterwards; read if CTAs are held back
-    int64_t held_back;  // CTAs, the last to come, that take no items without lists
+    int64_t held_back;  // CTAs, at most half, that take items with lists only
 };
 
 // How a decode launch fits the current device.

@@ -83,33 +83,18 @@ DEVICE void fill_starts(Start* starts, int count, SizeOf size_of) {
     __syncthreads();
 }
 
-// How many CTAs of the launch came here before this one; the counter is 0 again for the next launch.
-DEVICE int arrival(uint32_t* counter, int* scratch) {
-    if (threadIdx.x == 0) {
-        const uint32_t before = atomicAdd(counter, 1);
-        if (before + 1 == gridDim.x) *counter = 0;
-        *scratch = static_cast<int>(before);
-    }
-    __syncthreads();
-    const int place = *scratch;
-    __syncthreads();
-    return place;
-}
-
 // Counts this CTA's `amount` in towards `target`; true in the CTA that completes it, which sees
 // all that the others wrote before, and leaves the counter at 0 for the next launch.
 DEVICE bool arrive(uint32_t* counter, uint32_t amount, uint32_t target, int* scratch) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        const bool last = atomicAdd(counter, amount) + amount == target;
+        const bool last = add_in_order(counter, amount) + amount == target;
         if (last) *counter = 0;
         *scratch = last;
     }
     __syncthreads();
     const bool last = *scratch != 0;
     __syncthreads();
-    if (last) __threadfence();
     return last;
 }
 

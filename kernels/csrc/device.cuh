@@ -51,6 +51,13 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                  : "memory");
 }
 
+// An 8x8 matrix as above, transposed.
+DEVICE uint32_t transpose_matrix(uint32_t own) {
+    uint32_t out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(own));
+    return out;
+}
+
 // c[16 x 8] += a[16 x 16] b[16 x 8], bfloat16 in, float32 out.
 DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
@@ -71,6 +78,17 @@ DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
+}
+
+// Adds, and returns what was there. Whoever sees the sum sees all that this thread, and those that met
+// it at a barrier, wrote before; and this one sees what was written before by all who added earlier.
+DEVICE uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;\n"
+                 : "=r"(before)
+                 : "l"(counter), "r"(amount)
+                 : "memory");
+    return before;
 }
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }

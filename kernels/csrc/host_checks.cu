@@ -17,8 +17,20 @@ extern "C" int64_t rtpurbo_share_start(int64_t cta, int64_t total, int64_t ctas)
     return share_start(cta, total, ctas);
 }
 
-extern "C" int64_t rtpurbo_share_owner(int64_t unit, int64_t total, int64_t ctas) {
-    return share_owner(unit, total, ctas);
+extern "C" int rtpurbo_piece_blocks(int total, int items, int workers, int least) {
+    return piece_blocks(total, items, workers, least);
+}
+
+extern "C" int rtpurbo_piece_start(int piece, int pieces, int blocks) {
+    return piece_start(piece, pieces, blocks);
+}
+
+extern "C" int rtpurbo_shares_start(int share, int total, int count) {
+    return Shares(total, count).start(share);
+}
+
+extern "C" int rtpurbo_shares_owner(int piece, int total, int count) {
+    return Shares(total, count).owner(piece);
 }
 
 extern "C" int64_t rtpurbo_working_ctas(int64_t total, int64_t ctas, int64_t least) {

@@ -424,6 +424,12 @@ extern "C" int rtpurbo_select_ctas(const SelectArgs* args, int64_t* ctas) {
                                            device)) {
         return error;
     }
+    // The attention that starts meanwhile needs shared memory, which a busy multiprocessor does not
+    // take from its L1 cache.
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared)) {
+        return error;
+    }
     const size_t shared_bytes = (kMaxItems + 1) * sizeof(int64_t);
     if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads,
                                                                   shared_bytes)) {

@@ -1,4 +1,4 @@
-// Who computes what: blocks of a row under each rule, and equal shares of all blocks for the CTAs.
+// Who computes what: blocks of a row under each rule, pieces of items, and shares of all for the CTAs.
 #pragma once
 
 #include "args.h"
@@ -23,18 +23,59 @@ struct WindowBlocks {
     }
 };
 
+// All below 2^31. Divides in 32 bits: a division of 64 costs a GPU a hundred instructions.
 HOST_DEVICE WindowBlocks window_blocks(int64_t context, int64_t block_tokens, int64_t window,
                                        int64_t sinks) {
+    const uint32_t length = static_cast<uint32_t>(context);
+    const uint32_t size = static_cast<uint32_t>(block_tokens);
     WindowBlocks found;
-    found.blocks = static_cast<int>((context + block_tokens - 1) / block_tokens);
+    found.blocks = static_cast<int>((length + size - 1) / size);
     // A window of 0 sees nothing: its first block is past the end.
-    found.first = window <= 0        ? found.blocks
-                  : context > window ? static_cast<int>((context - window) / block_tokens)
-                                     : 0;
-    const int64_t sink_blocks = (sinks + block_tokens - 1) / block_tokens;
-    found.sink_blocks = static_cast<int>(sink_blocks < found.first ? sink_blocks : found.first);
+    found.first = window <= 0 ? found.blocks
+                  : context > window
+                      ? static_cast<int>((length - static_cast<uint32_t>(window)) / size)
+                      : 0;
+    const int sink_blocks = static_cast<int>((static_cast<uint32_t>(sinks) + size - 1) / size);
+    found.sink_blocks = sink_blocks < found.first ? sink_blocks : found.first;
     return found;
 }
+
+// Most blocks of a piece, if `items` items of `total` blocks are to be cut for `workers` CTAs. Where
+// CTAs are many, every piece finds one of its own, though each item may end with a short piece: a CTA
+// that crossed from one item to the next would pay for two starts and two merges, and all wait for it.
+HOST_DEVICE int piece_blocks(int total, int items, int workers, int least) {
+    if (2 * items > workers) return least;
+    const int blocks = ceil_div(total, workers - items);
+    return blocks < least ? least : blocks;
+}
+
+// First block of piece `piece` of the `pieces`, at most 65535, that an item of `blocks` is cut into.
+HOST_DEVICE int piece_start(int piece, int pieces, int blocks) {
+    return static_cast<int>(static_cast<uint32_t>(piece) * static_cast<uint32_t>(blocks) /
+                            static_cast<uint32_t>(pieces));
+}
+
+// `total` pieces in a row, in `count` <= total shares of nearly equal length, a CTA each.
+struct Shares {
+    int each;    // pieces of a share
+    int longer;  // the first so many have one more
+
+    HOST_DEVICE Shares(int total, int count)
+        : each(static_cast<int>(static_cast<uint32_t>(total) / static_cast<uint32_t>(count))),
+          longer(total - each * count) {}
+
+    HOST_DEVICE int start(int share) const {
+        return share * each + (share < longer ? share : longer);
+    }
+
+    // The share that holds a piece.
+    HOST_DEVICE int owner(int piece) const {
+        const int left = piece - longer * (each + 1);
+        const uint32_t size = static_cast<uint32_t>(left < 0 ? each + 1 : each);
+        return left < 0 ? static_cast<int>(static_cast<uint32_t>(piece) / size)
+                        : longer + static_cast<int>(static_cast<uint32_t>(left) / size);
+    }
+};
 
 // CTAs that get work: a share is never empty, and never smaller than `least` if it can be helped.
 HOST_DEVICE int64_t working_ctas(int64_t total, int64_t ctas, int64_t least) {
@@ -45,11 +86,6 @@ HOST_DEVICE int64_t working_ctas(int64_t total, int64_t ctas, int64_t least) {
 // First unit of CTA `cta`'s share [share_start(cta), share_start(cta + 1)) of `total`.
 HOST_DEVICE int64_t share_start(int64_t cta, int64_t total, int64_t ctas) {
     return cta * total / ctas;
-}
-
-// The CTA whose share holds `unit`.
-HOST_DEVICE int64_t share_owner(int64_t unit, int64_t total, int64_t ctas) {
-    return ((unit + 1) * ctas - 1) / total;
 }
 
 // Index of the last of `count` ascending starts that is not past `unit`: the item that holds it,

@@ -2,17 +2,16 @@
 //
 // An item is a row and a group: a KV head with the query heads that read it. Its blocks come from a
 // list (some head selected them, or a local head sees them), from the window rule, or are all of
-// the context; each is read once for all heads of the group. The blocks of all items are one line,
-// cut into equal shares, a CTA each, so that long and short items fill the device alike. Inside a
-// CTA every warp attends to strips of its own (strip.cuh), three copies ahead. An item that lies in
-// several shares leaves partial results, and the CTA that completes it merges them in the order of
-// the shares: the same inputs give the same bits. Bound by memory bandwidth on keys and values.
+// the context; each is read once for all heads of the group. Items are cut into pieces, a CTA each
+// (partition.cuh). Inside a CTA every warp attends to strips of its own (strip.cuh), the next ones
+// on their way. An item of several pieces leaves partial results, and the CTA that completes it
+// merges them in the order of the pieces: the same inputs give the same bits. Bound by memory
+// bandwidth on keys and values; with few rows by the chain of loads that depend on each other, so
+// CTAs are small, several on a multiprocessor, and each does one thing.
 //
-// Items that need no list come first. After index_select the kernel may be started early
-// (`overlap`): it attends to those while blocks are still being chosen, and then waits for the lists.
-// A multiprocessor has no registers for both kernels, so where blocks are being chosen a CTA starts
-// late. Shares are therefore taken in the order of arrival, and CTAs that come last take none of the
-// early items; they are the first for items with lists.
+// Of the CTAs some take items with lists only, at the same time as the others attend to the window.
+// After index_select the kernel may be started early (`overlap`): the others then work while blocks
+// are still being chosen, and only those with lists wait. Long lists are shared out over all CTAs.
 
 #include "args.h"
 #include "cta.cuh"
@@ -23,9 +22,12 @@
 namespace rtpurbo {
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kStages = 3;        // strips in a warp's ring
-constexpr int kLeastBlocks = 2;   // of a share: eight strips of 64-token blocks
+constexpr int kMaxWarps = 4;
+constexpr int kMergedRows = 32;  // of partial results that a warp has on their way
+// Blocks of a piece at least. A merge of more pieces takes longer than their blocks: a window of 8192
+// tokens makes 33. Lists are short, and what comes after a selection holds up everything.
+constexpr int kLeastBlocks = 4, kLeastListed = 1;
+constexpr int kListedAlone = 8;  // blocks, for each CTA that takes items with lists only
 constexpr float kLog2E = 1.4426950408889634f;
 
 // A strip on its way, as its reader needs it.
@@ -37,48 +39,58 @@ struct InFlight {
 // Shared memory of a CTA.
 template <typename Strip, int kDim>
 struct Layout {
+    static constexpr int kStages = 256 / kDim;  // strips in a warp's ring
     static constexpr int kHalfBytes = kStripTokens * kDim * sizeof(typename Strip::Element);
     static constexpr int kRingBytes = kStages * 2 * kHalfBytes;  // of a warp
-    static constexpr int kPartsAtOnce = sizeof(typename Strip::Element) == 2 ? 16 : 8;  // merged
 
-    static constexpr int kStarts = 0;
-    static constexpr int kFlag = (kMaxItems + 1) * 4;
+    static constexpr int kStarts = 0;                         // int [items + 1], in pieces
+    static constexpr int kBlocks = (kMaxItems + 1) * 4;       // uint16_t [items]
+    static constexpr int kFlag = kBlocks + kMaxItems * 2;
     static constexpr int kStats = (kFlag + 4 + 127) / 128 * 128;
     static constexpr int kInFlight = kStats + kMaxWarps * kTileHeads * sizeof(Stats);
     static constexpr int kScratch = kInFlight + kMaxWarps * kStages * sizeof(InFlight);
     static constexpr int kRing =
         (kScratch + kMaxWarps * Strip::kScratchFloats * 4 + 127) / 128 * 128;
 
-    static_assert(kRingBytes >= kTileHeads * kDim * 4, "a warp's result fits into its ring");
+    static_assert(kRingBytes >= kTileHeads * Strip::kPitch * 4, "a warp's result fits into its ring");
+    static_assert(kRingBytes >= kMergedRows * kDim * 4, "and so do the rows that it merges");
 
     static constexpr int bytes(int warps) { return kRing + warps * kRingBytes; }
 };
 
 // A row and a group, and the blocks to read for them.
 struct Item {
-    int64_t row;
-    int64_t index;
+    int index;
+    int row;
     const Group* group;
-    int64_t context;
+    int pool, kv_row, heads;
+    uint32_t retrieval;  // bit per slot: sees what its list says, or all
+    uint32_t local;      // bit per slot: under the window rule
+    int context;
     WindowBlocks window;
     const ListEntry* list;  // or null
-    uint32_t local;         // bit per slot: under the window rule
 
-    DEVICE Item(const DecodeArgs& args, int64_t item) : index(item) {
-        row = item / args.group_count;
-        group = args.groups + item % args.group_count;
-        context = args.context_lens[row];
+    DEVICE Item(const DecodeArgs& args, int item) : index(item) {
+        const uint32_t groups = static_cast<uint32_t>(args.group_count);
+        row = static_cast<int>(static_cast<uint32_t>(item) / groups);
+        group = args.groups + (item - row * static_cast<int>(groups));
+        const int4 first = *reinterpret_cast<const int4*>(group);  // 144 bytes each
+        context = static_cast<int>(args.context_lens[row]);
+        pool = first.x;
+        kv_row = first.y;
+        heads = first.z;
+        retrieval = static_cast<uint32_t>(first.w);
+        local = ((1u << heads) - 1) & ~retrieval;
         window = window_blocks(context, args.block_tokens, args.window, args.sinks);
-        const bool listed = args.lists != nullptr && group->retrieval != 0 && context > 0 &&
+        const bool listed = args.lists != nullptr && retrieval != 0 && context > 0 &&
                             context >= args.dense_below;
-        list = listed ? args.lists + item * args.list_width : nullptr;
-        local = ((1u << group->heads) - 1) & ~static_cast<uint32_t>(group->retrieval);
+        list = listed ? args.lists + index * args.list_width : nullptr;
     }
 
     // Blocks; of an item with a list only when the list is there.
     DEVICE int count(const DecodeArgs& args) const {
         if (list != nullptr) return __ldcg(args.list_counts + index);
-        return group->retrieval != 0 ? window.blocks : window.count();
+        return retrieval != 0 ? window.blocks : window.count();
     }
 
     DEVICE ListEntry entry(int place) const {
@@ -86,8 +98,29 @@ struct Item {
             const int2 found = __ldcg(reinterpret_cast<const int2*>(list) + place);
             return {found.x, static_cast<uint32_t>(found.y)};
         }
-        if (group->retrieval != 0) return {place, static_cast<uint32_t>(group->retrieval)};
+        if (retrieval != 0) return {place, retrieval};
         return {window.at(place), 0};
+    }
+};
+
+// Where an item's keys and values lie.
+struct Source {
+    const unsigned char* keys;
+    const unsigned char* values;
+    const int32_t* pages;  // of its row; of an int64 the lower half is read
+    int page_words;
+    uint32_t page_rows;  // tokens of all KV heads in a page
+    uint32_t first_row;  // of those, the first of the item's KV head
+
+    DEVICE Source(const DecodeArgs& args, const Item& item) {
+        const Table& table = args.tables[item.pool];
+        const uint32_t block_tokens = static_cast<uint32_t>(args.block_tokens);
+        keys = static_cast<const unsigned char*>(args.keys[item.pool]);
+        values = static_cast<const unsigned char*>(args.values[item.pool]);
+        page_words = table.is_64_bit ? 2 : 1;
+        pages = static_cast<const int32_t*>(table.pages) + item.row * table.row_stride * page_words;
+        page_rows = static_cast<uint32_t>(args.kv_rows[item.pool]) * block_tokens;
+        first_row = static_cast<uint32_t>(item.kv_row) * block_tokens;
     }
 };
 
@@ -95,48 +128,44 @@ struct Item {
 struct Target {
     int first;        // position of its first token, -1: nobody sees it
     uint32_t heads;   // slots that selected its block
-    int64_t token;    // of the pool: (page * kv_rows + kv_row) * block_tokens + place
+    int64_t row;      // of the pool
 };
 
 // The strip that begins at token `place` of an item's block number `index`.
-DEVICE Target find_strip(const DecodeArgs& args, const Item& item, int index, int place) {
+DEVICE Target find_strip(const DecodeArgs& args, const Item& item, const Source& source, int index,
+                         int place) {
     const ListEntry entry = item.entry(index);
-    const int pool = item.group->pool;
     // Looked up even if nobody sees the strip: the two loads do not wait for the answer.
-    const int64_t page = page_of(args.tables[pool], item.row, entry.block);
-    const int64_t first = entry.block * args.block_tokens + place;
+    const int64_t page = source.pages[static_cast<int64_t>(entry.block) * source.page_words];
+    const int first = entry.block * static_cast<int>(args.block_tokens) + place;
     // The window sees the strip if it sees the strip's newest token.
-    const int64_t last = min(first + kStripTokens, item.context) - 1;
+    const int last = min(first + kStripTokens, item.context) - 1;
     const bool near = first < args.sinks || item.context - 1 - last < args.window;
     const bool seen =
         first < item.context && (entry.heads != 0 || (item.local != 0 && near));
-    return {seen ? static_cast<int>(first) : -1, entry.heads,
-            (page * args.kv_rows[pool] + item.group->kv_row) * args.block_tokens + place};
+    return {seen ? first : -1, entry.heads, page * source.page_rows + source.first_row + place};
 }
 
 // Copies a warp's strip of keys and values; tokens past the context become zeros, since memory that
 // was never written may hold NaN, which a weight of zero does not silence.
 template <typename Strip, int kDim>
-DEVICE void copy_strip(const DecodeArgs& args, const Item& item, const Target& target,
+DEVICE void copy_strip(const Source& source, const Target& target, int context,
                        unsigned char* stage) {
     using Element = typename Strip::Element;
     constexpr int kHalfBytes = Layout<Strip, kDim>::kHalfBytes;
-    const int pool = item.group->pool;
-    const int64_t offset = target.token * kDim * static_cast<int64_t>(sizeof(Element));
-    const unsigned char* keys = static_cast<const unsigned char*>(args.keys[pool]) + offset;
-    const unsigned char* values = static_cast<const unsigned char*>(args.values[pool]) + offset;
+    const int64_t offset = target.row * kDim * static_cast<int64_t>(sizeof(Element));
+    const unsigned char* keys = source.keys + offset;
+    const unsigned char* values = source.values + offset;
     const int lane = threadIdx.x % 32;
+    const int left = context - target.first;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const unsigned char* source = half == 0 ? keys : values;
-#pragma unroll
-        for (int i = 0; i < kHalfBytes / 16 / 32; ++i) {
-            const int chunk = i * 32 + lane;
-            const int row = chunk / Strip::kChunks, column = chunk % Strip::kChunks;
-            const int to = row * Strip::kChunks + (column ^ (row % 8));
-            copy_async_16(stage + half * kHalfBytes + to * 16, source + chunk * 16,
-                          target.first + row < item.context ? 16 : 0);
-        }
+    for (int i = 0; i < kHalfBytes / 16 / 32; ++i) {
+        const int chunk = i * 32 + lane;
+        const int row = chunk / Strip::kChunks, column = chunk % Strip::kChunks;
+        unsigned char* to = stage + (row * Strip::kChunks + (column ^ (row % 8))) * 16;
+        const int bytes = row < left ? 16 : 0;
+        copy_async_16(to, keys + chunk * 16, bytes);
+        copy_async_16(to + kHalfBytes, values + chunk * 16, bytes);
     }
 }
 
@@ -147,6 +176,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
                    unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
     using Element = typename Strip::Element;
+    constexpr int kStages = Layout::kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     unsigned char* ring = shared + Layout::kRing + warp * Layout::kRingBytes;
     InFlight* in_flight = reinterpret_cast<InFlight*>(shared + Layout::kInFlight) + warp * kStages;
@@ -155,17 +185,17 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
     const int per_block = static_cast<int>(args.block_tokens) / kStripTokens;
     const int strips = (end - begin) * per_block;
 
-    Strip strip;
-    strip.begin(static_cast<const Element*>(args.queries) + item.row * args.query_row_stride,
-                args.query_head_stride, *item.group, scratch);
+    const Source source(args, item);
     const auto find = [&](int index) -> Target {
         if (index >= strips) return {-1, 0, 0};
-        return find_strip(args, item, begin + index / per_block, index % per_block * kStripTokens);
+        return find_strip(args, item, source, begin + index / per_block,
+                          index % per_block * kStripTokens);
     };
     // Every call closes a group of copies, empty or not, so that waiting can count them.
     const auto copy = [&](const Target& target, int stage) {
         if (target.first >= 0) {
-            copy_strip<Strip, kDim>(args, item, target, ring + stage * 2 * Layout::kHalfBytes);
+            copy_strip<Strip, kDim>(source, target, item.context,
+                                    ring + stage * 2 * Layout::kHalfBytes);
         }
         if (lane == 0) in_flight[stage] = {target.first, target.heads};
         copy_async_commit();
@@ -175,6 +205,9 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
     for (int stage = 0; stage < kStages; ++stage) ahead[stage] = find(warp + stage * warps);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) copy(ahead[stage], stage);
+    Strip strip;
+    strip.begin(static_cast<const Element*>(args.queries) + item.row * args.query_row_stride,
+                args.query_head_stride, *item.group, scratch);
     int stage = 0;
     for (int index = warp; index < strips; index += warps) {
         const Target next = find(index + kStages * warps);
@@ -186,7 +219,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
             const Sight sight{now.first,
                               now.selected,
                               item.local,
-                              static_cast<int>(item.context),
+                              item.context,
                               static_cast<int>(args.window),
                               static_cast<int>(args.sinks)};
             strip.step(keys, keys + Layout::kHalfBytes, sight,
@@ -229,7 +262,7 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
     using Layout = Layout<Strip, kDim>;
     const int warps = blockDim.x / 32;
     const Stats* stats = reinterpret_cast<const Stats*>(shared + Layout::kStats);
-    for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
+    for (int i = threadIdx.x; i < item.heads * (kDim / 4); i += blockDim.x) {
         const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
         float most = -INFINITY, sum = 0.0f;
         for (int warp = 0; warp < warps; ++warp) {
@@ -244,7 +277,7 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
                 reinterpret_cast<const float*>(shared + Layout::kRing + warp * Layout::kRingBytes);
             sum = fmaf(factor, own.sum, sum);
             add_scaled(total, factor,
-                       *reinterpret_cast<const float4*>(result + slot * kDim + column));
+                       *reinterpret_cast<const float4*>(result + slot * Strip::kPitch + column));
         }
         if (complete) {
             float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -262,59 +295,109 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
 
 // Where a CTA leaves its part of an item. A share's first item may have begun in an earlier share,
 // its last may go on in a later one: at most one of either kind, of items with and without lists.
-DEVICE int64_t part_of(int64_t cta, bool listed, bool begins_item) {
+DEVICE int64_t part_of(int cta, bool listed, bool begins_item) {
     return cta * 4 + listed * 2 + begins_item;
 }
 
-// Merges the parts of an item that shares [first, last] hold, in their order.
+// Merges the parts of an item that shares [first, last] hold, in their order: a warp a slot, a row of
+// values by 16 bytes a lane, its copies and the statistics under way together.
 template <typename Strip, int kDim>
-DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int64_t first, int64_t last,
+DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int first, int last,
                         unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
-    const int heads = item.group->heads, parts = static_cast<int>(last - first + 1);
-    const bool listed = item.list != nullptr;
+    constexpr int kColumns = kDim / 4, kRowsAtOnce = 32 / kColumns;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    float2* stats = reinterpret_cast<float2*>(shared + Layout::kRing);  // [parts, heads]
-    for (int i = threadIdx.x; i < parts * heads; i += blockDim.x) {
-        const int64_t part = part_of(first + i / heads, listed, i < heads);
-        stats[i] = __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + part * kTileHeads +
-                          i % heads);
-    }
-    __syncthreads();
-    for (int slot = warp; slot < heads; slot += warps) {
-        float most = -INFINITY, sum = 0.0f;
-        for (int i = lane; i < parts; i += 32) most = fmaxf(most, stats[i * heads + slot].x);
+    const int parts = last - first + 1, column = lane % kColumns * 4, own_row = lane / kColumns;
+    float* rows =
+        reinterpret_cast<float*>(shared + Layout::kRing + warp * Layout::kRingBytes) + lane * 4;
+    const auto place_of = [&](int part, int slot) {
+        return part_of(first + part, item.list != nullptr, part == 0) * kTileHeads + slot;
+    };
+#pragma unroll 1
+    for (int slot = warp; slot < item.heads; slot += warps) {
+        const auto stats_of = [&](int part) -> float2 {
+            if (part >= parts) return make_float2(-INFINITY, 0.0f);
+            return __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + place_of(part, slot));
+        };
+        // A lane reads only what it copied itself.
+        const auto fetch = [&](int base) {
+            for (int row = own_row; row < kMergedRows && base + row < parts; row += kRowsAtOnce) {
+                copy_async_16(rows + (row - own_row) * kDim,
+                              args.partial + place_of(base + row, slot) * kDim + column, 16);
+            }
+            copy_async_commit();
+        };
+        fetch(0);
+        float2 own = stats_of(lane);
+        float most = own.x, sum = own.y;
+#pragma unroll 1
+        for (int part = lane + 32; part < parts; part += 32) {
+            const float2 next = stats_of(part);
+            const float larger = fmaxf(most, next.x), reference = reference_of(larger);
+            sum = sum * exp2f(most - reference) + next.y * exp2f(next.x - reference);
+            most = larger;
+        }
         const float reference = reference_of(warp_max(most));
-        for (int i = lane; i < parts; i += 32) {
-            const float2 own = stats[i * heads + slot];
-            sum = fmaf(exp2f(own.x - reference), own.y, sum);
-        }
-        sum = warp_sum(sum);
+        sum = warp_sum(sum * exp2f(most - reference));
         const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        for (int i = lane; i < parts; i += 32) {
-            stats[i * heads + slot].x = exp2f(stats[i * heads + slot].x - reference) * inverse;
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < heads * (kDim / 4); i += blockDim.x) {
-        const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll Layout::kPartsAtOnce
-        for (int j = 0; j < parts; ++j) {
-            const int64_t at = part_of(first + j, listed, j == 0) * kTileHeads + slot;
-            add_scaled(total, stats[j * heads + slot].x,
-                       __ldcg(reinterpret_cast<const float4*>(args.partial + at * kDim + column)));
+        for (int base = 0; base < parts; base += kMergedRows) {
+            if (base > 0) {
+                fetch(base);
+                own = stats_of(base + lane);
+            }
+            const float weight = exp2f(own.x - reference) * inverse;  // of part base + lane
+            copy_async_wait<0>();
+            for (int row = 0; row < kMergedRows && base + row < parts; row += kRowsAtOnce) {
+                const float own_weight = __shfl_sync(kAllLanes, weight, row + own_row);
+                if (base + row + own_row < parts) {
+                    add_scaled(total, own_weight, *reinterpret_cast<float4*>(rows + row * kDim));
+                }
+            }
         }
-        store(out_of<typename Strip::Element>(args, item, slot) + column, total);
+        if (kRowsAtOnce == 2) {
+            total.x += __shfl_xor_sync(kAllLanes, total.x, 16);
+            total.y += __shfl_xor_sync(kAllLanes, total.y, 16);
+            total.z += __shfl_xor_sync(kAllLanes, total.z, 16);
+            total.w += __shfl_xor_sync(kAllLanes, total.w, 16);
+        }
+        if (own_row == 0) store(out_of<typename Strip::Element>(args, item, slot) + column, total);
     }
 }
 
 template <typename Strip, int kDim>
 DEVICE void clear(const DecodeArgs& args, const Item& item) {
-    for (int i = threadIdx.x; i < item.group->heads * (kDim / 4); i += blockDim.x) {
+    for (int i = threadIdx.x; i < item.heads * (kDim / 4); i += blockDim.x) {
         store(out_of<typename Strip::Element>(args, item, i / (kDim / 4)) + i % (kDim / 4) * 4,
               make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     }
+}
+
+// Cuts items of blocks[i] blocks for `workers` CTAs: item i has pieces [starts[i], starts[i + 1]) of
+// all. By one warp. Short lists are for the first `alone` of them.
+DEVICE void cut_items(const uint16_t* blocks, int* starts, int items, int workers, int alone,
+                      int least) {
+    const int lane = threadIdx.x % 32, each = ceil_div(items, 32);
+    const int begin = min(lane * each, items), end = min(begin + each, items);
+    int total = 0, filled = 0, pieces = 0;
+#pragma unroll 1
+    for (int item = begin; item < end; ++item) {
+        total += blocks[item];
+        filled += blocks[item] != 0;
+    }
+    total = warp_sum(total);
+    filled = warp_sum(filled);
+    if (total < alone * kListedAlone) workers = alone;
+    const int longest = piece_blocks(total, filled, workers, least);
+#pragma unroll 1
+    for (int item = begin; item < end; ++item) pieces += ceil_div(blocks[item], longest);
+    int before = warp_running_sum(pieces) - pieces;
+#pragma unroll 1
+    for (int item = begin; item < end; ++item) {
+        starts[item] = before;
+        before += ceil_div(blocks[item], longest);
+    }
+    if (lane == 31) starts[items] = before;
 }
 
 // All items that have a list, or all that have none, by `workers` CTAs; this is number `place`.
@@ -323,65 +406,77 @@ DEVICE void attend_items(const DecodeArgs& args, bool listed, int place, int wor
                          unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
     int* starts = reinterpret_cast<int*>(shared + Layout::kStarts);
+    uint16_t* blocks = reinterpret_cast<uint16_t*>(shared + Layout::kBlocks);
     int* flag = reinterpret_cast<int*>(shared + Layout::kFlag);
     const int items = static_cast<int>(args.rows * args.group_count);
-    fill_starts(starts, items, [&](int index) {
+#pragma unroll 1
+    for (int index = threadIdx.x; index < items; index += blockDim.x) {
         const Item item(args, index);
-        return (item.list != nullptr) == listed ? item.count(args) : 0;
-    });
+        const bool mine = (item.list != nullptr) == listed;
+        blocks[index] = static_cast<uint16_t>(mine ? item.count(args) : 0);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        cut_items(blocks, starts, items, workers, listed ? static_cast<int>(args.held_back) : 0,
+                  listed ? kLeastListed : kLeastBlocks);
+    }
     // Items with nothing to read give zeros.
-    for (int index = place; place < workers && index < items; index += workers) {
-        if (starts[index] != starts[index + 1]) continue;
+#pragma unroll 1
+    for (int index = place; index < items; index += workers) {
+        if (blocks[index] != 0) continue;
         const Item item(args, index);
         if ((item.list != nullptr) == listed) clear<Strip, kDim>(args, item);
     }
-    const int64_t total = starts[items];
-    const int64_t ctas = working_ctas(total, workers, kLeastBlocks);
-    const bool works = place < ctas;
-    int64_t unit = works ? share_start(place, total, ctas) : 0;
-    const int64_t end = works ? share_start(place + 1, total, ctas) : 0;
-    while (unit < end) {
-        const int index = item_of(starts, items, unit);
-        const Item item(args, index);
-        const int64_t start = starts[index], stop = starts[index + 1];
-        const int64_t until = min(end, stop);
-        attend<Strip, kDim>(args, item, static_cast<int>(unit - start),
-                            static_cast<int>(until - start), shared);
-        __syncthreads();
-        const bool complete = unit == start && until == stop;
-        merge_warps<Strip, kDim>(args, item, complete, part_of(place, listed, unit == start),
-                                 shared);
-        if (!complete) {
-            const int64_t first = share_owner(start, total, ctas);
-            const int64_t last = share_owner(stop - 1, total, ctas);
-            if (arrive(args.item_done + index, 1, static_cast<uint32_t>(last - first + 1), flag)) {
-                merge_parts<Strip, kDim>(args, item, first, last, shared);
+    __syncthreads();
+    const int pieces = starts[items];
+    const int ctas = min(pieces, workers);
+    if (place < ctas) {
+        const Shares shares(pieces, ctas);
+        int piece = shares.start(place);
+        const int end = shares.start(place + 1);
+        while (piece < end) {
+            const int index = item_of(starts, items, piece);
+            const Item item(args, index);
+            const int start = starts[index], stop = starts[index + 1], until = min(end, stop);
+            attend<Strip, kDim>(args, item, piece_start(piece - start, stop - start, blocks[index]),
+                                piece_start(until - start, stop - start, blocks[index]), shared);
+            __syncthreads();
+            const bool complete = piece == start && until == stop;
+            merge_warps<Strip, kDim>(args, item, complete, part_of(place, listed, piece == start),
+                                     shared);
+            if (!complete) {
+                const int first = shares.owner(start), last = shares.owner(stop - 1);
+                if (arrive(args.item_done + index, 1, static_cast<uint32_t>(last - first + 1),
+                           flag)) {
+                    merge_parts<Strip, kDim>(args, item, first, last, shared);
+                }
             }
+            __syncthreads();  // the rings are free for the next item
+            piece = until;
         }
-        __syncthreads();  // the rings are free for the next item
-        unit = until;
     }
     __syncthreads();
 }
 
 template <typename Strip, int kDim>
-__global__ void __launch_bounds__(kMaxWarps * 32)
+__global__ void __launch_bounds__(kMaxWarps * 32, Strip::kResidentCtas)
     sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
     DYNAMIC_SHARED(shared);
-    const int phases = args.lists == nullptr ? 1 : 2;
-    int place = blockIdx.x, workers = gridDim.x;
-    if (args.held_back > 0) {
-        place = arrival(args.tickets, reinterpret_cast<int*>(shared + Layout<Strip, kDim>::kFlag));
-        workers -= static_cast<int>(args.held_back);
-    }
+    const int ctas = gridDim.x, cta = blockIdx.x, held = static_cast<int>(args.held_back);
+    // CTAs start in their order, as they find room: the first take windows, then come those for lists.
+    const bool holds_back = cta >= held && cta < 2 * held;
 #pragma unroll 1
-    for (int phase = 0; phase < phases; ++phase) {
-        if (phase == 1) {
+    for (int phase = 0; phase < 2; ++phase) {
+        const bool listed = phase == 1;
+        if (listed) {
+            if (args.lists == nullptr) return;
             wait_for_previous_kernel();
-            workers = gridDim.x;
-            place = workers - 1 - place;
+        } else if (holds_back) {
+            continue;
         }
-        attend_items<Strip, kDim>(args, phase == 1, place, workers, shared);
+        const int place = listed ? (holds_back ? cta - held : cta < held ? cta + held : cta)
+                                 : (cta < held ? cta : cta - held);
+        attend_items<Strip, kDim>(args, listed, place, listed ? ctas : ctas - held, shared);
     }
 }
 
@@ -398,10 +493,14 @@ DecodeKernel describe() {
             Layout<Strip, kDim>::kRingBytes};
 }
 
-DecodeKernel find_kernel(int64_t data_type, int64_t head_dim) {
-    if (data_type == kBfloat16) {
-        if (head_dim == 64) return describe<Bfloat16Strip<64>, 64>();
-        if (head_dim == 128) return describe<Bfloat16Strip<128>, 128>();
+// For groups of at most `heads` query heads.
+DecodeKernel find_kernel(int64_t data_type, int64_t head_dim, int64_t heads) {
+    if (data_type == kBfloat16 && heads <= 8) {
+        if (head_dim == 64) return describe<Bfloat16Strip<64, 1>, 64>();
+        if (head_dim == 128) return describe<Bfloat16Strip<128, 1>, 128>();
+    } else if (data_type == kBfloat16) {
+        if (head_dim == 64) return describe<Bfloat16Strip<64, 2>, 64>();
+        if (head_dim == 128) return describe<Bfloat16Strip<128, 2>, 128>();
     } else if (data_type == kFloat32) {
         if (head_dim == 64) return describe<Float32Strip<64>, 64>();
         if (head_dim == 128) return describe<Float32Strip<128>, 128>();
@@ -414,10 +513,11 @@ DecodeKernel find_kernel(int64_t data_type, int64_t head_dim) {
 
 using namespace rtpurbo;
 
-// How to launch for a data type and head_dim on the current device. To be called before the first
-// launch there: it also allows the kernel that much shared memory.
-extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, DecodePlan* plan) {
-    const DecodeKernel kernel = find_kernel(data_type, head_dim);
+// How to launch for a data type, head_dim and groups of at most `heads` query heads on the current
+// device. To be called before the first launch there: it also allows the kernel its shared memory.
+extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, int64_t heads,
+                                   DecodePlan* plan) {
+    const DecodeKernel kernel = find_kernel(data_type, head_dim, heads);
     if (kernel.run == nullptr) return cudaErrorInvalidValue;
     int device = 0, multiprocessors = 0, most_bytes = 0, resident = 0, major = 0;
     if (int error = cudaGetDevice(&device)) return error;
@@ -441,20 +541,21 @@ extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, DecodePl
                                          static_cast<int>(plan->shared_bytes))) {
         return error;
     }
+    if (int error = cudaFuncSetAttribute(kernel.run, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared)) {
+        return error;
+    }
     if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
             &resident, kernel.run, static_cast<int>(plan->warps * 32),
             static_cast<size_t>(plan->shared_bytes))) {
         return error;
     }
-    // What merge_parts keeps of every part must fit into the rings.
-    const int64_t most_ctas = plan->warps * kernel.warp_bytes / (kTileHeads * sizeof(float2));
-    const int64_t ctas = static_cast<int64_t>(multiprocessors) * resident;
-    plan->ctas = ctas < most_ctas ? ctas : most_ctas;
+    plan->ctas = static_cast<int64_t>(multiprocessors) * resident;
     return cudaSuccess;
 }
 
 extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
-    const DecodeKernel kernel = find_kernel(args->data_type, args->head_dim);
+    const DecodeKernel kernel = find_kernel(args->data_type, args->head_dim, args->tile_heads);
     if (kernel.run == nullptr || args->rows * args->group_count > kMaxItems ||
         args->block_tokens % kStripTokens != 0) {
         return cudaErrorInvalidValue;

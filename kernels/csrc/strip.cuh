@@ -2,7 +2,7 @@
 //
 // A warp works alone: it copies strips of keys and values into its own ring in shared memory and
 // keeps the running maximum, sum and weighted values of its strips. bfloat16 takes the tensor cores
-// (m16n8k16: 16 heads x 8 tokens or dimensions x 16), float32 plain multiply-adds.
+// (m16n8k16: 16 tokens or dimensions x 8 heads x 16), float32 plain multiply-adds.
 //
 // Rows of a strip are cut into 16-byte chunks; chunk c of row r lies at c ^ (r % 8), so that the
 // eight rows that a matrix load or eight lanes touch at once are in different banks.
@@ -25,6 +25,13 @@ struct Sight {
     int window;
     int sinks;
 
+    // Whether all of `slots` see all of its tokens.
+    DEVICE bool is_clear(uint32_t slots) const {
+        const int last = first + kStripTokens - 1;
+        const bool near = context - 1 - first < window || last < sinks;
+        return last < context && (slots & ~(selected | (near ? local : 0))) == 0;
+    }
+
     DEVICE bool sees(int slot, int token) const {
         const int position = first + token;
         const bool near = context - 1 - position < window || position < sinks;
@@ -41,37 +48,39 @@ struct Stats {
 // Weights are relative to the largest score; where nothing was seen yet, to 0.
 DEVICE float reference_of(float most) { return most == -INFINITY ? 0.0f : most; }
 
-template <int kDim>
+// Tokens are the rows of a product and heads its 8 columns, kTiles times: with 8 heads or fewer nothing
+// is computed for heads that are not there, and half the registers hold it.
+template <int kDim, int kTiles>
 struct Bfloat16Strip {
     using Element = uint16_t;
     static constexpr int kChunks = kDim / 8;  // of a row
     static constexpr int kScratchFloats = 0;
+    static constexpr int kResidentCtas = kTiles == 1 ? 4 : 2;  // on a multiprocessor
+    static constexpr int kPitch = kDim + 4;  // floats of a result's row: lanes in different banks
 
-    uint32_t query[kDim / 16][4];
-    float acc[kDim / 8][4];  // rows l / 4 and l / 4 + 8, columns 8 i + 2 (l % 4) and up
-    Stats stats[2];          // of these two rows; `sum` is this lane's part of it
+    uint32_t slots;  // bit per slot in use
+    uint32_t query[kTiles][kDim / 16][2];  // slot l / 4, dimensions 2 (l % 4) and up, and 8 further
+    float acc[kTiles][kDim / 16][4];  // dimensions l / 4 and l / 4 + 8, slots 2 (l % 4) and up
+    Stats stats[kTiles][2];           // of these two slots; `sum` is this lane's part of it
 
     // `queries` is the row's [H, D].
     DEVICE void begin(const Element* queries, int64_t head_stride, const Group& group, float*) {
         const int lane = threadIdx.x % 32;
+        slots = (1u << group.heads) - 1;
 #pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) {
+        for (int t = 0; t < kTiles; ++t) {
+            // A slot that is not in use names head 0, and what comes of it goes nowhere.
+            const Element* own = queries + group.head[t * 8 + lane / 4] * head_stride;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int slot = lane / 4 + (i % 2) * 8;
-                const int dim = k * 16 + (lane % 4) * 2 + (i / 2) * 8;
-                query[k][i] = slot < group.heads
-                                  ? *reinterpret_cast<const uint32_t*>(
-                                        queries + group.head[slot] * head_stride + dim)
-                                  : 0;
+            for (int k = 0; k < kDim / 16; ++k) {
+                const Element* pair = own + k * 16 + (lane % 4) * 2;
+                query[t][k][0] = *reinterpret_cast<const uint32_t*>(pair);
+                query[t][k][1] = *reinterpret_cast<const uint32_t*>(pair + 8);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc[t][k][i] = 0.0f;
             }
+            stats[t][0] = stats[t][1] = {-INFINITY, 0.0f};
         }
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-        }
-        stats[0] = stats[1] = {-INFINITY, 0.0f};
     }
 
     DEVICE static const unsigned char* chunk_at(const unsigned char* strip, int row, int chunk) {
@@ -83,72 +92,92 @@ struct Bfloat16Strip {
                      float scale, float*) {
         const int lane = threadIdx.x % 32;
         const int matrix = lane / 8, row = lane % 8;
-        float scores[2][4] = {};  // tokens 8 n + 2 (l % 4) and up
+        // Two sums each, of even and odd 16 dimensions: a product waits for the one two before it.
+        float scores[kTiles][2][4] = {};  // tokens l / 4 and l / 4 + 8, slots 2 (l % 4) and up
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {
-            uint32_t b[4];  // tokens 0-7 and 8-15, each dimensions 0-7 and 8-15 of the 16
-            load_matrices(b, chunk_at(keys, matrix / 2 * 8 + row, 2 * k + matrix % 2));
-            multiply_add_16x8x16(scores[0], query[k], b[0], b[1]);
-            multiply_add_16x8x16(scores[1], query[k], b[2], b[3]);
+            uint32_t a[4];  // tokens 0-7 and 8-15 of dimensions 0-7 of the 16, then of 8-15
+            load_matrices(a, chunk_at(keys, matrix % 2 * 8 + row, 2 * k + matrix / 2));
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                multiply_add_16x8x16(scores[t][k % 2], a, query[t][k][0], query[t][k][1]);
+            }
         }
-        uint32_t weights[4];
+        const bool clear = sight.is_clear(slots);
+        uint32_t weights[kTiles][2];  // slot l / 4, tokens 2 (l % 4) and up, and 8 further
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int slot = lane / 4 + half * 8;
-            float most = stats[half].most;
+        for (int t = 0; t < kTiles; ++t) {
+            float (&score)[4] = scores[t][0];
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
+            for (int i = 0; i < 4; ++i) score[i] = (score[i] + scores[t][1][i]) * scale;
+            if (!clear) {  // at the window's edges, and where heads selected apart
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[n][half * 2 + i];
-                    const bool seen = sight.sees(slot, n * 8 + (lane % 4) * 2 + i);
-                    score = seen ? score * scale : -INFINITY;
-                    most = fmaxf(most, score);
+                for (int i = 0; i < 4; ++i) {
+                    const int slot = t * 8 + lane % 4 * 2 + i % 2, token = lane / 4 + i / 2 * 8;
+                    if (!sight.sees(slot, token)) score[i] = -INFINITY;
                 }
             }
-            most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-            const float reference = reference_of(most);
-            const float factor = exp2_fast(stats[half].most - reference);
-            stats[half].most = most;
-            stats[half].sum *= factor;
+            weigh(scores[t][0], stats[t], acc[t]);
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const float low = exp2_fast(scores[n][half * 2] - reference);
-                const float high = exp2_fast(scores[n][half * 2 + 1] - reference);
-                stats[half].sum += low + high;
-                weights[n * 2 + half] = pack_bfloat16(low, high);
-            }
-#pragma unroll
-            for (int n = 0; n < kDim / 8; ++n) {
-                acc[n][half * 2] *= factor;
-                acc[n][half * 2 + 1] *= factor;
+            for (int half = 0; half < 2; ++half) {
+                weights[t][half] =
+                    transpose_matrix(pack_bfloat16(score[half * 2], score[half * 2 + 1]));
             }
         }
 #pragma unroll
         for (int n = 0; n < kDim / 16; ++n) {
-            uint32_t b[4];  // dimensions 0-7 and 8-15 of the 16, each tokens 0-7 and 8-15
-            load_matrices_transposed(b, chunk_at(values, matrix % 2 * 8 + row, 2 * n + matrix / 2));
-            multiply_add_16x8x16(acc[2 * n], weights, b[0], b[1]);
-            multiply_add_16x8x16(acc[2 * n + 1], weights, b[2], b[3]);
+            uint32_t a[4];  // dimensions 0-7 and 8-15 of the 16 of tokens 0-7, then of 8-15
+            load_matrices_transposed(a, chunk_at(values, matrix / 2 * 8 + row, 2 * n + matrix % 2));
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                multiply_add_16x8x16(acc[t][n], a, weights[t][0], weights[t][1]);
+            }
         }
     }
 
-    // Leaves the weighted values [16, D] and the statistics [16] in shared memory.
+    // Turns scores into weights, and what was summed before to the same reference.
+    DEVICE static void weigh(float (&score)[4], Stats (&stats)[2], float (&acc)[kDim / 16][4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float most = fmaxf(score[i], score[i + 2]);
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) {
+                most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+            }
+            most = fmaxf(most, stats[i].most);
+            const float reference = reference_of(most);
+            const float factor = exp2_fast(stats[i].most - reference);
+            score[i] = exp2_fast(score[i] - reference);
+            score[i + 2] = exp2_fast(score[i + 2] - reference);
+            stats[i] = {most, fmaf(stats[i].sum, factor, score[i] + score[i + 2])};
+#pragma unroll
+            for (int n = 0; n < kDim / 16; ++n) {
+                acc[n][i] *= factor;
+                acc[n][i + 2] *= factor;
+            }
+        }
+    }
+
+    // Leaves the weighted values [8 kTiles, kPitch] and the statistics [8 kTiles] in shared memory.
     DEVICE void end(float* out, Stats* out_stats) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = stats[half].sum;
-            sum += __shfl_xor_sync(kAllLanes, sum, 1);
-            sum += __shfl_xor_sync(kAllLanes, sum, 2);
-            const int slot = lane / 4 + half * 8;
-            if (lane % 4 == 0) out_stats[slot] = {stats[half].most, sum};
+        for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-            for (int n = 0; n < kDim / 8; ++n) {
-                float* place = out + slot * kDim + n * 8 + (lane % 4) * 2;
-                *reinterpret_cast<float2*>(place) =
-                    make_float2(acc[n][half * 2], acc[n][half * 2 + 1]);
+            for (int i = 0; i < 2; ++i) {
+                const int slot = t * 8 + lane % 4 * 2 + i;
+                float sum = stats[t][i].sum;
+#pragma unroll
+                for (int step = 4; step < 32; step *= 2) {
+                    sum += __shfl_xor_sync(kAllLanes, sum, step);
+                }
+                if (lane < 4) out_stats[slot] = {stats[t][i].most, sum};
+#pragma unroll
+                for (int n = 0; n < kDim / 16; ++n) {
+                    float* place = out + slot * kPitch + n * 16 + lane / 4;
+                    place[0] = acc[t][n][i];
+                    place[8] = acc[t][n][i + 2];
+                }
             }
         }
     }
@@ -159,6 +188,8 @@ struct Float32Strip {
     using Element = float;
     static constexpr int kChunks = kDim / 4;
     static constexpr int kScratchFloats = kTileHeads * (kStripTokens + 1);
+    static constexpr int kResidentCtas = 1;  // on a multiprocessor
+    static constexpr int kPitch = kDim;      // floats of a result's row
     static constexpr int kOwn = kDim / 32;  // dimensions of a lane
 
     const float* query;

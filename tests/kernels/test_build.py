@@ -27,7 +27,7 @@ NVCC = Compiler.find()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this host")
 KERNELS = {
     "index_select": 8,
-    "sparse_decode": 4,
+    "sparse_decode": 6,
     "host_checks": 0,
     "span_prefill": 2,
     "qkv_store": 4,
@@ -72,11 +72,9 @@ def test_bins_and_masses_equal_the_specification(host: ctypes.CDLL) -> None:
         assert host.rtpurbo_fixed_mass(value) == pytest.approx(float(want_mass), rel=3e-7, abs=1)
 
 
-@given(
-    total=st.integers(1, 2**33), ctas=st.integers(1, 300), least=st.integers(1, 8), data=st.data()
-)
-def test_shares_are_equal_and_owned(
-    host: ctypes.CDLL, total: int, ctas: int, least: int, data: st.DataObject
+@given(total=st.integers(1, 2**33), ctas=st.integers(1, 300), least=st.integers(1, 8))
+def test_shares_of_a_selection_are_equal(
+    host: ctypes.CDLL, total: int, ctas: int, least: int
 ) -> None:
     ctas = host.rtpurbo_working_ctas(total, ctas, least)
     starts = [host.rtpurbo_share_start(cta, total, ctas) for cta in range(ctas + 1)]
@@ -85,9 +83,39 @@ def test_shares_are_equal_and_owned(
     sizes = [stop - start for start, stop in pairwise(starts)]
     assert min(sizes) >= 1
     assert max(sizes) - min(sizes) <= 1
-    unit = data.draw(st.integers(0, total - 1))
-    owner = host.rtpurbo_share_owner(unit, total, ctas)
-    assert starts[owner] <= unit < starts[owner + 1]
+
+
+@given(
+    blocks=st.lists(st.integers(1, 65535) | st.integers(1, 200), min_size=1, max_size=40),
+    workers=st.integers(1, 500),
+    least=st.integers(1, 8),
+    data=st.data(),
+)
+def test_items_are_cut_into_pieces_and_these_shared_out(
+    host: ctypes.CDLL, blocks: list[int], workers: int, least: int, data: st.DataObject
+) -> None:
+    longest = host.rtpurbo_piece_blocks(sum(blocks), len(blocks), workers, least)
+    counts = [-(-n // longest) for n in blocks]
+    total = sum(counts)
+    if 2 * len(blocks) <= workers:
+        assert total <= workers, "a CTA for every piece"
+    chosen = data.draw(st.integers(0, len(blocks) - 1))
+    n, pieces = blocks[chosen], counts[chosen]
+    cuts = [host.rtpurbo_piece_start(piece, pieces, n) for piece in range(pieces + 1)]
+    assert (cuts[0], cuts[-1]) == (0, n)
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    assert min(sizes) >= 1
+    assert max(sizes) <= min(longest, min(sizes) + 1)
+
+    shares = min(total, workers)
+    starts = [host.rtpurbo_shares_start(share, total, shares) for share in range(shares + 1)]
+    assert (starts[0], starts[-1]) == (0, total)
+    sizes = [stop - start for start, stop in pairwise(starts)]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    piece = data.draw(st.integers(0, total - 1))
+    owner = host.rtpurbo_shares_owner(piece, total, shares)
+    assert starts[owner] <= piece < starts[owner + 1]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20))

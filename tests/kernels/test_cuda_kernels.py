@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from kernels import indexer, reference
-from kernels._launch import KernelError, KernelLibrary
+from kernels._launch import DecodePlan, KernelError, KernelLibrary
 from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool
 from kernels.paged_kv import store_kv
@@ -208,6 +209,20 @@ def test_the_order_of_threads_does_not_matter(
     monkeypatch.setattr("kernels._launch.stream_of", lambda _: 1000 + seed)
     got, _ = case.run(case.workspace(library))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_few_items_on_many_ctas(
+    library: KernelLibrary, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row on a device of 60 CTAs: every piece has one of its own, and a merge is of 33."""
+    plan = library.decode_plan(torch.device("cpu"), dtype, dim)
+    large = DecodePlan(60, plan.warps, plan.shared_bytes, plan.overlap)
+    monkeypatch.setattr(library, "decode_plan", lambda *_, wide: large)
+    make = partial(LayerCase.make, dtype=dtype, dim=dim, block=16)
+    check_layer(make([16 * 130], "one-head", indexed=False), library)
+    check_layer(make([900], split_roles=True, window=500), library)
 
 
 def test_a_missing_shape_is_named(library: KernelLibrary) -> None:

@@ -32,6 +32,7 @@
 #define DYNAMIC_SHARED(name) unsigned char* name = rtpurbo::emulation::shared_memory()
 
 struct int2 { int32_t x, y; };
+struct alignas(16) int4 { int32_t x, y, z, w; };
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; };
@@ -244,6 +245,12 @@ Value __shfl_xor_sync(uint32_t, Value value, int step) {
 }
 
 template <typename Value>
+Value __shfl_sync(uint32_t, Value value, int from) {
+    const auto& all = rtpurbo::emulation::exchange(value, "shuffle");
+    return rtpurbo::emulation::read_lane<Value>(all, from);
+}
+
+template <typename Value>
 Value __shfl_up_sync(uint32_t, Value value, int step) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const auto& all = rtpurbo::emulation::exchange(value, "shuffle up");
@@ -283,6 +290,10 @@ inline uint32_t float_to_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     return bits;
+}
+
+inline uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
+    return atomicAdd(counter, amount);
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -343,6 +354,18 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
         const uint32_t high = emulation::read_lane<MatrixRow>(all, first + 1).values[lane / 4];
         out[matrix] = low | high << 16;
     }
+}
+
+inline uint32_t transpose_matrix(uint32_t own) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, column = lane / 4;
+    const auto& all = emulation::exchange(own, "transpose");
+    uint32_t out = 0;
+    for (int i = 0; i < 2; ++i) {
+        const int row = lane % 4 * 2 + i;
+        const auto pair = emulation::read_lane<uint32_t>(all, row * 4 + column / 2);
+        out |= (pair >> column % 2 * 16 & 0xffff) << i * 16;
+    }
+    return out;
 }
 
 struct Fragments {
@@ -412,7 +435,9 @@ enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
     cudaDevAttrComputeCapabilityMajor,
-    cudaFuncAttributeMaxDynamicSharedMemorySize
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributePreferredSharedMemoryCarveout,
+    cudaSharedmemCarveoutMaxShared = 100
 };
 inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
@@ -425,7 +450,7 @@ template <typename Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) { return 0; }
 template <typename Kernel>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* ctas, Kernel, int, size_t) {
-    *ctas = 1;
+    *ctas = 2;
     return 0;
 }
 inline const char* cudaGetErrorString(cudaError_t) {
