@@ -13,8 +13,7 @@ from benchmarks.attention_layer import BLOCK, INDEX_DIM, TOP_P
 from benchmarks.attention_prefill import PrefillCase, milliseconds
 from kernels._launch import KernelLibrary
 from kernels.cuda_prefill import BlockLists
-from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
-from kernels.prefill_sparse import select_tiles
+from kernels.device_sparse_prefill import attend_lists, choose_lists, score_tiles
 from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import SpanInputs
 
@@ -49,7 +48,7 @@ class Chunk(NamedTuple):
             query_starts=torch.tensor([0, stop - start], device=device),
             context_lens_S=torch.tensor([stop], device=device),
         )
-        return cls(inputs, tiles, qi_TGI[start:stop], list_kept(mask_ZGB))
+        return cls(inputs, tiles, qi_TGI[start:stop], BlockLists.of_mask(mask_ZGB))
 
 
 def sparse_milliseconds(library: KernelLibrary, case: PrefillCase) -> dict[str, float]:
@@ -78,7 +77,7 @@ def sparse_milliseconds(library: KernelLibrary, case: PrefillCase) -> dict[str, 
         def select(
             chunk: Chunk = chunk, share_ZGB: Tensor = share_ZGB, nowhere: Tensor = nowhere
         ) -> None:
-            list_kept(select_tiles(share_ZGB, top_p, chunk.tiles, nowhere, 0, BLOCK))
+            choose_lists(share_ZGB, top_p, chunk.tiles, nowhere, 0, BLOCK)
 
         def attend(chunk: Chunk = chunk) -> None:
             attend_lists(library, chunk.inputs, chunk.tiles, chunk.lists, case.scale)

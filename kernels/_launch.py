@@ -238,9 +238,8 @@ class KernelLibrary:
         lib.rtpurbo_sparse_decode.argtypes = [POINTER(DecodeArgs), c_void_p]
         lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, c_int64, POINTER(DecodePlan)]
         lib.rtpurbo_select_ctas.argtypes = [POINTER(SelectArgs), POINTER(c_int64)]
-        if hasattr(lib, "rtpurbo_span_prefill"):  # not in the emulation
-            lib.rtpurbo_span_prefill.argtypes = [c_void_p, c_void_p]
-            lib.rtpurbo_span_args_bytes.restype = c_int64
+        lib.rtpurbo_span_prefill.argtypes = [c_void_p, c_void_p]
+        lib.rtpurbo_span_args_bytes.restype = c_int64
         lib.rtpurbo_struct_bytes.argtypes = [c_int]
         lib.rtpurbo_struct_bytes.restype = c_int64
         lib.rtpurbo_error_name.argtypes = [c_int]

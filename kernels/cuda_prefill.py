@@ -51,6 +51,7 @@ class SpanArgs(ctypes.Structure):
         ("lists", c_void_p),
         ("list_counts", c_void_p),
         ("list_width", c_int64),
+        ("taken", c_void_p),
     ]
 
 
@@ -64,6 +65,12 @@ class BlockLists:
 
     blocks: Tensor
     counts: Tensor
+
+    @classmethod
+    def of_mask(cls, mask_ZGB: Tensor) -> BlockLists:
+        """The blocks of a mask, as `select_tiles` gives it."""
+        kept_first = (~mask_ZGB).to(torch.uint8).argsort(dim=-1, stable=True)
+        return cls(kept_first.int(), mask_ZGB.sum(-1, dtype=torch.int32))
 
 
 def is_supported(dtype: torch.dtype, head_dim: int, block_tokens: int) -> bool:
@@ -88,7 +95,7 @@ def attend_spans(
 
     The rule is `kernels.reference.prefill_windowed`'s; a window of `EVERYTHING` is causal
     attention. With `lists` a query sees of its tile's blocks what is not after it, and no window
-    holds. Launches one kernel and waits for nothing.
+    holds. Launches one kernel, after one that clears its counter, and waits for nothing.
 
     Args:
         inputs: bfloat16, index tensors int64; starts and strides of rows multiples of 16 bytes.
@@ -102,6 +109,7 @@ def attend_spans(
     tokens, layer_heads, dim = q_THD.shape
     spans = lens_S.shape[0]
     _check_layout(inputs)
+    taken = torch.zeros(1, dtype=torch.int32, device=q_THD.device)
     args = SpanArgs(
         queries=pointer(q_THD),
         query_row_stride=q_THD.stride(0),
@@ -130,6 +138,7 @@ def attend_spans(
         lists=pointer(None if lists is None else lists.blocks),
         list_counts=pointer(None if lists is None else lists.counts),
         list_width=0 if lists is None else lists.blocks.shape[2],
+        taken=pointer(taken),
     )
     library.launch_prefill(args, q_THD)
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from kernels import cuda_prefill
 from kernels._launch import KernelError, KernelLibrary
-from kernels.prefill_sparse import select_tiles
 from kernels.prefill_tiles import MAX_MASSES, SAMPLED, PrefillTiles
 from kernels.span_inputs import EVERYTHING, SpanInputs
 
-SELECT_BYTES = 48  # of a block, tile and head: shares, bins and masses of `select_tiles`, lists
+SELECT_BYTES = 10  # of a block, tile and head: shares, lists, and a run of blocks' sums
 
 
 class DevicePrefill:
@@ -134,13 +133,13 @@ class DevicePrefill:
             tiles: of the inputs' spans, on their device; the same for all layers of a step.
             qi_TGI: index queries of the heads of the call, the others as in `prefill_sparse`.
         """
-        from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
+        from kernels.device_sparse_prefill import attend_lists, choose_lists, score_tiles
 
         tables_SB, block_tokens = inputs.block_tables_SB, inputs.k_cache.shape[2]
         index = (index_row_G, index_cache, tables_SB, tiles, index_scales)
         share_ZGB = score_tiles(qi_TGI, *index)
-        mask_ZGB = select_tiles(share_ZGB, top_p_G, tiles, dense_from_S, dense_below, block_tokens)
-        attend_lists(self.library, inputs, tiles, list_kept(mask_ZGB), scale)
+        lists = choose_lists(share_ZGB, top_p_G, tiles, dense_from_S, dense_below, block_tokens)
+        attend_lists(self.library, inputs, tiles, lists, scale)
 
     def attend_dense(self, inputs: SpanInputs, scale: float) -> None:
         """`kernels.reference.prefill_dense` for some heads, written into `inputs.out_THD`."""

@@ -1,9 +1,8 @@
 """Sparse prefill on a GPU: scores and lists by Triton, attention by CUDA or Triton.
 
-The same functions as in `kernels.prefill_sparse`, which says what they do; `select_tiles` there
-runs on any device. Scoring is bound by its exponentials (one per key and sampled query), not by
-products or memory, so a Triton kernel is as good as any; attention to the lists runs in the CUDA
-kernel of dense prefill where there is one.
+The same functions as in `kernels.prefill_sparse`, which says what they do. Scoring is bound by its
+exponentials (one per key and sampled query), not by products or memory, so a Triton kernel is as
+good as any; attention to the lists runs in the CUDA kernel of dense prefill where there is one.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from kernels.cuda_prefill import BlockLists
 from kernels.prefill_tiles import MAX_MASSES, SAMPLED, TILE_QUERIES, PrefillTiles
 from kernels.prefill_triton import TileConfig, is_supported, pages_of
 from kernels.span_inputs import EVERYTHING, SpanInputs
-from kernels.tile_kernels import list_attention, list_blocks, tile_masses, tile_shares
+from kernels.tile_kernels import choose_blocks, list_attention, tile_masses, tile_shares
 
 RUN_BLOCKS = 64  # scored by one program
+SHARED_BLOCKS = 256  # whose shares one program finds
+MIN_CHOSEN, CHOSEN_BLOCKS = 128, 1024  # looked at together by one program
 
 
 def score_tiles(
@@ -53,12 +54,15 @@ def score_tiles(
     scales = index_cache if index_scales is None else index_scales
     qi_THI = qi_THI.contiguous()
     share_ZHB = qi_THI.new_empty((tiles.count, heads, width), dtype=torch.float32)
+    runs = triton.cdiv(width, RUN_BLOCKS)
     most = max(1, MAX_MASSES // (heads * SAMPLED * width))
-    masses = share_ZHB.new_empty((min(most, tiles.count), heads, SAMPLED, width))
+    held = min(most, tiles.count)
+    masses = share_ZHB.new_empty((held, heads, width, SAMPLED))
+    totals = share_ZHB.new_empty((held, heads, runs, SAMPLED))
     for start in range(0, tiles.count, most):
         part = slice(start, min(start + most, tiles.count))
         count = part.stop - part.start
-        tile_masses[(count, heads, triton.cdiv(width, RUN_BLOCKS))](
+        tile_masses[(count, heads, runs)](
             qi_THI,
             index_row_H,
             index_cache,
@@ -68,6 +72,7 @@ def score_tiles(
             tiles.sampled_ZQ[part],
             tiles.position_T,
             masses,
+            totals,
             *qi_THI.stride()[:2],
             block_tables_SB.stride(0),
             index_cache.shape[1],
@@ -81,26 +86,50 @@ def score_tiles(
             STAGES=3,
             num_warps=1,
         )
-        tile_shares[(count, heads)](
+        tile_shares[(count, heads, triton.cdiv(width, SHARED_BLOCKS))](
             masses,
+            totals,
             tiles.last_position_Z[part],
             share_ZHB[part],
             heads,
             width,
+            runs,
             SAMPLED=SAMPLED,
             KEYS=block_tokens,
-            BLOCKS=128,
+            BLOCKS=SHARED_BLOCKS,
+            RUNS=triton.next_power_of_2(runs),
         )
     return share_ZHB
 
 
-def list_kept(mask_ZHB: Tensor) -> BlockLists:
-    """The kept blocks of each tile and head."""
-    count, heads, width = mask_ZHB.shape
-    blocks = torch.empty(mask_ZHB.shape, dtype=torch.int32, device=mask_ZHB.device)
+def choose_lists(
+    log_share_ZHB: Tensor,
+    top_p_H: Tensor,
+    tiles: PrefillTiles,
+    dense_from_S: Tensor,
+    dense_below: int,
+    block_tokens: int,
+) -> BlockLists:
+    """The blocks that `kernels.prefill_sparse.select_tiles` keeps, in order."""
+    check_shapes({}, shares=(log_share_ZHB, "Z H B"), top_p=(top_p_H, "H"))
+    count, heads, width = log_share_ZHB.shape
+    blocks = torch.empty(log_share_ZHB.shape, dtype=torch.int32, device=log_share_ZHB.device)
     counts = blocks.new_empty((count, heads))
-    mask = mask_ZHB.contiguous().view(torch.uint8)
-    list_blocks[(count, heads)](mask, blocks, counts, heads, width, BLOCKS=1024)
+    choose_blocks[(count, heads)](
+        log_share_ZHB.contiguous(),
+        top_p_H.float().contiguous(),
+        tiles.span_Z,
+        tiles.first_position_Z,
+        tiles.last_position_Z,
+        dense_from_S,
+        blocks,
+        counts,
+        heads,
+        width,
+        dense_below,
+        KEYS=block_tokens,
+        BLOCKS=min(CHOSEN_BLOCKS, max(MIN_CHOSEN, triton.next_power_of_2(width))),
+    )
     return BlockLists(blocks, counts)
 
 

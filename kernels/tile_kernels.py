@@ -1,12 +1,13 @@
-"""Triton kernels of sparse prefill: block masses, shares, lists of kept blocks, attention to them.
+"""Triton kernels of sparse prefill: block masses, shares, lists of chosen blocks, attention.
 
     tile_masses      log2 mass of every block for each sampled query of a tile
     tile_shares      from these, a block's largest share among the tile's queries
-    list_blocks      from a mask of blocks, the kept ones in order and their number
+    choose_blocks    top-p over a tile's shares: its blocks in order and their number
     list_attention   a tile's queries attend to the blocks of its list
 
-Index letters: q sampled queries of a tile, m queries, n keys of a page, b blocks, i index
-dimensions, d head dimensions. The door is `kernels.device_sparse_prefill`.
+Index letters: q sampled queries of a tile, m queries, n keys of a page, b blocks, r runs of blocks
+that one program scores, i index dimensions, d head dimensions. The door is
+`kernels.device_sparse_prefill`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels import reference
 from kernels.span_attention import attend_page
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+BINS = tl.constexpr(reference.BINS)
+BINS_PER_NAT = tl.constexpr(float(reference.BINS_PER_NAT))
+MASS_UNIT = tl.constexpr(reference.MASS_UNIT)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def key_scores(x, keys_ptr, scales_ptr, key, i, SCALED: tl.constexpr):
+    """Scores of a block's keys, by query."""
+    k = tl.load(keys_ptr + key[:, None] * i.shape[0] + i[None, :])
+    s = tl.dot(x, tl.trans(k.to(x.dtype)), input_precision="ieee")
+    if SCALED:
+        s *= tl.load(scales_ptr + key).to(tl.float32)[None, :]
+    return s
+
+
+@triton.jit
+def block_mass(s, key_position, position, base, SHOWN: tl.constexpr):
+    """Weights of a block's keys, summed by query: relative to 2^base, which this block may raise.
+
+    SHOWN: every query sees all of them. Returns log2 of the masses, the sums, and the base.
+    """
+    if not SHOWN:
+        s = tl.where(key_position[None, :] <= position[:, None], s, float("-inf"))
+    base = tl.maximum(base, tl.max(s, 1) * LOG2_E)
+    origin = base if SHOWN else tl.where(base == float("-inf"), 0.0, base)
+    total = tl.sum(tl.exp2(s * LOG2_E - origin[:, None]), 1)
+    # 126 below what came before, nothing is left of it: no selection would take it.
+    seen = total > 0.0
+    mass = tl.where(seen, origin + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+    return mass, total, base
 
 
 @triton.jit
@@ -30,6 +63,7 @@ def tile_masses(
     sampled,
     positions,
     masses_ptr,
+    totals_ptr,
     qi_row,
     qi_head,
     table_row,
@@ -43,13 +77,15 @@ def tile_masses(
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A run of BLOCKS blocks for one tile and head; log2 of masses [Z, H, Q, B].
+    """A run of BLOCKS blocks for one tile and head: log2 of masses [Z, H, B, Q], and of their sum
+    over the run [Z, H, R, Q].
 
     SCALED: keys are int8, and each has a scale of its own.
     """
     tile = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    first = tl.program_id(2) * BLOCKS
+    run = tl.program_id(2)
+    first = run * BLOCKS
     q = tl.arange(0, SAMPLED)
     i = tl.arange(0, DIM)
     n = tl.arange(0, KEYS)
@@ -58,71 +94,147 @@ def tile_masses(
     x = tl.load(qi_ptr + row[:, None] * qi_row + head * qi_head + i[None, :])
     index_row = tl.load(index_rows + head).to(tl.int64)
     pages = tables + tl.load(span_of + tile).to(tl.int64) * table_row
+    at = tile * heads + head
+    masses = masses_ptr + at * width * SAMPLED + q
+    base = tl.full((SAMPLED,), float("-inf"), tl.float32)
+    sums = tl.zeros((SAMPLED,), tl.float32)
     stop = tl.minimum(first + BLOCKS, tl.max(position, 0) // KEYS + 1)
-    for block in tl.range(first, stop, num_stages=STAGES):
+    shown = tl.minimum(stop, tl.maximum(first, (tl.min(position, 0) + 1) // KEYS))
+    for block in tl.range(first, shown, num_stages=STAGES):
         page = tl.load(pages + block).to(tl.int64)
-        at = (page * cache_rows + index_row) * KEYS
-        k = tl.load(keys_ptr + (at + n[:, None]) * DIM + i[None, :])
-        s = tl.dot(x, tl.trans(k.to(x.dtype)), input_precision="ieee")
-        if SCALED:
-            s *= tl.load(scales_ptr + at + n).to(tl.float32)[None, :]
-        s = tl.where(block * KEYS + n[None, :] <= position[:, None], s, float("-inf"))
-        peak = tl.max(s, 1)
-        base = tl.where(peak == float("-inf"), 0.0, peak * LOG2_E)
-        total = tl.sum(tl.exp2(s * LOG2_E - base[:, None]), 1)  # at least 1 if a key is seen
-        mass = tl.where(total > 0.0, base + tl.log2(tl.maximum(total, 0.5)), float("-inf"))
-        tl.store(masses_ptr + ((tile * heads + head) * SAMPLED + q) * width + block, mass)
+        key = (page * cache_rows + index_row) * KEYS + n
+        s = key_scores(x, keys_ptr, scales_ptr, key, i, SCALED)
+        before = base
+        mass, total, base = block_mass(s, block * KEYS + n, position, base, True)
+        sums = sums * tl.exp2(before - base) + total
+        tl.store(masses + block * SAMPLED, mass)
+    for block in tl.range(shown, stop, num_stages=1):
+        page = tl.load(pages + block).to(tl.int64)
+        key = (page * cache_rows + index_row) * KEYS + n
+        s = key_scores(x, keys_ptr, scales_ptr, key, i, SCALED)
+        before = base
+        mass, total, base = block_mass(s, block * KEYS + n, position, base, False)
+        sums = sums * tl.where(before == base, 1.0, tl.exp2(before - base)) + total
+        tl.store(masses + block * SAMPLED, mass)
+    seen = sums > 0.0
+    log_sum = tl.where(seen, base + tl.log2(tl.where(seen, sums, 1.0)), float("-inf"))
+    tl.store(totals_ptr + (at * tl.num_programs(2) + run) * SAMPLED + q, log_sum)
 
 
 @triton.jit
 def tile_shares(
     masses_ptr,
+    totals_ptr,
     last_positions,
     shares_ptr,
     heads,
     width,
+    runs,
     SAMPLED: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
-    """Natural log of shares [Z, H, B] of one tile and head, -inf past its last block."""
+    """Natural log of BLOCKS shares [Z, H, B] of one tile and head, -inf past its last block."""
     tile = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    at = tile * heads + tl.program_id(1)
     q = tl.arange(0, SAMPLED)
-    b = tl.arange(0, BLOCKS)
+    r = tl.arange(0, RUNS)[:, None]
+    b = tl.program_id(2) * BLOCKS + tl.arange(0, BLOCKS)
     blocks = tl.load(last_positions + tile).to(tl.int32) // KEYS + 1
-    rows = masses_ptr + ((tile * heads + head) * SAMPLED + q[:, None]) * width
-    peak = tl.full((SAMPLED,), float("-inf"), tl.float32)
-    total = tl.zeros((SAMPLED,), tl.float32)
-    for start in tl.range(0, blocks, BLOCKS):
-        at = start + b[None, :]
-        mass = tl.load(rows + at, mask=at < blocks, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(mass, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(mass - base[:, None]), 1)
-        peak = higher
-    log_total = peak + tl.log2(total)
-    for start in tl.range(0, width, BLOCKS):
-        at = start + b[None, :]
-        mass = tl.load(rows + at, mask=at < blocks, other=float("-inf"))
-        share = tl.max(mass - log_total[:, None], 0) / LOG2_E
-        tl.store(
-            shares_ptr + (tile * heads + head) * width + start + b, share, mask=start + b < width
-        )
+    log_sums = tl.load(
+        totals_ptr + (at * runs + r) * SAMPLED + q[None, :], mask=r < runs, other=float("-inf")
+    )
+    peak = tl.max(log_sums, 0)
+    log_total = peak + tl.log2(tl.sum(tl.exp2(log_sums - peak[None, :]), 0))
+    mass = tl.load(
+        masses_ptr + (at * width + b[:, None]) * SAMPLED + q[None, :],
+        mask=b[:, None] < blocks,
+        other=float("-inf"),
+    )
+    share = tl.max(mass - log_total[None, :], 1) / LOG2_E
+    tl.store(shares_ptr + at * width + b, share, mask=b < width)
 
 
 @triton.jit
-def list_blocks(mask_ptr, blocks_ptr, counts_ptr, heads, width, BLOCKS: tl.constexpr):
-    """Kept blocks of one tile and head, ascending, and their number."""
-    at = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
+def load_shares(shares, b, blocks):
+    """Log shares of blocks; what is not finite has none, nor what is past the end."""
+    share = tl.load(shares + b, mask=b < blocks, other=float("-inf"))
+    return tl.where(tl.abs(share) <= LARGEST, share, float("-inf"))
+
+
+@triton.jit
+def choose_blocks(
+    shares_ptr,
+    top_p_ptr,
+    span_of,
+    first_positions,
+    last_positions,
+    dense_from,
+    blocks_ptr,
+    counts_ptr,
+    heads,
+    width,
+    dense_below,
+    KEYS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Chosen blocks of one tile and head, ascending, and their number: `select_tiles`.
+
+    The threshold is the first bin up to which the masses reach the share that is wanted. Four times
+    the bins that may be it are cut into four, and masses are summed up to the three cuts: there is
+    no histogram to keep, and threads add up nothing but whole numbers.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    at = tile * heads + head
+    shares = shares_ptr + at * width
+    last = tl.load(last_positions + tile).to(tl.int32)
+    own = tl.load(first_positions + tile).to(tl.int32) // KEYS
+    blocks = last // KEYS + 1
+    is_dense = (last >= tl.load(dense_from + tl.load(span_of + tile))) | (last + 1 < dense_below)
+    top_p = tl.load(top_p_ptr + head)
     b = tl.arange(0, BLOCKS)
+
+    high = tl.full((BLOCKS,), -LARGEST, tl.float32)
+    for start in tl.range(0, blocks, BLOCKS):
+        high = tl.maximum(high, load_shares(shares, start + b, blocks))
+    most = tl.max(high, 0)
+    threshold = 0
+    wanted = tl.zeros((), tl.float64)
+    for cut in tl.static_range(4):
+        step = BINS // 4 >> 2 * cut
+        total = tl.zeros((BLOCKS,), tl.int64)
+        one = tl.zeros((BLOCKS,), tl.int64)
+        two = tl.zeros((BLOCKS,), tl.int64)
+        three = tl.zeros((BLOCKS,), tl.int64)
+        for start in tl.range(0, blocks, BLOCKS):
+            below = most - load_shares(shares, start + b, blocks)
+            bin = tl.minimum(below * BINS_PER_NAT, BINS - 1).to(tl.int32)
+            mass = tl.exp(-below) * MASS_UNIT
+            # To the nearest whole number: beyond 2^23 there are no others.
+            mass = tl.where(mass < 8388608.0, (mass + 8388608.0) - 8388608.0, mass).to(tl.int64)
+            total += mass
+            one += tl.where(bin < threshold + step, mass, 0)
+            two += tl.where(bin < threshold + 2 * step, mass, 0)
+            three += tl.where(bin < threshold + 3 * step, mass, 0)
+        if cut == 0:
+            wanted = top_p.to(tl.float64) * tl.sum(total, 0).to(tl.float64)
+        passed = (tl.sum(one, 0).to(tl.float64) < wanted).to(tl.int32)
+        passed += (tl.sum(two, 0).to(tl.float64) < wanted).to(tl.int32)
+        passed += (tl.sum(three, 0).to(tl.float64) < wanted).to(tl.int32)
+        threshold += passed * step
+    threshold = tl.where(top_p >= 1.0, BINS - 1, threshold)
+
     count = 0
-    for start in tl.range(0, width, BLOCKS):
-        kept = tl.load(mask_ptr + at * width + start + b, mask=start + b < width, other=0).to(
-            tl.int32
-        )
+    for start in tl.range(0, blocks, BLOCKS):
+        block = start + b
+        below = most - load_shares(shares, block, blocks)
+        bin = tl.minimum(below * BINS_PER_NAT, BINS - 1).to(tl.int32)
+        is_kept = (bin <= threshold) | (block == 0) | (block >= own - 1) | is_dense
+        kept = (is_kept & (block < blocks)).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
-        tl.store(blocks_ptr + at * width + place, start + b, mask=kept != 0)
+        tl.store(blocks_ptr + at * width + place, block, mask=kept != 0)
         count += tl.sum(kept, 0)
     tl.store(counts_ptr + at, count)
 

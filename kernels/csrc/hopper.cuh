@@ -1,13 +1,20 @@
 // Instructions of compute capability 9.0a by name: barriers in shared memory, loads of the tensor
-// memory accelerator (TMA), and matrix products of a warpgroup (wgmma) on tiles in shared memory.
+// memory accelerator (TMA), and matrix products of a warpgroup (wgmma) on tiles in shared memory. As
+// for device.cuh, there is an emulation of them on the CPU.
 //
 // A tile in shared memory is made of halves of 64 columns: rows of 128 bytes, swizzled by 128 bytes
 // as TMA writes them, each half aligned to 1024 bytes.
 #pragma once
 
+#include "device.cuh"
+
+#ifdef __CUDACC__
+
 #include <cuda.h>
 
-#include "device.cuh"
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define RTPURBO_HAS_HOPPER
+#endif
 
 namespace rtpurbo {
 namespace hopper {
@@ -79,6 +86,30 @@ DEVICE void take_registers() {
 
 // ---- loads
 
+// A tensor of bfloat16 of which TMA loads boxes with 64 columns, swizzled by 128 bytes. Sizes and box
+// are in elements; strides in bytes, of all dimensions but the first. Returns a cudaError_t.
+inline int encode_map(CUtensorMap* map, const void* data, int rank, const uint64_t* sizes,
+                      const uint64_t* strides, const uint32_t* box) {
+    // The driver's function, asked for: the library does not link against the driver.
+    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    if (int error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                     cudaEnableDefault, &found)) {
+        return error;
+    }
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    const cuuint32_t steps[3] = {1, 1, 1};
+    const CUresult result = reinterpret_cast<Encode>(entry)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes, strides, box,
+        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 DEVICE void load_2d(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -99,12 +130,21 @@ DEVICE void load_3d(void* shared, const CUtensorMap* map, uint64_t* barrier, int
 
 // Descriptor of a tile, 128-byte swizzle. Groups of 8 rows lie 1024 bytes apart; `half_bytes` is the
 // distance of halves, used where columns are not the reduced dimension and there are more than 64.
-DEVICE uint64_t tile_descriptor(const void* tile, int half_bytes) {
-    const uint64_t start = (shared_address(tile) & 0x3FFFF) >> 4;
-    const uint64_t halves = static_cast<uint64_t>(half_bytes >> 4) << 16;
-    const uint64_t groups = static_cast<uint64_t>(1024 >> 4) << 32;
-    return start | halves | groups | uint64_t{1} << 62;
-}
+// In two words, of which a step along the tile changes one: a sum of 64 bits takes three times as long.
+struct Tile {
+    uint32_t low, high;
+
+    DEVICE Tile(const void* tile, int half_bytes)
+        : low((shared_address(tile) & 0x3FFFF) >> 4 | half_bytes >> 4 << 16),
+          high(1024 >> 4 | 1u << 30) {}
+
+    // `bytes` further, within shared memory.
+    DEVICE Tile operator+(int bytes) const {
+        Tile sum = *this;
+        sum.low += bytes >> 4;
+        return sum;
+    }
+};
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 
@@ -149,32 +189,33 @@ DEVICE void after(float sum) {
     "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d[64 x 128] = a[64 x 16] b[128 x 16]^T, or += ; both tiles have the reduced dimension in columns.
-DEVICE void multiply_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+DEVICE void multiply_64x128(float (&d)[64], Tile a, Tile b, int accumulate) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
+        "mov.b64 a, {%64, %65};\nmov.b64 b, {%66, %67};\nsetp.ne.b32 p, %68, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RTPURBO_NAMES_64
-        "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
+        "}, a, b, p, 1, 1, 0, 0;\n}\n"
         : RTPURBO_64(d)
-        : "l"(a), "l"(b), "r"(accumulate));
+        : "r"(a.low), "r"(a.high), "r"(b.low), "r"(b.high), "r"(accumulate));
 }
 
 // d[64 x D] += a[64 x 16] b[16 x D]; a in registers, the rows of b's tile are the reduced dimension.
-DEVICE void multiply_add_rows(float (&d)[64], const uint32_t* a, uint64_t b) {
+DEVICE void multiply_add_rows(float (&d)[64], const uint32_t* a, Tile b) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%68, %69};\nsetp.ne.b32 p, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RTPURBO_NAMES_64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n}\n"
         : RTPURBO_64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high));
 }
 
-DEVICE void multiply_add_rows(float (&d)[32], const uint32_t* a, uint64_t b) {
+DEVICE void multiply_add_rows(float (&d)[32], const uint32_t* a, Tile b) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%36, %37};\nsetp.ne.b32 p, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" RTPURBO_NAMES_32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n}\n"
         : RTPURBO_32(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high));
 }
 
 #undef RTPURBO_4
@@ -186,3 +227,7 @@ DEVICE void multiply_add_rows(float (&d)[32], const uint32_t* a, uint64_t b) {
 
 }  // namespace hopper
 }  // namespace rtpurbo
+
+#else
+#include "emulated_hopper.h"
+#endif

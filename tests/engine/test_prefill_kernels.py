@@ -156,6 +156,6 @@ def test_what_a_sparse_prefill_takes_is_counted() -> None:
     kernels = object.__new__(DevicePrefill)
     tiles = 2048 // 128 + 8
     scored = tiles * 5 * 512
-    assert kernels.workspace_bytes(2048, 8, 5, 512) == scored * (4 * 16 + 48)
+    assert kernels.workspace_bytes(2048, 8, 5, 512) == scored * (4 * 16 + 10)
     assert kernels.workspace_bytes(2048, 8, 0, 512) == 0
     assert kernels.workspace_bytes(8192, 32, 32, 16384) < 2**30 + 2**32, "masses are bounded"

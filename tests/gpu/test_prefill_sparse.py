@@ -13,6 +13,7 @@ import torch
 from kernels import prefill_sparse
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
+from kernels.cuda_prefill import BlockLists
 from kernels.prefill_tiles import PrefillTiles
 from tests.kernels.paged_case import random_tensor
 from tests.kernels.span_case import SpanCase
@@ -62,6 +63,21 @@ def test_shares(spans: list[tuple[int, int]], dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_lists() -> None:
+    """As many blocks as a long prompt has, and a threshold in any bin."""
+    from kernels.device_sparse_prefill import choose_lists
+
+    tiles = PrefillTiles.of_spans([0, 4096, 4100], [2**20, 70000], torch.device("cuda"))
+    shares = 3 * random_tensor(tiles.count, 3, 2**14).to("cuda") - 9
+    ends = torch.tensor([2**20 - 128, 2**21], device="cuda")
+    rule = (torch.tensor([0.2, 0.9, 0.99], device="cuda"), tiles, ends, 0, 64)
+    lists = choose_lists(shares, *rule)
+    want = BlockLists.of_mask(prefill_sparse.select_tiles(shares, *rule))
+    assert torch.equal(lists.counts, want.counts)
+    past_ZHB = torch.arange(2**14, device="cuda") >= want.counts.unsqueeze(-1)
+    assert torch.equal(lists.blocks.masked_fill(past_ZHB, 0), want.blocks.masked_fill(past_ZHB, 0))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0], ids=["forced", "some", "all"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=list(SPANS))
@@ -69,7 +85,7 @@ def test_shares(spans: list[tuple[int, int]], dtype: torch.dtype) -> None:
 def test_attention_to_lists(
     spans: list[tuple[int, int]], dim: int, share: float, kernel: str, dtype: torch.dtype
 ) -> None:
-    from kernels.device_sparse_prefill import attend_lists, list_kept
+    from kernels.device_sparse_prefill import attend_lists
 
     if kernel == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the CUDA kernel is for compute capability 9.0")
@@ -81,8 +97,7 @@ def test_attention_to_lists(
     shares = torch.zeros(shape, device="cuda").masked_fill(~wanted, -torch.inf)
     rule = (torch.full((2,), 0.999, device="cuda"), tiles, case.pages.lens_S, 0, 64)
     mask_ZHB = prefill_sparse.select_tiles(shares, *rule)
-    lists = list_kept(mask_ZHB)
-    assert torch.equal(lists.counts.long(), mask_ZHB.sum(-1))
+    lists = BlockLists.of_mask(mask_ZHB)
     outputs = []
     for _ in range(3):
         out_THD = case.poisoned()

@@ -6,18 +6,32 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from kernels import reference
+from kernels import prefill_sparse, reference
+from kernels.cuda_prefill import BlockLists
 from kernels.paged_kv import quantise_index_keys
 from kernels.prefill_tiles import PrefillTiles
 from tests.kernels.paged_case import random_tensor
 from tests.kernels.span_case import SpanCase
+from tests.kernels.test_indexer import masses
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU host the kernels run compiled: see tests/gpu", allow_module_level=True)
 
-from kernels.device_sparse_prefill import attend_lists, list_kept, score_tiles
+from kernels.device_sparse_prefill import attend_lists, choose_lists, score_tiles
+
+
+def check_lists(lists: BlockLists, mask_ZHB: Tensor) -> None:
+    """The blocks of a mask, in order; what stands behind them does not matter."""
+    want = BlockLists.of_mask(mask_ZHB)
+    assert torch.equal(lists.counts, want.counts)
+    past_ZHB = torch.arange(mask_ZHB.shape[2]) >= want.counts.unsqueeze(-1)
+    assert torch.equal(lists.blocks.masked_fill(past_ZHB, 0), want.blocks.masked_fill(past_ZHB, 0))
+
 
 SPANS = {
     "one-token": [(1, 1)],
@@ -44,13 +58,10 @@ def test_scores_lists_and_attention(spans: list[tuple[int, int]]) -> None:
         score_tiles(*rounded), reference.score_tiles(*rounded), rtol=1e-5, atol=1e-5
     )
     lens = case.pages.lens_S
-    mask_ZHB = reference.select_tiles(shares, torch.tensor([0.2, 0.6]), tiles, lens, 0, 16)
-    lists = list_kept(mask_ZHB)
-    assert torch.equal(lists.counts.long(), mask_ZHB.sum(-1))
-    for tile in range(tiles.count):
-        for head in range(2):
-            listed = lists.blocks[tile, head, : lists.counts[tile, head]].long()
-            assert torch.equal(listed, mask_ZHB[tile, head].nonzero().squeeze(1))
+    rule = (torch.tensor([0.2, 0.6]), tiles, lens, 0, 16)
+    mask_ZHB = reference.select_tiles(shares, *rule)
+    lists = choose_lists(shares, *rule)
+    check_lists(lists, mask_ZHB)
     out_THD = case.poisoned()
     attend_lists(None, case.inputs(out_THD), tiles, lists, 0.25)
     q_TGD, kv_row_G, *caches, _, _ = case.twin_arguments
@@ -61,3 +72,23 @@ def test_scores_lists_and_attention(spans: list[tuple[int, int]]) -> None:
             q_TGD, kv_row_G, k_cache, v_cache, tables_SB, tiles, mask_ZHB, 0.25
         ),
     )
+
+
+@settings(deadline=None, max_examples=8)
+@given(masses(), st.integers(0, 40), st.integers(0, 60))
+def test_lists_equal_the_specification(
+    case: tuple[Tensor, Tensor, Tensor], dense_from: int, dense_below: int
+) -> None:
+    """Equal shares, outliers and ends of contexts; a tile of each context length."""
+    shares, top_p, lens = case
+    tiles = PrefillTiles.of_spans(range(len(lens) + 1), lens.tolist())
+    rule = (top_p[0], tiles, torch.full((len(lens),), dense_from), dense_below, 8)
+    check_lists(choose_lists(shares, *rule), prefill_sparse.select_tiles(shares, *rule))
+
+
+def test_lists_of_many_blocks() -> None:
+    """More than are looked at together, shares that spread over all bins, and a share of 1."""
+    shares = 12 * random_tensor(2, 3, 1111)
+    tiles = PrefillTiles.of_spans([0, 1, 2], [1111 * 16 - 3, 900 * 16])
+    rule = (torch.tensor([0.3, 0.95, 1.0]), tiles, torch.tensor([99999, 99999]), 0, 16)
+    check_lists(choose_lists(shares, *rule), prefill_sparse.select_tiles(shares, *rule))

@@ -5,7 +5,8 @@
 // What is wrong on a GPU only at times is wrong here more often: shared memory starts as NaN, a
 // copy under way leaves NaN at its destination and is made as late as the program allows, threads
 // that disagree about a barrier end the launch with an error, and so does a write past the end of
-// the shared memory asked for. Interleaving of CTAs and the memory model are not emulated.
+// the shared memory asked for. What the chip does beside its threads (`Machine::deferred`) happens at
+// a random time too. Interleaving of CTAs and the memory model are not emulated.
 #pragma once
 
 #include <setjmp.h>
@@ -18,6 +19,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -42,6 +45,7 @@ struct dim3 {
     dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -70,6 +74,8 @@ struct Barrier {
     uint64_t generation = 0;
 };
 
+using Group = std::vector<std::function<void()>>;  // done together
+
 struct Thread {
     ucontext_t context;  // where it starts; later switches are jumps, which need no system call
     jmp_buf place;
@@ -81,6 +87,8 @@ struct Thread {
     uint64_t collectives = 0;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
+    Group products;
+    std::deque<Group> committed_products;
 };
 
 struct Lane {
@@ -93,6 +101,8 @@ struct Machine {
     std::vector<Barrier> warps;
     std::vector<std::vector<Lane>> lanes[2];  // deposits of a collective, by parity and warp
     Barrier cta;
+    std::map<const void*, Barrier> others;  // by address or number
+    std::deque<std::function<void()>> deferred;
     std::vector<unsigned char> memory;
     size_t shared_bytes = 0;
     jmp_buf scheduler;
@@ -124,6 +134,14 @@ inline void resume(Thread& thread) {
     setcontext(&thread.context);
 }
 
+// Until the barrier has opened more often than now.
+inline void wait_for(Barrier& barrier) {
+    Thread& thread = machine.threads[machine.current];
+    thread.waits_at = &barrier;
+    thread.waits_for = barrier.generation + 1;
+    yield();
+}
+
 inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
     if (barrier.arrived == 0) {
         barrier.operation = operation;
@@ -138,10 +156,7 @@ inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
         ++barrier.generation;
         return;
     }
-    Thread& thread = machine.threads[machine.current];
-    thread.waits_at = &barrier;
-    thread.waits_for = barrier.generation + 1;
-    yield();
+    wait_for(barrier);
 }
 
 // Every lane gives a value and reads those of all.
@@ -173,6 +188,8 @@ inline void run_cta(int threads, dim3 block) {
     blockIdx = block;
     std::fill(machine.memory.begin(), machine.memory.end(), kPoison);
     machine.cta = Barrier{threads};
+    machine.others.clear();
+    machine.deferred.clear();
     machine.warps.assign(threads / kLanes, Barrier{kLanes});
     for (auto& set : machine.lanes) {
         set.assign(threads / kLanes, std::vector<Lane>(kLanes));
@@ -211,12 +228,21 @@ inline void run_cta(int threads, dim3 block) {
                 left -= thread.done;
             }
         }
+        while (!machine.deferred.empty() && (!progress || machine.random() % 2 == 0)) {
+            machine.deferred.front()();
+            machine.deferred.pop_front();
+            progress = true;
+        }
         if (!progress) fail("threads wait for others that never come");
     }
+    if (!machine.deferred.empty()) fail("a load was still under way at the end");
     for (const Thread& thread : machine.threads) {
         bool pending = !thread.open.empty();
         for (const auto& group : thread.committed) pending = pending || !group.empty();
         if (pending) fail("a copy was still under way at the end");
+        if (!thread.products.empty() || !thread.committed_products.empty()) {
+            fail("a product was still under way at the end");
+        }
     }
     const unsigned char* end = shared_memory() + machine.shared_bytes;
     for (const unsigned char* byte = end; byte < end + kGuardBytes; ++byte) {
@@ -264,6 +290,10 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
         bits |= static_cast<uint32_t>(rtpurbo::emulation::read_lane<bool>(all, lane)) << lane;
     }
     return bits;
+}
+
+inline bool __any_sync(uint32_t lanes, bool predicate) {
+    return __ballot_sync(lanes, predicate) != 0;
 }
 
 // Operations of one thread.
@@ -430,11 +460,17 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void*
 
 // The device: few multiprocessors, so that small inputs still give each several items.
 using cudaError_t = int;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoKernelImageForDevice = 209
+};
 enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
     cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
     cudaFuncAttributeMaxDynamicSharedMemorySize,
     cudaFuncAttributePreferredSharedMemoryCarveout,
     cudaSharedmemCarveoutMaxShared = 100
@@ -443,6 +479,7 @@ inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
              : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+             : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                               : 232448;
     return 0;
 }

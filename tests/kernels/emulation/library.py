@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import kernels
-from kernels._build import HOPPER_SOURCES
 from kernels._launch import KernelLibrary
 
 SOURCES = Path(kernels.__file__).parent / "csrc"
@@ -25,8 +24,6 @@ def build_emulation(folder: Path) -> KernelLibrary:
     flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC"]
     objects = []
     for source in sorted(SOURCES.glob("*.cu")):
-        if source.stem in HOPPER_SOURCES:  # instructions of one chip; tests/gpu has them
-            continue
         objects.append(str(folder / f"{source.stem}.o"))
         include = ["-I", str(Path(__file__).parent)]
         command = [found, *flags, *include, "-x", "c++", "-c", str(source), "-o", objects[-1]]
