@@ -2,9 +2,10 @@
 
     python -m conversion.embedded OUT [--text FOLDER ...] [--curriculum FILE] [--init MODEL]
 
-Leaves OUT/corpus (text and tokenizer), OUT/state.pt (training in progress), OUT/model (the result)
-and OUT/training.json (every figure). Run it again to go on. Under torchrun several GPUs share every
-batch; the result is that of one GPU up to the order of sums.
+Leaves OUT/corpus (text and tokenizer), OUT/state.pt (training in progress), OUT/partial (the model
+where training was stopped), OUT/model (the result) and OUT/training.json (every figure). Run it
+again to go on. Under torchrun several GPUs share every batch; the result is that of one GPU up to
+the order of sums.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,13 +63,16 @@ def pretrain(
         network = trainer.run(stop_after)
         if not trainer.done:
             console.print(f"stopped after step {trainer.place.step}; repeat the command to go on")
+            if ranks.is_first:
+                shutil.rmtree(out / "partial", ignore_errors=True)
+                _export(network, options, out, out / "partial", console)
         elif ranks.is_first:
             report = _judge(network, corpus, options, documents)
             report |= {"command": command, "hardware": _hardware(ranks)}
             report |= {"losses": trainer.losses, "progress": trainer.progress}
             write_json(out / "training.json", report)
             console.print_json(json.dumps({key: report[key] for key in ("held_out_loss", "facts")}))
-            _export(network, options, out, console)
+            _export(network, options, out, out / "model", console)
     return trainer.done
 
 
@@ -103,11 +108,13 @@ def _hardware(ranks: Ranks) -> str:
     return f"{ranks.world} x {device}, {platform.machine()}, torch {torch.__version__}"
 
 
-def _export(network: Network, options: PretrainingOptions, out: Path, console: Console) -> None:
-    if not (out / "model").exists():
+def _export(
+    network: Network, options: PretrainingOptions, out: Path, model: Path, console: Console
+) -> None:
+    if not model.exists():
         tokenizer = out / "corpus" / "tokenizer.json"
-        export_network(network, options.model_config(), tokenizer, out / "model")
-        console.print(f"made {out / 'model'}")
+        export_network(network, options.model_config(), tokenizer, model)
+        console.print(f"made {model}")
 
 
 def main(

@@ -36,7 +36,7 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         self._train = train
         self._seed = (options.seed, phase)
         self._phase = options.phases[phase]
-        rows = options.batch_tokens // self._phase.length
+        rows = self._phase.batch_tokens // self._phase.length
         if rows < ranks.world:
             raise ConversionError(
                 f"a batch has {rows} sequences of {self._phase.length} tokens, "

@@ -11,6 +11,7 @@ is where the tokenizer splits the finished text as well, so the ids are those of
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,11 +26,14 @@ KINDS = ("constant", "dictionary", "list", "chain", "token", "copy")
 KIND_WEIGHTS = (0.1, 0.08, 0.25, 0.5, 0.04, 0.03)  # what takes longest to learn most often
 FEW_FACTS = 17  # at most, in half of the episodes
 TOKENS_PER_FACT, MOST_FACTS = 80, 96  # the others have up to one in so many tokens
-EARLY_QUESTIONS = 0.5  # share of the facts that are asked inside the code and not at its end
-NEAR_QUESTIONS = 0.6  # share of those asked right after the fact: a look-up by way of another is
+EARLY_QUESTIONS = 0.6  # share of the facts that are asked inside the code and not at its end
+NEAR_QUESTIONS = 0.2  # share of those asked right after the fact: a look-up by way of another is
 # learnt where the first is easy, and then found to work from afar
 COPY_TOKENS = (8, 48)
+DIGITS = (3, 4, 5, 5, 5, 6, 7)  # of a value
 MIN_CODE = 16  # tokens of code that must be left
+PIECES = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\d|\s")  # of planted lines, as byte-level BPE
+# splits them; most lines are made of pieces seen before
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
 
 
@@ -56,6 +60,8 @@ class EpisodeWriter:
         words = (text.strip("Ġ").upper() for text in letters)
         known = {w for w in words if w.isascii() and w.isalpha() and len(w) > 2}
         self._words = np.array(sorted(known - JUDGED_WORDS))
+        self._plain = sorted(w for w in letters if _is_plain(w) and f"Ġ{w}" in vocabulary.values())
+        self._pieces: dict[str, list[int]] = {}
 
     def write(
         self, code: NDArray[np.int64], rng: np.random.Generator, kind: str | None = None
@@ -72,7 +78,7 @@ class EpisodeWriter:
         most = FEW_FACTS
         if rng.random() < 0.5:  # a long sequence teaches more by many questions than by few
             most = max(most, min(MOST_FACTS, len(code) // TOKENS_PER_FACT))
-        names = NameMaker(self._words, rng)
+        names = NameMaker(self._words, rng, self._plain)
         wanted = int(rng.integers(1, most + 1))
         facts = [self._fact(kind, names, rng) for _ in range(wanted)]
         return self.plant(code, facts, rng, EARLY_QUESTIONS)
@@ -125,8 +131,7 @@ class EpisodeWriter:
             for depth, line in zip(depths, lines, strict=True):
                 inserts.append((float(depth), self._encode("\n" + line), -1))
             if number not in late:
-                near = rng.random() < NEAR_QUESTIONS
-                depth = depths[-1] if near else rng.uniform(depths[-1], 1.0)
+                depth = depths[-1] + (1.0 - depths[-1]) * self._distance(rng)
                 ids, start = self._question(question)
                 inserts.append((float(depth), ids, start))
         return inserts
@@ -192,10 +197,25 @@ class EpisodeWriter:
         return [f"{name} = {value}", f"{alias} = {name}"], Question(f"assert {alias} == ", value)
 
     @staticmethod
+    def _distance(rng: np.random.Generator) -> float:
+        """Of an early question from its fact, as a share of what follows; often little."""
+        return 0.0 if rng.random() < NEAR_QUESTIONS else float(10 ** rng.uniform(-2.0, 0.0))
+
+    @staticmethod
     def _number(rng: np.random.Generator) -> str:
-        digits = int(rng.choice([3, 4, 5, 5, 5, 6, 7]))
+        digits = DIGITS[int(rng.integers(len(DIGITS)))]
         return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """What the tokenizer gives, put together from pieces that it never joins."""
+        ids: list[int] = []
+        for piece in PIECES.findall(text):
+            if piece not in self._pieces:
+                encoding = self._tokenizer.encode(piece, add_special_tokens=False)
+                self._pieces[piece] = encoding.ids
+            ids += self._pieces[piece]
         return ids
+
+
+def _is_plain(word: str) -> bool:
+    return word.isascii() and word.isalpha() and word.islower() and len(word) > 2

@@ -129,7 +129,7 @@ class Trainer:
                 f"training has diverged at step {self.place.step}; lower the rates"
             )
         self.losses.append(round(mean, 4))
-        rate = len(window) * self.options.batch_tokens / (now - tick)
+        rate = len(window) * phase.batch_tokens / (now - tick)
         self.console.print(
             f"length {phase.length}  step {self.place.inside} of {phase.steps}  "
             f"loss {mean:.4f}  {rate:,.0f} tokens/s",

@@ -32,17 +32,19 @@ _SMALLEST = 2**21  # bytes of a piece of ballast: the allocator's own smallest s
 
 
 def fill_memory(leave: int) -> list[Tensor]:
-    """Tensors that take all free memory but `leave` bytes, in ever smaller pieces."""
+    """Tensors that take all free memory but `leave` bytes: the device's, and what the allocator
+    holds unused between live tensors, which `mem_get_info` calls taken."""
     torch.cuda.empty_cache()
+    room = torch.empty(leave, dtype=torch.uint8, device="cuda")
     ballast: list[Tensor] = []
-    size = torch.cuda.mem_get_info()[0] - leave
+    size = torch.cuda.mem_get_info()[0]
     while size >= _SMALLEST:
         try:
             ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
         except torch.OutOfMemoryError:
             size //= 2
-        else:
-            size = min(size, torch.cuda.mem_get_info()[0] - leave)
+    del room
+    torch.cuda.empty_cache()
     return ballast
 
 

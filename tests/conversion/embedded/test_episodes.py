@@ -41,6 +41,31 @@ def test_names_of_some_documents_share_their_words(monkeypatch: pytest.MonkeyPat
     assert last_words[1.0] < last_words[0.0] / 2
 
 
+def test_some_documents_have_plain_names_that_never_run_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(names, "PLAIN", 1.0)
+    plain = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(8) for j in range(8)]
+    lengths = set()
+    for seed in range(10):
+        maker = NameMaker(WORDS, np.random.default_rng(seed), plain)
+        made = [maker.name() for _ in range(200)]
+        assert len(set(made)) == 200
+        assert {word for name in made for word in name.split("_")} <= set(plain)
+        lengths.add(len(made[0].split("_")))
+    assert lengths == {1, 2}
+
+
+@pytest.mark.parametrize("kind", [*FACT_KINDS, "token"])
+def test_planted_lines_are_tokenised_as_the_tokenizer_does(tokenizer: Tokenizer, kind: str) -> None:
+    writer = EpisodeWriter(tokenizer, 5.0)
+    code = np.array(tokenizer.encode("value = compute(value)\n" * 600).ids, dtype=np.int64)
+    for seed in range(20):
+        ids = writer.write(code, np.random.default_rng(seed), kind).ids.tolist()
+        before = tokenizer.encode(tokenizer.decode(ids).split("\nassert")[0]).ids
+        assert before == ids[: len(before)]
+
+
 @pytest.mark.parametrize("kind", FACT_KINDS)
 def test_every_fact_is_asked_once(tokenizer: Tokenizer, kind: str) -> None:
     """A question that was answered before would be a second needle."""

@@ -30,6 +30,9 @@ from engine.model.weights import load_decoder
 from tests.conversion.test_parallel import in_two_processes, leave, meet
 
 QUIET = Console(quiet=True)
+ODD_PHASE = Phase(
+    length=256, steps=1, episodes=0.5, first_rate=1.0, last_rate=1.0, batch_tokens=1000
+)
 VOCABULARY = 800
 PACKAGES = ("asyncio", "json", "unittest", "http", "logging")
 
@@ -55,13 +58,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, many_held_out: None) -> Cor
 @pytest.fixture
 def options() -> PretrainingOptions:
     phases = (
-        Phase(length=256, steps=3, episodes=0.5, first_rate=1.0, last_rate=0.5),
-        Phase(length=512, steps=3, episodes=0.5, first_rate=0.5, last_rate=0.0),
+        Phase(length=256, steps=3, episodes=0.5, first_rate=1.0, last_rate=0.5, batch_tokens=1024),
+        Phase(length=512, steps=3, episodes=0.5, first_rate=0.5, last_rate=0.0, batch_tokens=1024),
     )
     return PretrainingOptions(
         text=text_folders(),
         phases=phases,
-        batch_tokens=1024,
         vocab_size=VOCABULARY,
         layers=2,
         hidden=32,
@@ -254,7 +256,7 @@ def test_too_little_text_is_one_line(options: PretrainingOptions, tmp_path: Path
     ("change", "message"),
     [
         ({"phases": ()}, "no phase"),
-        ({"batch_tokens": 1000}, "divide"),
+        ({"phases": (ODD_PHASE,)}, "divide"),
         ({"vocab_size": 70_000}, "65536"),
     ],
 )
