@@ -16,6 +16,14 @@
 
 namespace rtpurbo {
 
+HOST_DEVICE int log2_of(uint32_t power) {
+#ifdef __CUDA_ARCH__
+    return 31 - __clz(static_cast<int>(power));
+#else
+    return 31 - __builtin_clz(power);
+#endif
+}
+
 // 16 bytes from global to shared memory, past L1; with `bytes` 0 nothing is read and zeros written.
 DEVICE void copy_async_16(void* shared, const void* global, int bytes) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -71,9 +71,9 @@ struct Item {
     const ListEntry* list;  // or null
 
     DEVICE Item(const DecodeArgs& args, int item) : index(item) {
-        const uint32_t groups = static_cast<uint32_t>(args.group_count);
-        row = static_cast<int>(static_cast<uint32_t>(item) / groups);
-        group = args.groups + (item - row * static_cast<int>(groups));
+        const int groups = static_cast<int>(args.group_count);
+        row = divide(item, groups);
+        group = args.groups + (item - row * groups);
         const int4 first = *reinterpret_cast<const int4*>(group);  // 144 bytes each
         context = static_cast<int>(args.context_lens[row]);
         pool = first.x;
@@ -87,19 +87,27 @@ struct Item {
         list = listed ? args.lists + index * args.list_width : nullptr;
     }
 
-    // Blocks; of an item with a list only when the list is there.
-    DEVICE int count(const DecodeArgs& args) const {
-        if (list != nullptr) return __ldcg(args.list_counts + index);
-        return retrieval != 0 ? window.blocks : window.count();
-    }
+    // Blocks of an item without a list.
+    DEVICE int count() const { return retrieval != 0 ? window.blocks : window.count(); }
 
-    DEVICE ListEntry entry(int place) const {
-        if (list != nullptr) {
-            const int2 found = __ldcg(reinterpret_cast<const int2*>(list) + place);
-            return {found.x, static_cast<uint32_t>(found.y)};
+    // Blocks number `places` with the slots that see all of them.
+    template <int kCount>
+    DEVICE void read(const int (&places)[kCount], ListEntry (&entries)[kCount]) const {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int place = places[i];
+            entries[i] = {retrieval != 0 ? place : window.at(place), retrieval};
         }
-        if (retrieval != 0) return {place, retrieval};
-        return {window.at(place), 0};
+        if (list == nullptr) return;
+        int2 found[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            found[i] = __ldcg(reinterpret_cast<const int2*>(list) + places[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            entries[i] = {found[i].x, static_cast<uint32_t>(found[i].y)};
+        }
     }
 };
 
@@ -131,19 +139,49 @@ struct Target {
     int64_t row;      // of the pool
 };
 
-// The strip that begins at token `place` of an item's block number `index`.
-DEVICE Target find_strip(const DecodeArgs& args, const Item& item, const Source& source, int index,
-                         int place) {
-    const ListEntry entry = item.entry(index);
-    // Looked up even if nobody sees the strip: the two loads do not wait for the answer.
-    const int64_t page = source.pages[static_cast<int64_t>(entry.block) * source.page_words];
-    const int first = entry.block * static_cast<int>(args.block_tokens) + place;
-    // The window sees the strip if it sees the strip's newest token.
-    const int last = min(first + kStripTokens, item.context) - 1;
-    const bool near = first < args.sinks || item.context - 1 - last < args.window;
-    const bool seen =
-        first < item.context && (entry.heads != 0 || (item.local != 0 && near));
-    return {seen ? first : -1, entry.heads, page * source.page_rows + source.first_row + place};
+// Strips of an item's blocks [begin, end), numbered from 0.
+struct Strips {
+    int begin;
+    int per_block;
+    int count;
+
+    DEVICE Strips(const DecodeArgs& args, int begin, int end)
+        : begin(begin),
+          per_block(static_cast<int>(args.block_tokens) / kStripTokens),
+          count((end - begin) * per_block) {}
+};
+
+// Strips `index`, `index + step` and so on. Loads of a kind are under way together, and none waits for
+// whether somebody sees the strip; past the end any will do.
+template <int kCount>
+DEVICE void find_strips(const DecodeArgs& args, const Item& item, const Source& source,
+                        const Strips& strips, int index, int step, Target (&found)[kCount]) {
+    int places[kCount], offsets[kCount];
+    ListEntry entries[kCount];
+    int64_t pages[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int strip = min(index + i * step, strips.count - 1);
+        const int block = divide(strip, strips.per_block);
+        places[i] = strips.begin + block;
+        offsets[i] = (strip - block * strips.per_block) * kStripTokens;
+    }
+    item.read(places, entries);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        pages[i] = source.pages[static_cast<int64_t>(entries[i].block) * source.page_words];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int first = entries[i].block * static_cast<int>(args.block_tokens) + offsets[i];
+        // The window sees the strip if it sees the strip's newest token.
+        const int last = min(first + kStripTokens, item.context) - 1;
+        const bool near = first < args.sinks || item.context - 1 - last < args.window;
+        const bool seen = index + i * step < strips.count && first < item.context &&
+                          (entries[i].heads != 0 || (item.local != 0 && near));
+        found[i] = {seen ? first : -1, entries[i].heads,
+                    pages[i] * source.page_rows + source.first_row + offsets[i]};
+    }
 }
 
 // Copies a warp's strip of keys and values; tokens past the context become zeros, since memory that
@@ -182,15 +220,8 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
     InFlight* in_flight = reinterpret_cast<InFlight*>(shared + Layout::kInFlight) + warp * kStages;
     float* scratch =
         reinterpret_cast<float*>(shared + Layout::kScratch) + warp * Strip::kScratchFloats;
-    const int per_block = static_cast<int>(args.block_tokens) / kStripTokens;
-    const int strips = (end - begin) * per_block;
-
+    const Strips strips(args, begin, end);
     const Source source(args, item);
-    const auto find = [&](int index) -> Target {
-        if (index >= strips) return {-1, 0, 0};
-        return find_strip(args, item, source, begin + index / per_block,
-                          index % per_block * kStripTokens);
-    };
     // Every call closes a group of copies, empty or not, so that waiting can count them.
     const auto copy = [&](const Target& target, int stage) {
         if (target.first >= 0) {
@@ -201,16 +232,16 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
         copy_async_commit();
     };
     Target ahead[kStages];
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) ahead[stage] = find(warp + stage * warps);
+    find_strips(args, item, source, strips, warp, warps, ahead);
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) copy(ahead[stage], stage);
     Strip strip;
     strip.begin(static_cast<const Element*>(args.queries) + item.row * args.query_row_stride,
                 args.query_head_stride, *item.group, scratch);
     int stage = 0;
-    for (int index = warp; index < strips; index += warps) {
-        const Target next = find(index + kStages * warps);
+    for (int index = warp; index < strips.count; index += warps) {
+        Target next[1];
+        find_strips(args, item, source, strips, index + kStages * warps, warps, next);
         copy_async_wait<kStages - 1>();
         __syncwarp();
         const InFlight now = in_flight[stage];
@@ -226,7 +257,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, int begin, int end,
                        static_cast<float>(args.scale) * kLog2E, scratch);
         }
         __syncwarp();
-        copy(next, stage);
+        copy(next[0], stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     copy_async_wait<0>();
@@ -413,7 +444,15 @@ DEVICE void attend_items(const DecodeArgs& args, bool listed, int place, int wor
     for (int index = threadIdx.x; index < items; index += blockDim.x) {
         const Item item(args, index);
         const bool mine = (item.list != nullptr) == listed;
-        blocks[index] = static_cast<uint16_t>(mine ? item.count(args) : 0);
+        blocks[index] = static_cast<uint16_t>(!mine ? 0 : listed ? 1 : item.count());
+    }
+    if (listed) {
+        wait_for_previous_kernel();  // now the lists are there
+#pragma unroll 1
+        for (int index = threadIdx.x; index < items; index += blockDim.x) {
+            if (blocks[index] == 0) continue;
+            blocks[index] = static_cast<uint16_t>(__ldcg(args.list_counts + index));
+        }
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -468,12 +507,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, Strip::kResidentCtas)
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
         const bool listed = phase == 1;
-        if (listed) {
-            if (args.lists == nullptr) return;
-            wait_for_previous_kernel();
-        } else if (holds_back) {
-            continue;
-        }
+        if (listed ? args.lists == nullptr : holds_back) continue;
         const int place = listed ? (holds_back ? cta - held : cta < held ? cta + held : cta)
                                  : (cta < held ? cta : cta - held);
         attend_items<Strip, kDim>(args, listed, place, listed ? ctas : ctas - held, shared);

@@ -310,6 +310,8 @@ inline uint32_t atomicAdd(uint32_t* address, uint32_t amount) {
 
 namespace rtpurbo {
 
+inline int log2_of(uint32_t power) { return 31 - std::countl_zero(power); }
+
 inline float bits_to_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
