@@ -192,7 +192,11 @@ def recorded_step_bytes(
 def _activation_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Of a token: hidden states, projections, MLP."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    mlp = 3 * (config.intermediate_size if config.moe is None else config.moe.intermediate_size)
+    mlp = 3 * config.intermediate_size
+    if config.moe is not None:  # rows for each chosen expert, sorted and put back
+        moe = config.moe
+        pair = 3 * moe.intermediate_size + 3 * config.hidden_size
+        mlp = max(mlp if moe.dense_layers else 0, moe.experts_per_token * pair)
     return (4 * config.hidden_size + 2 * heads + mlp) * item_bytes
 
 

@@ -124,11 +124,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _decode_step(self, cuda_graphs: bool) -> DecodeStep:
         recorded = cuda_graphs and self._device.type == "cuda"
-        if recorded and self._decoder.config.moe is not None:
+        rows, moe, kernels = self.info.max_num_seqs, self._decoder.config.moe, self._decoder.kernels
+        if moe is not None and (kernels is None or not kernels.takes_experts(rows, moe)):
             logger.info("decode steps are not recorded as CUDA graphs: the host sorts experts")
             recorded = False
         tables = (self._tensors.full, self._tensors.window)
-        rows = self.info.max_num_seqs
         return DecodeStep(
             self._decoder,
             self._layers,

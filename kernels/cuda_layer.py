@@ -157,13 +157,13 @@ def add_norm(
     """
     sizes: dict[str, int] = {}
     check_shapes(sizes, x=(x_TE, "T E"), weight=(weight_E, "E"))
-    _check_layout(x_TE.dtype, x=x_TE, weight=weight_E)
+    check_layout(x_TE.dtype, x=x_TE, weight=weight_E)
     if not takes_rows(x_TE.dtype, sizes["E"]):
         raise ValueError(f"no kernel for rows of {sizes['E']} in {x_TE.dtype}")
     sum_TE, out_TE = x_TE, torch.empty_like(x_TE)
     if branch_TE is not None:
         check_shapes(sizes, branch=(branch_TE, "T E"))
-        _check_layout(x_TE.dtype, branch=branch_TE)
+        check_layout(x_TE.dtype, branch=branch_TE)
         sum_TE = torch.empty_like(x_TE)
     args = NormArgs(
         input=x_TE.data_ptr(),
@@ -184,7 +184,7 @@ def add_norm(
 def silu_mul(library: KernelLibrary, gate_up_TF: Tensor) -> Tensor:
     """`kernels.layer_reference.silu_mul`: [T, F] of [T, 2 F]. Raises as `add_norm`."""
     check_shapes({}, gate_up=(gate_up_TF, "T F"))
-    _check_layout(gate_up_TF.dtype, gate_up=gate_up_TF)
+    check_layout(gate_up_TF.dtype, gate_up=gate_up_TF)
     tokens, double = gate_up_TF.shape
     if double % 2 or double // 2 * gate_up_TF.dtype.itemsize % 16:
         raise ValueError(f"no kernel for rows of {double / 2:g} in {gate_up_TF.dtype}")
@@ -220,12 +220,12 @@ def _check_store(
     dtype, dim = projected_TRD.dtype, projected_TRD.shape[2]
     if not takes_heads(dtype, dim, None):
         raise ValueError(f"no kernel for {dtype} and head_dim {dim}")
-    _check_layout(dtype, projected=projected_TRD)
-    _check_layout(torch.float32, cos=cos_TF, sin=sin_TF)
-    _check_layout(torch.int32, kv_row=kv_row_N)
+    check_layout(dtype, projected=projected_TRD)
+    check_layout(torch.float32, cos=cos_TF, sin=sin_TF)
+    check_layout(torch.int32, kv_row=kv_row_N)
     if norm is not None:
         check_shapes({"W": 2 * dim}, norm=(norm.weight_2D, "W"))
-        _check_layout(dtype, norm=norm.weight_2D)
+        check_layout(dtype, norm=norm.weight_2D)
     return sizes
 
 
@@ -238,8 +238,8 @@ def _check_pool(pool: StoredPool, sizes: dict[str, int], dtype: torch.dtype) -> 
         slots=(pool.slots_T, "T"),
     )
     sizes["K"] = own["K"]
-    _check_layout(dtype, k_cache=pool.k_cache, v_cache=pool.v_cache)
-    _check_layout(torch.int64, slots=pool.slots_T)
+    check_layout(dtype, k_cache=pool.k_cache, v_cache=pool.v_cache)
+    check_layout(torch.int64, slots=pool.slots_T)
 
 
 def _add_index(
@@ -258,8 +258,8 @@ def _add_index(
         q_proj=(index.q_proj_SID, "S I D"),
         q_head=(index.q_head_S, "S"),
     )
-    _check_layout(dtype, k_proj=index.k_proj_XID, q_proj=index.q_proj_SID)
-    _check_layout(torch.int64, k_head=index.k_head_X, q_head=index.q_head_S)
+    check_layout(dtype, k_proj=index.k_proj_XID, q_proj=index.q_proj_SID)
+    check_layout(torch.int64, k_head=index.k_head_X, q_head=index.q_head_S)
     if sizes["I"] % OUTPUTS_AT_ONCE:
         raise ValueError(f"index_dim must be a multiple of {OUTPUTS_AT_ONCE}, got {sizes['I']}")
     if not 0 <= index.query_tokens <= sizes["T"]:
@@ -271,7 +271,7 @@ def _add_index(
         raise ValueError("index keys need the full pool, whose pages they share")
     else:
         check_shapes({**sizes, "P": len(full.k_cache)}, index_cache=(index.index_cache, "P X K I"))
-        _check_layout(dtype, index_cache=index.index_cache)
+        check_layout(dtype, index_cache=index.index_cache)
     qi_QSI = projected_TRD.new_empty((index.query_tokens, sizes["S"], sizes["I"]))
     args.key_projection, args.key_head = index.k_proj_XID.data_ptr(), index.k_head_X.data_ptr()
     args.index_rows, args.index_dim = sizes["X"], sizes["I"]
@@ -283,8 +283,12 @@ def _add_index(
     return qi_QSI, ki_TXI
 
 
-def _check_layout(dtype: torch.dtype, **tensors: Tensor) -> None:
-    """Whole tensors of one dtype; numbers begin where 16 bytes of them can be read at once."""
+def check_layout(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """
+    Raises:
+        ValueError: not a whole tensor of this dtype, or one of numbers that begins where 16 bytes
+            cannot be read at once.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name} must be {dtype} and contiguous")

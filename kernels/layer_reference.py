@@ -1,6 +1,7 @@
 """The specification of what a layer does around attention: norms, RoPE, stores, gates.
 
-Every function has the signature of its twin in `kernels.cuda_layer` without the library. Sums are
+Every function has the signature of its twin in `kernels.cuda_layer` or `kernels.cuda_experts`
+without the library. Sums are
 float32; a value is rounded to its tensor's dtype where it is written down, and before the weight of
 a norm (as transformers does). Shapes as in `kernels.layer_inputs`; E hidden, F intermediate size.
 """
@@ -78,6 +79,40 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     """silu(gate) * up, [T, F], of [T, 2 F] with gate and up side by side."""
     gate_TF, up_TF = gate_up_TF.float().chunk(2, dim=-1)
     return (F.silu(gate_TF) * up_TF).to(gate_up_TF.dtype)
+
+
+def route_experts(logits_TX: Tensor, chosen: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each token, int32 by falling probability, and their weights: both [T, k].
+
+    Of experts that are as probable the lower number comes first. With `normalise` the weights of a
+    token sum to 1.
+    """
+    probabilities_TX = logits_TX.softmax(-1, dtype=torch.float32)
+    sorted_TX, experts_TX = probabilities_TX.sort(dim=-1, descending=True, stable=True)
+    weights_Tk = sorted_TX[:, :chosen]
+    if normalise:
+        weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+    return weights_Tk.to(logits_TX.dtype), experts_TX[:, :chosen].int()
+
+
+def gate_experts(x_TE: Tensor, experts_Tk: Tensor, gate_up_XGE: Tensor) -> Tensor:
+    """silu(gate) * up of each token with each of its experts, [T k, F]; G = 2 F."""
+    rows = [
+        gate_up_XGE[expert].float() @ x_TE[token].float()
+        for token, chosen in enumerate(experts_Tk.tolist())
+        for expert in chosen
+    ]
+    return silu_mul(torch.stack(rows)).to(x_TE.dtype)
+
+
+def project_experts(inner_JF: Tensor, experts_Tk: Tensor, down_XEF: Tensor) -> Tensor:
+    """Each pair's row times its expert's weights, [T k, E]."""
+    experts = experts_Tk.flatten().tolist()
+    rows = [
+        down_XEF[expert].float() @ row.float()
+        for row, expert in zip(inner_JF, experts, strict=True)
+    ]
+    return torch.stack(rows).to(inner_JF.dtype)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

@@ -1,8 +1,8 @@
 """What a layer does around attention, on the CUDA kernels (`kernels.cuda_layer`).
 
-Five launches of a layer are left beside its products and attention: qkv_store, two norms that add
-the branch before them, the gate, and the last layer's norm. Without a library the PyTorch ops of
-`engine.model.layers` compute the same.
+Beside its products and attention four launches of a layer are left: the store, two norms that add
+the branch before them, and the gate. A mixture of experts has three and its weighted sum. Without a
+library the PyTorch ops of `engine.model.layers` compute the same.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.model.batch_tensors import AttentionMetadata
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, MoeConfig
 from engine.model.head_layout import LayerHeads, model_heads
 from engine.model.queries import Queries
-from kernels import cuda_layer
+from kernels import cuda_experts, cuda_layer
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool
 from kernels.paged_kv import store_index_keys
@@ -55,6 +55,28 @@ class LayerKernels:
     def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
         """silu(gate) * up of [T, 2 F]."""
         return cuda_layer.silu_mul(self._library, gate_up_TF)
+
+    @staticmethod
+    def takes_experts(tokens: int, moe: MoeConfig) -> bool:
+        """Whether a mixture of experts runs on the kernels for so many tokens."""
+        return cuda_experts.takes_experts(tokens, moe.num_experts, moe.experts_per_token)
+
+    def run_experts(
+        self,
+        x_TE: Tensor,
+        logits_TX: Tensor,
+        gate_up_XGE: Tensor,
+        down_XEF: Tensor,
+        moe: MoeConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [T, k] and results [T, k, E] of the experts that the logits choose."""
+        library, chosen = self._library, moe.experts_per_token
+        weights_Tk, experts_Tk = cuda_experts.route_experts(
+            library, logits_TX, chosen, moe.normalize_weights
+        )
+        inner_JF = cuda_experts.gate_experts(library, x_TE, experts_Tk, gate_up_XGE)
+        results_JE = cuda_experts.project_experts(library, inner_JF, experts_Tk, down_XEF)
+        return weights_Tk, results_JE.view(len(x_TE), chosen, -1)
 
     def store(
         self,

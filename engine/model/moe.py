@@ -26,11 +26,22 @@ class MoeMlp(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, size))
 
     def forward(self, x_TE: Tensor, kernels: LayerKernels | None = None) -> Tensor:
-        """Sort the pairs by expert, so that each expert that was chosen runs once.
+        """Each expert that was chosen runs once, on all pairs that chose it.
 
         A token's results are summed in the order of its own choices: what stands beside it in the
-        batch cannot change that order.
+        batch cannot change that order. With kernels the host learns nothing of the choice.
         """
+        if kernels is not None and kernels.takes_experts(len(x_TE), self.config):
+            logits_TX = self.router(x_TE)
+            weights_Tk, results_TkE = kernels.run_experts(
+                x_TE, logits_TX, self.gate_up, self.down, self.config
+            )
+        else:
+            weights_Tk, results_TkE = self._run_sorted(x_TE)
+        return torch.einsum("tk,tke->te", weights_Tk, results_TkE)
+
+    def _run_sorted(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [T, k] and results [T, k, E] by products over pairs that are sorted by expert."""
         weights_Tk, experts_Tk = self._route(x_TE)
         experts_J = experts_Tk.flatten()
         order_J = experts_J.argsort(stable=True)
@@ -38,8 +49,7 @@ class MoeMlp(nn.Module):
         inputs_JE = x_TE[order_J // self.config.experts_per_token]
         groups = enumerate(torch.split(inputs_JE, sizes))
         sorted_JE = torch.cat([self._expert(i, rows) for i, rows in groups if len(rows)])
-        results_TkE = sorted_JE[order_J.argsort()].view(*experts_Tk.shape, -1)
-        return torch.einsum("tk,tke->te", weights_Tk, results_TkE)
+        return weights_Tk, sorted_JE[order_J.argsort()].view(*experts_Tk.shape, -1)
 
     def _route(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Weights in the model's dtype and expert ids, both [T, k]."""

@@ -1,4 +1,4 @@
-// Elements of bfloat16 and float32 tensors in pieces of two and of 16 bytes.
+// Elements of bfloat16 and float32 tensors in ones, in pairs and in pieces of 16 bytes.
 #pragma once
 
 #include "device.cuh"
@@ -7,6 +7,20 @@ namespace rtpurbo {
 
 DEVICE float low_bfloat16(uint32_t pair) { return bits_to_float(pair << 16); }
 DEVICE float high_bfloat16(uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
+
+struct Bfloat16 {
+    uint16_t raw;
+    static DEVICE Bfloat16 of(float value) {
+        return {static_cast<uint16_t>(pack_bfloat16(value, 0.0f))};
+    }
+    DEVICE float value() const { return low_bfloat16(raw); }
+};
+
+struct Float32 {
+    float raw;
+    static DEVICE Float32 of(float value) { return {value}; }
+    DEVICE float value() const { return raw; }
+};
 
 // Two neighbours as they lie in memory.
 struct Bfloat16Pair {

@@ -59,4 +59,32 @@ struct GatedArgs {
     int64_t data_type;
 };
 
+constexpr int kMaxExperts = 256;
+constexpr int kMaxPairs = 2048;  // of tokens and chosen experts, of one launch
+
+struct RouteArgs {
+    const void* logits;  // [T, experts]
+    void* weights;       // [T, chosen]
+    int32_t* experts;    // [T, chosen], by falling probability
+    int64_t tokens;
+    int64_t expert_count;
+    int64_t chosen;      // of a token, at most 32
+    int64_t normalise;   // 1: the weights of a token sum to 1
+    int64_t data_type;
+};
+
+struct ExpertArgs {
+    const void* input;       // [pairs / share, size]
+    const int32_t* experts;  // [pairs]
+    const void* weights;     // [experts, outputs, size]; gated: [experts, 2 outputs, size]
+    void* out;               // [pairs, outputs]
+    int64_t pairs;
+    int64_t share;           // neighbouring pairs that have one input
+    int64_t expert_count;
+    int64_t outputs;         // a multiple of 4
+    int64_t size;            // in whole pieces of 16 bytes
+    int64_t gated;           // 1: silu of the first half of the rows times the second
+    int64_t data_type;
+};
+
 }  // namespace rtpurbo

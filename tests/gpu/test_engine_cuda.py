@@ -20,8 +20,11 @@ from engine.request import SamplingParams
 from engine.step import EngineParts
 from engine.tokenizer import Tokenizer
 from engine.worker import ModelRunner
+from tests.engine.model.tiny_models import FAMILIES
 from tests.engine.test_decode_step import MIXED, POISONED, Answer, generate, greedy, same
 from tests.engine.test_decode_step import MODEL as TINY
+from tests.engine.test_layer_kernels import answers
+from tests.engine.test_layer_kernels import write as write_family
 from tests.engine.tiny_checkpoint import write_checkpoint
 
 pytestmark = [
@@ -116,6 +119,20 @@ def test_a_row_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
     got = generate(parts, list(zip(inputs, params, strict=True)))
     assert got[1][:2] == ([POISONED], "error")
     assert [got[0], got[2]] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_the_cpu_does(family: str, tmp_path: Path) -> None:
+    """In CUDA graphs, mixtures of experts included."""
+    folder = write_family(family, tmp_path)
+    settings = {"dtype": "float32", "max_model_len": 96, "kv_cache_bytes": 2**26, "max_num_seqs": 2}
+    parts = load(folder, **settings)
+    assert isinstance(parts.runner, ModelRunner)
+    assert parts.runner.decodes_with == "CUDA graphs"
+    tokens, logprobs = answers(parts)
+    on_cpu = answers(load(folder, device="cpu", **settings | {"kernels": "torch"}))
+    assert tokens == on_cpu[0]
+    assert logprobs == pytest.approx(on_cpu[1], abs=2e-3)
 
 
 @torch.no_grad()

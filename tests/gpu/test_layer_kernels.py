@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cuda_layer, layer_reference
+from kernels import cuda_experts, cuda_layer, layer_reference
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
 from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_store
@@ -103,6 +103,34 @@ def test_rows(library: KernelLibrary, dtype: torch.dtype, tokens: int, size: int
     as_close(normed, twin, exact)
     gated = cuda_layer.silu_mul(library, gate_up)
     as_close(gated, layer_reference.silu_mul(gate_up), layer_reference.silu_mul(gate_up.float()))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 33, 256])
+@DTYPES
+def test_experts(library: KernelLibrary, dtype: torch.dtype, tokens: int) -> None:
+    """128 experts of which each token takes 8, as in Qwen3-30B-A3B, narrower."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    logits, x = random(tokens, 128), random(tokens, 256)
+    gate_up, down = random(128, 2 * 96, 256) / 16, random(128, 256, 96) / 10
+    weights, ids = cuda_experts.route_experts(library, logits, 8, True)
+    want_weights, want_ids = layer_reference.route_experts(logits, 8, True)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, rtol=2**-7, atol=0.0)
+
+    def compare(got: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, gated: bool) -> None:
+        twin = layer_reference.gate_experts if gated else layer_reference.project_experts
+        as_close(got, twin(rows, ids, weight), twin(rows.float(), ids, weight.float()))
+
+    inner = cuda_experts.gate_experts(library, x, ids, gate_up)
+    compare(inner, x, gate_up, True)
+    found = cuda_experts.project_experts(library, inner, ids, down)
+    compare(found, inner, down, False)
+    for _ in range(5):
+        assert torch.equal(cuda_experts.gate_experts(library, x, ids, gate_up), inner)
 
 
 def as_close(got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:

@@ -32,6 +32,7 @@ KERNELS = {
     "span_prefill": 2,
     "qkv_store": 4,
     "layer_ops": 4,
+    "experts": 6,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cuda_layer, layer_reference
+from kernels import cuda_experts, cuda_layer, layer_reference
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm
 from tests.kernels.emulation.library import compiler
@@ -158,3 +158,82 @@ def test_rows_that_are_not_taken(library: KernelLibrary) -> None:
     with pytest.raises(ValueError, match=r"no kernel for rows of 3 in torch\.float32"):
         cuda_layer.silu_mul(library, x)
     assert cuda_layer.silu_mul(library, x[:0].view(0, 8)[:, :8]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"), [(1, 1, 1), (5, 6, 2), (3, 128, 8), (2, 256, 32)]
+)
+@DTYPES
+def test_route_experts(
+    library: KernelLibrary,
+    dtype: torch.dtype,
+    tokens: int,
+    experts: int,
+    chosen: int,
+    normalise: bool,
+) -> None:
+    logits = (2 * random_tensor(tokens, experts)).to(dtype)  # of bfloat16 some are equal
+    weights, ids = cuda_experts.route_experts(library, logits, chosen, normalise)
+    want_weights, want_ids = layer_reference.route_experts(logits, chosen, normalise)
+    assert torch.equal(ids, want_ids)
+    same_but_for_order(weights, want_weights)
+
+
+def test_a_router_that_has_gone_wrong_chooses_experts_that_exist(library: KernelLibrary) -> None:
+    """An expert that is not there would be read past the end of the weights."""
+    logits = random_tensor(3, 40)
+    logits[1] = torch.nan
+    logits[2, 7] = torch.inf
+    weights, ids = cuda_experts.route_experts(library, logits, 4, True)
+    want_weights, want_ids = layer_reference.route_experts(logits[:1], 4, True)
+    assert torch.equal(ids[:1], want_ids)
+    torch.testing.assert_close(weights[:1], want_weights)
+    assert weights[1:].isnan().all(), "so that the sequence is found out"
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < 40
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"), [(1, 5, 2), (3, 5, 2), (9, 4, 3)], ids=str
+)
+@DTYPES
+def test_expert_products(
+    library: KernelLibrary, dtype: torch.dtype, tokens: int, experts: int, chosen: int
+) -> None:
+    """A column of CTAs for each pair, or for each expert; experts with none to seven pairs."""
+    hidden, inner = 40, 24
+    x = random_tensor(tokens, hidden).to(dtype)
+    gate_up = (random_tensor(experts, 2 * inner, hidden, seed=1) * 0.2).to(dtype)
+    down = (random_tensor(experts, hidden, inner, seed=2) * 0.2).to(dtype)
+    logits = random_tensor(tokens, experts, seed=3)
+    _, ids = layer_reference.route_experts(logits, chosen, True)
+    gated = cuda_experts.gate_experts(library, x, ids, gate_up)
+    close_to_exact(gated, layer_reference.gate_experts, x, ids, gate_up)
+    found = cuda_experts.project_experts(library, gated, ids, down)
+    close_to_exact(found, layer_reference.project_experts, gated, ids, down)
+    alone = cuda_experts.gate_experts(library, x[-1:].clone(), ids[-1:].clone(), gate_up)
+    assert torch.equal(alone, gated[-chosen:]), "others in the batch change nothing"
+
+
+def close_to_exact(
+    got: torch.Tensor, twin: Callable[..., torch.Tensor], *args: torch.Tensor
+) -> None:
+    """At most twice as far from float32 as the twin is."""
+    exact = twin(*(arg.float() if arg.is_floating_point() else arg for arg in args))
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+    else:
+        allowed = 2 * float((twin(*args).float() - exact).abs().max())
+        assert float((got.float() - exact).abs().max()) <= allowed
+
+
+def test_experts_that_are_not_taken(library: KernelLibrary) -> None:
+    assert not cuda_experts.takes_experts(1, 257, 8)
+    assert not cuda_experts.takes_experts(257, 128, 8)
+    assert cuda_experts.takes_experts(256, 128, 8)
+    with pytest.raises(ValueError, match="chooses 3 of 2 experts"):
+        cuda_experts.route_experts(library, random_tensor(1, 2), 3, True)
+    ids = torch.zeros(300, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match="no kernel for 300 tokens with 8 of 9 experts"):
+        cuda_experts.gate_experts(library, random_tensor(300, 8), ids, random_tensor(9, 8, 8))
