@@ -49,9 +49,7 @@ def choose_kernels(
     try:
         if mode == "torch":
             raise _UnsupportedError("the setting kernels says so")
-        if index_dtype == "int8":
-            raise _UnsupportedError("index keys are of 8 bits")
-        library = _library(cache, model, device, dtype, block_tokens, max_blocks)
+        library = _library(cache, model, device, dtype, block_tokens, max_blocks, index_dtype)
     except (_UnsupportedError, KernelBuildError, KernelError) as reason:
         if mode == "cuda":
             raise ConfigError(f"kernels cuda is not possible: {reason}") from None
@@ -122,6 +120,7 @@ def _library(
     dtype: torch.dtype,
     block_tokens: int,
     max_blocks: int,
+    index_dtype: IndexDtype,
 ) -> KernelLibrary:
     """The library, asked for every kernel that the model needs."""
     if device.type != "cuda":
@@ -137,5 +136,6 @@ def _library(
         library = KernelLibrary(find_library(Path(cache) if cache else default_cache()))
     library.decode_plan(device, dtype, model.head_dim)
     if model.sparse is not None and model.sparse.index_dim is not None:
-        library.select_ctas(device, dtype, model.sparse.index_dim)
+        key_dtype = torch.int8 if index_dtype == "int8" else dtype
+        library.select_plan(device, key_dtype, model.sparse.index_dim)
     return library

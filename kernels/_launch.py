@@ -24,6 +24,7 @@ ENTRY_WORDS = 2  # int32 of a list entry
 
 LayerKernel = Literal["qkv_store", "add_norm", "silu_mul", "route_experts", "expert_products"]
 DATA_TYPES = {torch.bfloat16: 0, torch.float32: 1}
+KEY_TYPES = DATA_TYPES | {torch.int8: 2}
 
 
 class KernelError(Exception):
@@ -49,10 +50,12 @@ class SelectArgs(ctypes.Structure):
         ("query_row_stride", c_int64),
         ("query_head_stride", c_int64),
         ("index_cache", c_void_p),
+        ("index_scales", c_void_p),
         ("index_row", c_void_p),
         ("index_rows", c_int64),
         ("index_dim", c_int64),
         ("data_type", c_int64),
+        ("key_type", c_int64),
         ("table", Table),
         ("context_lens", c_void_p),
         ("rows", c_int64),
@@ -79,7 +82,15 @@ class SelectArgs(ctypes.Structure):
         ("window", c_int64),
         ("sinks", c_int64),
         ("ctas", c_int64),
+        ("shared_bytes", c_int64),
+        ("most_kept", c_int64),
     ]
+
+
+class SelectPlan(ctypes.Structure):
+    """How a launch of `index_select` fills a device."""
+
+    _fields_ = [("ctas", c_int64), ("shared_bytes", c_int64)]
 
 
 class DecodeArgs(ctypes.Structure):
@@ -147,12 +158,13 @@ class KernelLibrary:
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path.name}: {error}") from None
         structs = ctypes.sizeof(SelectArgs), ctypes.sizeof(DecodeArgs)
-        sizes = (*structs, 4 * GROUP_WORDS, 4 * ENTRY_WORDS)
+        words = 4 * GROUP_WORDS, 4 * ENTRY_WORDS
+        sizes = (*structs, *words, ctypes.sizeof(SelectPlan))
         for which, size in enumerate(sizes):
             if self._library.rtpurbo_struct_bytes(which) != size:
                 raise KernelError(f"{path.name}: built from other sources; build the kernels again")
         self._plans: dict[tuple[int, torch.dtype, int, bool], DecodePlan] = {}
-        self._select_ctas: dict[tuple[int, torch.dtype, int], int] = {}
+        self._select_plans: dict[tuple[int, torch.dtype, int], SelectPlan] = {}
 
     def launch_select(
         self, which: Literal["index_select", "select", "list"], args: SelectArgs, like: Tensor
@@ -205,17 +217,26 @@ class KernelLibrary:
             self._plans[key] = plan
         return self._plans[key]
 
-    def select_ctas(self, device: torch.device, dtype: torch.dtype, index_dim: int) -> int:
-        """CTAs of an indexer launch; asked of the device once. Raises as `decode_plan`."""
-        key = (device.index or 0, dtype, index_dim)
-        if key not in self._select_ctas:
-            args = SelectArgs(data_type=DATA_TYPES.get(dtype, -1), index_dim=index_dim)
-            ctas = c_int64()
+    def select_plan(
+        self, device: torch.device, key_dtype: torch.dtype, index_dim: int
+    ) -> SelectPlan:
+        """CTAs and shared memory of an indexer launch; asked of the device once.
+
+        Args:
+            key_dtype: of the index keys.
+
+        Raises:
+            KernelError: no kernel for these keys, or the device refuses it.
+        """
+        key = (device.index or 0, key_dtype, index_dim)
+        if key not in self._select_plans:
+            args = SelectArgs(key_type=KEY_TYPES.get(key_dtype, -1), index_dim=index_dim)
+            plan = SelectPlan()
             with on_device(device):
-                code = self._library.rtpurbo_select_ctas(byref(args), byref(ctas))
-            self._check(code, f"an index in {dtype} with index_dim {index_dim}")
-            self._select_ctas[key] = ctas.value
-        return self._select_ctas[key]
+                code = self._library.rtpurbo_select_plan(byref(args), byref(plan))
+            self._check(code, f"an index in {key_dtype} with index_dim {index_dim}")
+            self._select_plans[key] = plan
+        return self._select_plans[key]
 
     @property
     def host(self) -> ctypes.CDLL:
@@ -233,7 +254,7 @@ class KernelLibrary:
             getattr(lib, f"rtpurbo_{which}").argtypes = [POINTER(SelectArgs), c_void_p]
         lib.rtpurbo_sparse_decode.argtypes = [POINTER(DecodeArgs), c_void_p]
         lib.rtpurbo_decode_plan.argtypes = [c_int64, c_int64, c_int64, POINTER(DecodePlan)]
-        lib.rtpurbo_select_ctas.argtypes = [POINTER(SelectArgs), POINTER(c_int64)]
+        lib.rtpurbo_select_plan.argtypes = [POINTER(SelectArgs), POINTER(SelectPlan)]
         lib.rtpurbo_span_prefill.argtypes = [c_void_p, c_void_p]
         lib.rtpurbo_span_args_bytes.restype = c_int64
         lib.rtpurbo_struct_bytes.argtypes = [c_int]

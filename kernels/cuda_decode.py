@@ -19,9 +19,11 @@ from torch import Tensor
 
 from kernels._launch import (
     DATA_TYPES,
+    KEY_TYPES,
     MAX_ITEMS,
     MAX_WINDOW,
     DecodeArgs,
+    KernelLibrary,
     SelectArgs,
     Table,
     pointer,
@@ -121,7 +123,13 @@ def list_blocks(
     """`index_select` alone, arguments as `attend`: leaves lists of blocks in the workspace."""
     qi, width = selection.qi_RSI, full.tables_RB.shape[1]
     args = index_args(
-        qi, selection.index_row_S, selection.index_cache, full.tables_RB, context_lens_R
+        workspace.library,
+        qi,
+        selection.index_row_S,
+        selection.index_cache,
+        full.tables_RB,
+        context_lens_R,
+        selection.index_scales,
     )
     args.log_mass = workspace.log_mass.data_ptr()
     args.top_p = selection.top_p_S.data_ptr()
@@ -139,7 +147,6 @@ def list_blocks(
     args.lists = workspace.lists.data_ptr()
     args.list_counts = workspace.list_counts.data_ptr()
     args.window, args.sinks = min(rule.window, MAX_WINDOW), min(rule.sinks, MAX_WINDOW)
-    args.ctas = workspace.library.select_ctas(qi.device, qi.dtype, qi.shape[2])
     workspace.library.launch_select("index_select", args, qi)
 
 
@@ -206,28 +213,35 @@ def attend_listed(
 
 
 def index_args(
+    library: KernelLibrary,
     qi_RSI: Tensor,
     index_row_S: Tensor,
     index_cache: Tensor,
     tables_RB: Tensor,
     context_lens_R: Tensor,
+    index_scales: Tensor | None,
 ) -> SelectArgs:
-    """The arguments of scoring; `log_mass` and `ctas` are left to the caller."""
+    """The arguments of scoring; `log_mass` is left to the caller."""
+    plan = library.select_plan(qi_RSI.device, index_cache.dtype, qi_RSI.shape[2])
     return SelectArgs(
         queries=qi_RSI.data_ptr(),
         query_row_stride=qi_RSI.stride(0),
         query_head_stride=qi_RSI.stride(1),
         index_cache=index_cache.data_ptr(),
+        index_scales=pointer(index_scales),
         index_row=index_row_S.data_ptr(),
         index_rows=index_cache.shape[1],
         index_dim=index_cache.shape[3],
-        data_type=DATA_TYPES[index_cache.dtype],
+        data_type=DATA_TYPES[qi_RSI.dtype],
+        key_type=KEY_TYPES[index_cache.dtype],
         table=Table.of(tables_RB),
         context_lens=context_lens_R.data_ptr(),
         rows=qi_RSI.shape[0],
         heads=qi_RSI.shape[1],
         block_tokens=index_cache.shape[2],
         width=tables_RB.shape[1],
+        ctas=plan.ctas,
+        shared_bytes=plan.shared_bytes,
     )
 
 

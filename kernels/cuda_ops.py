@@ -16,10 +16,18 @@ from torch import Tensor
 from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary, SelectArgs
 from kernels.cuda_decode import attend, attend_listed, index_args
-from kernels.decode_inputs import PagedPool, WindowRule, aligned_queries, check_tables
+from kernels.decode_inputs import (
+    PagedPool,
+    WindowRule,
+    aligned_queries,
+    check_index,
+    check_tables,
+)
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
 from kernels.window_plan import WindowPlan
+
+SELECT_BYTES = 2**13  # of shared memory that `select` keeps log masses in: 2048 of them
 
 
 class CudaOps:
@@ -35,17 +43,19 @@ class CudaOps:
         index_cache: Tensor,
         block_tables_RB: Tensor,
         context_lens_R: Tensor,
+        index_scales: Tensor | None = None,
     ) -> Tensor:
         """`kernels.indexer.score_blocks`: log mass of every block, float32 [R, H, B]."""
         check_tables("full", block_tables_RB)
+        check_index(qi_RHI, index_cache, index_scales)
         rows, heads, _ = qi_RHI.shape
         log_mass_RHB = torch.full(
             (rows, heads, block_tables_RB.shape[1]), -torch.inf, device=qi_RHI.device
         )
         qi_RHI = aligned_queries(qi_RHI)
-        args = index_args(qi_RHI, index_row_H, index_cache, block_tables_RB, context_lens_R)
+        keys = (index_row_H, index_cache, block_tables_RB, context_lens_R, index_scales)
+        args = index_args(self._library, qi_RHI, *keys)
         args.log_mass = log_mass_RHB.data_ptr()
-        args.ctas = self._library.select_ctas(qi_RHI.device, index_cache.dtype, qi_RHI.shape[2])
         self._library.launch_select("index_select", args, qi_RHI)
         return log_mass_RHB
 
@@ -76,6 +86,7 @@ class CudaOps:
             words=words.data_ptr(),
             words_width=words.shape[2],
             mask=mask_RHB.data_ptr(),
+            shared_bytes=SELECT_BYTES,
         )
         self._library.launch_select("select", args, log_mass_RHB)
         return mask_RHB

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_shapes
-from kernels._launch import MAX_BLOCKS
+from kernels._launch import DATA_TYPES, MAX_BLOCKS
 from kernels.head_tiles import HeadTiles
 
 
@@ -28,12 +28,14 @@ class PagedPool:
 class Selection:
     """What retrieval heads with an index choose their blocks by.
 
-    qi_RSI: index queries, in the dtype of the index keys.
+    qi_RSI: index queries, bfloat16 or float32.
     index_row_S: int64, row of each head's index keys.
-    index_cache: [P, index rows, K, I], I of 8, 16 or 32; pages as in the full pool.
+    index_cache: [P, index rows, K, I], I of 8, 16 or 32; pages as in the full pool. In the dtype
+        of the queries, or int8.
     top_p_S: float32, the checkpoint's value per head.
     own_top_p_R: float32, a row's own value; NaN where it has none.
     dense_below: rows of shorter contexts attend everything, and count 0 tokens as attended.
+    index_scales: bfloat16 [P, index rows, K], of int8 keys.
     """
 
     qi_RSI: Tensor
@@ -42,6 +44,7 @@ class Selection:
     top_p_S: Tensor
     own_top_p_R: Tensor | None = None
     dense_below: int = 0
+    index_scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,23 @@ def aligned_queries(qi_RSI: Tensor) -> Tensor:
     strides = (stride * qi_RSI.element_size() % 16 for stride in qi_RSI.stride()[:2])
     whole = qi_RSI.stride(2) == 1 and qi_RSI.data_ptr() % 16 == 0 and not any(strides)
     return qi_RSI if whole else qi_RSI.clone(memory_format=torch.contiguous_format)
+
+
+def check_index(qi_RSI: Tensor, index_cache: Tensor, index_scales: Tensor | None) -> None:
+    """Raises ValueError for index keys that the kernels do not take."""
+    if not index_cache.is_contiguous():
+        raise ValueError("index keys must be contiguous")
+    if qi_RSI.dtype not in DATA_TYPES:
+        raise ValueError(f"index queries must be bfloat16 or float32, got {qi_RSI.dtype}")
+    if index_scales is None:
+        if qi_RSI.dtype != index_cache.dtype:
+            raise ValueError("index queries and index keys must be of one dtype")
+        return
+    check_shapes({}, index_cache=(index_cache, "P X K I"), index_scales=(index_scales, "P X K"))
+    if index_cache.dtype != torch.int8 or index_scales.dtype != torch.bfloat16:
+        raise ValueError("scales must be bfloat16, and index keys with scales int8")
+    if not index_scales.is_contiguous():
+        raise ValueError("scales of index keys must be contiguous")
 
 
 def check_layer_inputs(
@@ -144,8 +164,5 @@ def checked_selection(
             raise ValueError(f"{name} must be {dtype} and contiguous")
     if selection.own_top_p_R is not None:
         check_shapes(sizes, own_top_p=(selection.own_top_p_R, "R"))
-    if selection.qi_RSI.dtype != selection.index_cache.dtype:
-        raise ValueError("index queries and index keys must be of one dtype")
-    if not selection.index_cache.is_contiguous():
-        raise ValueError("index keys must be contiguous")
+    check_index(selection.qi_RSI, selection.index_cache, selection.index_scales)
     return replace(selection, qi_RSI=aligned_queries(selection.qi_RSI))

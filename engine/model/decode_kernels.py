@@ -129,6 +129,7 @@ class DecodeKernels:
                 top_p_S=roles.top_p_H,
                 own_top_p_R=metadata.top_p_R[part],
                 dense_below=layers.dense_below,
+                index_scales=cache.index_scales,
             )
         return (full, window), selection
 

@@ -13,7 +13,7 @@ constexpr int kTileHeads = 16;
 constexpr int kMaxItems = 1024;    // rows x group tiles of one launch
 constexpr int kMaxBlocks = 65535;  // of one sequence
 
-enum DataType : int64_t { kBfloat16 = 0, kFloat32 = 1 };
+enum DataType : int64_t { kBfloat16 = 0, kFloat32 = 1, kInt8 = 2 };
 
 // A KV head and the query heads that read it, as `heads` slots. int32 [G, 36] in Python.
 struct Group {
@@ -43,10 +43,12 @@ struct SelectArgs {
     int64_t query_row_stride;
     int64_t query_head_stride;
     const void* index_cache;    // [P, index_rows, K, I]
+    const uint16_t* index_scales;  // bfloat16 [P, index_rows, K], of int8 keys
     const int64_t* index_row;   // [H]
     int64_t index_rows;
     int64_t index_dim;
-    int64_t data_type;
+    int64_t data_type;  // of the queries
+    int64_t key_type;   // of the index keys: the same, or int8
     Table table;
     const int64_t* context_lens;  // [R]
     int64_t rows;
@@ -73,6 +75,14 @@ struct SelectArgs {
     int64_t window;
     int64_t sinks;
     int64_t ctas;
+    int64_t shared_bytes;  // of a CTA, for where rows start and for log masses
+    int64_t most_kept;     // log masses that fit; set by the launcher
+};
+
+// How a launch of index_select fits the current device.
+struct SelectPlan {
+    int64_t ctas;
+    int64_t shared_bytes;
 };
 
 struct DecodeArgs {

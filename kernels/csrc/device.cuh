@@ -110,6 +110,20 @@ DEVICE uint4 load_streaming(const uint4* address) {
     return value;
 }
 
+DEVICE uint2 load_streaming(const uint2* address) {
+    uint2 value;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+        : "=r"(value.x), "=r"(value.y)
+        : "l"(address));
+    return value;
+}
+
+DEVICE uint16_t load_streaming(const uint16_t* address) {
+    uint16_t value;
+    asm("ld.global.nc.L1::no_allocate.u16 %0, [%1];\n" : "=h"(value) : "l"(address));
+    return value;
+}
+
 // Programmatic dependent launch (compute capability 9.0): a kernel launched with `overlap` may start
 // as soon as all CTAs of the one before it on the stream have let it. What it does before it waits
 // may use only what was written before that earlier kernel began.

@@ -53,7 +53,8 @@ extern "C" int64_t rtpurbo_struct_bytes(int which) {
     return which == 0   ? sizeof(SelectArgs)
            : which == 1 ? sizeof(DecodeArgs)
            : which == 2 ? sizeof(Group)
-                        : sizeof(ListEntry);
+           : which == 3 ? sizeof(ListEntry)
+                        : sizeof(SelectPlan);
 }
 
 extern "C" const char* rtpurbo_error_name(int error) {

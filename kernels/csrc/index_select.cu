@@ -1,9 +1,10 @@
 // The indexer in one launch: scores of all index keys, and the top-p choice of blocks.
 //
 // All blocks of all rows and heads are one line of units, cut into equal shares, a CTA each. A warp
-// scores four blocks at a time, reading whole keys in 16-byte pieces; no share is smaller than that,
-// so that short contexts leave multiprocessors to the attention that starts meanwhile. The CTA that completes a row's
-// head chooses that head's blocks from the log masses; the one that completes the heads of a group
+// scores four blocks at a time, reading whole keys in 16-byte pieces (int8 ones with their scales)
+// while it looks up the pages of the next four. No share is smaller than that, so that short
+// contexts leave multiprocessors to the attention that starts meanwhile. The CTA that completes a
+// row's head chooses that head's blocks from the log masses; the one that completes the heads of a group
 // writes the list of blocks that sparse_decode.cu reads. Masses are summed as integers, so neither
 // depends on who came last. Bytes read once: index keys; bound by memory bandwidth.
 
@@ -20,11 +21,11 @@ namespace {
 constexpr int kThreads = 256;  // one a bin
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksAtOnce = 4;
-constexpr int kLoadsAtOnce = 4;  // 16 bytes a lane and block
-constexpr int kMassesKept = 8;     // log masses that a thread keeps from pass to pass
-constexpr int kMassesAtOnce = 16;  // and that it reads before it uses them, of those that follow
+constexpr int kMassesToKeep = 32;  // log masses that a thread reads at once in the first pass,
+constexpr int kMassesAtOnce = 8;   // and in the others, of those that were not kept
+constexpr int kMostKept = 16384;   // by a CTA: contexts of 1M tokens
 constexpr int kLeastUnits = kWarps * kBlocksAtOnce;  // of a share: as long as a single unit takes
-constexpr int kReplicas = 8;     // of the histogram, so that few lanes meet in one bin
+constexpr int kReplicas = 16;    // of the histogram, so that few lanes meet in one bin
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -47,7 +48,7 @@ struct SelectScratch {
 };
 
 // Elements of a 16-byte piece as floats.
-DEVICE void unpack(uint4 raw, float (&out)[8]) {
+DEVICE void unpack_bfloat16(uint4 raw, float* out) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -56,11 +57,78 @@ DEVICE void unpack(uint4 raw, float (&out)[8]) {
     }
 }
 
-DEVICE void unpack(uint4 raw, float (&out)[4]) {
+DEVICE void unpack_float32(uint4 raw, float* out) {
     out[0] = bits_to_float(raw.x);
     out[1] = bits_to_float(raw.y);
     out[2] = bits_to_float(raw.z);
     out[3] = bits_to_float(raw.w);
+}
+
+DEVICE void unpack_int8(uint32_t word, float* out) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));
+}
+
+// How index keys lie in the cache: kLanes lanes share one, each with a piece of kElements, and a
+// lane has kLoadsAtOnce pieces of a block under way, as many as registers hold.
+template <int kDim>
+struct Bfloat16Keys {
+    using Piece = uint4;
+    static constexpr int kElements = 8, kLanes = kDim / kElements;
+    static constexpr int kLoadsAtOnce = kLanes == 1 ? 2 : 4;
+    static constexpr bool kScaled = false;
+    static DEVICE void unpack(Piece raw, float* out) { unpack_bfloat16(raw, out); }
+};
+
+template <int kDim>
+struct Float32Keys {
+    using Piece = uint4;
+    static constexpr int kElements = 4, kLanes = kDim / kElements, kLoadsAtOnce = 2;
+    static constexpr bool kScaled = false;
+    static DEVICE void unpack(Piece raw, float* out) { unpack_float32(raw, out); }
+};
+
+template <int kDim>
+struct Int8Keys {
+    using Piece = uint4;
+    static constexpr int kElements = 16, kLanes = kDim / kElements, kLoadsAtOnce = 2;
+    static constexpr bool kScaled = true;
+    static DEVICE void unpack(Piece raw, float* out) {
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) unpack_int8(words[i], out + 4 * i);
+    }
+};
+
+template <>
+struct Int8Keys<8> {
+    using Piece = uint2;
+    static constexpr int kElements = 8, kLanes = 1, kLoadsAtOnce = 2;
+    static constexpr bool kScaled = true;
+    static DEVICE void unpack(Piece raw, float* out) {
+        unpack_int8(raw.x, out);
+        unpack_int8(raw.y, out + 4);
+    }
+};
+
+// Elements [at, at + kElements) of the queries, times log2(e).
+template <int kElements>
+DEVICE void load_query(const SelectArgs& args, int64_t at, float (&query)[kElements]) {
+    if (args.data_type == kBfloat16) {
+        const char* from = static_cast<const char*>(args.queries) + at * 2;
+#pragma unroll
+        for (int i = 0; i < kElements / 8; ++i) {
+            unpack_bfloat16(reinterpret_cast<const uint4*>(from)[i], query + 8 * i);
+        }
+    } else {
+        const char* from = static_cast<const char*>(args.queries) + at * 4;
+#pragma unroll
+        for (int i = 0; i < kElements / 4; ++i) {
+            unpack_float32(reinterpret_cast<const uint4*>(from)[i], query + 4 * i);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) query[e] *= kLog2E;
 }
 
 DEVICE int blocks_of(const SelectArgs& args, int64_t row) {
@@ -73,64 +141,74 @@ DEVICE int scored_blocks(const SelectArgs& args, int64_t row) {
     return args.context_lens[row] < args.dense_below ? 0 : blocks_of(args, row);
 }
 
-// Log masses of blocks [first, first + count) of one row and head. kLanes lanes share a key.
-template <int kElements, int kLanes>
+// Log masses of blocks [first, first + count) of one row and head.
+template <typename Keys>
 DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, int count) {
+    using Piece = typename Keys::Piece;
+    constexpr int kElements = Keys::kElements, kLanes = Keys::kLanes;
     constexpr int kTokens = 32 / kLanes;  // of one load by the warp
+    constexpr int kLoadsAtOnce = Keys::kLoadsAtOnce;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int block_tokens = static_cast<int>(args.block_tokens);
     const int loads = ceil_div(block_tokens, kTokens);
-    const int64_t context = args.context_lens[row];
+    const int end = static_cast<int>(args.context_lens[row]) - first * block_tokens;
     const int64_t index_row = args.index_row[head];
-    const uint4* cache = static_cast<const uint4*>(args.index_cache);
+    const Piece* cache = static_cast<const Piece*>(args.index_cache);
+
+    // Pages of the blocks that start at `base`, as page * index_rows + index_row. Always a load, so
+    // that all are under way together; past the end any will do.
+    const auto find_places = [&](int base, uint32_t(&place)[kBlocksAtOnce]) {
+#pragma unroll
+        for (int u = 0; u < kBlocksAtOnce; ++u) {
+            const int64_t page = page_of(args.table, row, first + min(base + u * kWarps, count - 1));
+            place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
+        }
+    };
+    uint32_t next[kBlocksAtOnce];
+    find_places(warp, next);
 
     float query[kElements];
-    const int64_t query_at = row * args.query_row_stride + head * args.query_head_stride;
-    constexpr int kElementBytes = 16 / kElements;
-    unpack(*reinterpret_cast<const uint4*>(static_cast<const char*>(args.queries) +
-                                           query_at * kElementBytes + (lane % kLanes) * 16),
-           query);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) query[e] *= kLog2E;
+    load_query(args,
+               row * args.query_row_stride + head * args.query_head_stride +
+                   lane % kLanes * kElements,
+               query);
 
     for (int base = warp; base < count; base += kWarps * kBlocksAtOnce) {
-        uint32_t place[kBlocksAtOnce];  // page * index_rows + index_row
-        int valid[kBlocksAtOnce];       // tokens
+        uint32_t place[kBlocksAtOnce];
         float largest[kBlocksAtOnce], sum[kBlocksAtOnce];
 #pragma unroll
         for (int u = 0; u < kBlocksAtOnce; ++u) {
-            // Always a load, so that all are under way together; past the end any will do.
-            const int index = min(base + u * kWarps, count - 1);
-            const int64_t page = page_of(args.table, row, first + index);
-            place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
+            place[u] = next[u];
             largest[u] = -INFINITY;
             sum[u] = 0.0f;
         }
-#pragma unroll
-        for (int u = 0; u < kBlocksAtOnce; ++u) {
-            const int index = base + u * kWarps;
-            const int64_t left = context - static_cast<int64_t>(first + index) * block_tokens;
-            valid[u] = index >= count ? 0 : left < block_tokens ? static_cast<int>(left) : block_tokens;
-        }
+        find_places(base + kWarps * kBlocksAtOnce, next);
         for (int load = 0; load < loads; load += kLoadsAtOnce) {
-            uint4 raw[kBlocksAtOnce][kLoadsAtOnce];
+            Piece raw[kBlocksAtOnce][kLoadsAtOnce];
+            uint16_t scale[kBlocksAtOnce][kLoadsAtOnce];
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
-                const uint4* keys = cache + static_cast<int64_t>(place[u]) * block_tokens * kLanes;
+                const int64_t block_at = static_cast<int64_t>(place[u]) * block_tokens;
+                const Piece* keys = cache + block_at * kLanes;
+                const uint16_t* scales = args.index_scales + block_at;
 #pragma unroll
                 for (int i = 0; i < kLoadsAtOnce; ++i) {
-                    const int token = (load + i) * kTokens + lane / kLanes;
-                    raw[u][i] = load_streaming(keys + (token < valid[u] ? (load + i) * 32 + lane : 0));
+                    // Never past the page; what lies past the context is not looked at below.
+                    const int piece = min((load + i) * 32 + lane, block_tokens * kLanes - 1);
+                    raw[u][i] = load_streaming(keys + piece);
+                    if (Keys::kScaled) scale[u][i] = load_streaming(scales + piece / kLanes);
                 }
             }
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
                 float scores[kLoadsAtOnce];
                 float most = largest[u];
+                const int index = base + u * kWarps;
+                const int valid = index < count ? min(end - index * block_tokens, block_tokens) : 0;
 #pragma unroll
                 for (int i = 0; i < kLoadsAtOnce; ++i) {
                     float key[kElements];
-                    unpack(raw[u][i], key);
+                    Keys::unpack(raw[u][i], key);
                     float dot = 0.0f;
 #pragma unroll
                     for (int e = 0; e < kElements; ++e) dot = fmaf(key[e], query[e], dot);
@@ -138,8 +216,11 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
                     for (int step = 1; step < kLanes; step *= 2) {
                         dot += __shfl_xor_sync(kAllLanes, dot, step);
                     }
+                    if (Keys::kScaled) {
+                        dot *= bits_to_float(static_cast<uint32_t>(scale[u][i]) << 16);
+                    }
                     const int token = (load + i) * kTokens + lane / kLanes;
-                    scores[i] = token < valid[u] ? dot : -INFINITY;
+                    scores[i] = token < valid ? dot : -INFINITY;
                     most = fmaxf(most, scores[i]);
                 }
                 const float reference = most == -INFINITY ? 0.0f : most;
@@ -172,63 +253,68 @@ struct Threshold {
     float most;
 };
 
-// Log masses of a row and head, for several passes over them: thread t has those of blocks t,
-// t + kThreads and so on. Loads go in batches, and the first one stays in registers: this is one
-// CTA's work while the others are done, so latency is all that counts.
+// Log masses of a row and head, for three passes over them; thread t has those of blocks t,
+// t + kThreads and so on. The first pass reads them in batches and keeps what fits in shared memory:
+// this is one CTA's work while the others are done, so latency is all that counts.
 struct Masses {
     const float* log_mass;
     int blocks;
-    float kept[kMassesKept];
+    float* kept;
+    int most_kept;  // a multiple of kThreads
 
-    DEVICE Masses(const float* of_head, int count) : log_mass(of_head), blocks(count) {
-        load(0, kept);
-    }
-
-    // Always loads, so that all are under way together; past the end any will do.
-    template <int kCount>
-    DEVICE void load(int base, float (&masses)[kCount]) const {
+    // Blocks from `first` on, from memory. Always loads, so that those of a batch are under way
+    // together; past the end any will do.
+    template <int kAtOnce, typename Use>
+    DEVICE void read(int first, Use use) const {
+        for (int base = first; base < blocks; base += kThreads * kAtOnce) {
+            float masses[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
-            masses[i] = __ldcg(log_mass + min(block, blocks - 1));
-        }
-    }
-
-    template <int kCount, typename Use>
-    DEVICE void use_batch(int base, const float (&masses)[kCount], Use use) const {
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
+                masses[i] = __ldcg(log_mass + min(block, blocks - 1));
+            }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
-            if (base + i * kThreads < blocks) {
-                use(block, block < blocks ? finite_or_none(masses[i]) : -INFINITY);
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int block = base + i * kThreads + static_cast<int>(threadIdx.x);
+                if (base + i * kThreads < blocks) {
+                    use(block, block < blocks ? finite_or_none(masses[i]) : -INFINITY);
+                }
             }
         }
     }
 
-    // Calls use(block, log mass) for all blocks; threads stay together, and get no mass past the end.
+    // The first pass: the largest of this thread.
+    DEVICE float keep() const {
+        float most = -FLT_MAX;
+        read<kMassesToKeep>(0, [&](int block, float mass) {
+            if (block < most_kept) kept[block] = mass;
+            most = fmaxf(most, mass);
+        });
+        return most;
+    }
+
+    // Another pass: use(block, log mass) for all blocks; threads stay together, and get no mass
+    // past the end. No thread reads what another kept.
     template <typename Use>
     DEVICE void for_each(Use use) const {
-        use_batch(0, kept, use);
-        for (int base = kThreads * kMassesKept; base < blocks; base += kThreads * kMassesAtOnce) {
-            float masses[kMassesAtOnce];
-            load(base, masses);
-            use_batch(base, masses, use);
+        const int in_shared = min(blocks, most_kept);
+#pragma unroll 4
+        for (int base = 0; base < in_shared; base += kThreads) {
+            const int block = base + static_cast<int>(threadIdx.x);
+            use(block, kept[block]);
         }
+        if (blocks > in_shared) read<kMassesAtOnce>(in_shared, use);
     }
 };
 
 DEVICE Threshold find_threshold(const Masses& masses, float top_p, SelectScratch& scratch) {
     const int thread = threadIdx.x;
-    float most = -FLT_MAX;
-    masses.for_each([&](int, float mass) { most = fmaxf(most, mass); });
-    most = cta_max(most, scratch.most);
-
     Histogram& histogram = scratch.histogram;
     for (int i = thread; i < kBins * kReplicas; i += kThreads) {
         histogram.high[i] = 0;
         histogram.low[i] = 0;
     }
-    __syncthreads();
+    const float most = cta_max(masses.keep(), scratch.most);
     masses.for_each([&](int, float log_mass) {
         const float below = most - log_mass;
         const uint64_t mass = fixed_mass(below);
@@ -241,7 +327,8 @@ DEVICE Threshold find_threshold(const Masses& masses, float top_p, SelectScratch
     __syncthreads();
     uint64_t cumulative = 0;
     for (int i = 0; i < kReplicas; ++i) {
-        const int place = thread * kReplicas + i;
+        // Each lane begins elsewhere: bins are a multiple of the banks apart.
+        const int place = thread * kReplicas + (i + thread / 2) % kReplicas;
         cumulative += (static_cast<uint64_t>(histogram.high[place]) << 16) + histogram.low[place];
     }
     uint64_t total = 0;
@@ -252,11 +339,13 @@ DEVICE Threshold find_threshold(const Masses& masses, float top_p, SelectScratch
 }
 
 // Chooses the blocks of one row and head from its log masses.
-DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, SelectScratch& scratch) {
+DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, float* kept,
+                   SelectScratch& scratch) {
     const int thread = threadIdx.x, lane = thread % 32;
     const int blocks = blocks_of(args, row);
     const int64_t at = row * args.heads + head;
-    const Masses masses(args.log_mass + at * args.width, blocks);
+    const Masses masses{args.log_mass + at * args.width, blocks, kept,
+                        static_cast<int>(args.most_kept)};
     float top_p = args.top_p[row * args.top_p_row_stride + head * args.top_p_head_stride];
     if (args.own_top_p != nullptr && !isnan(args.own_top_p[row])) top_p = args.own_top_p[row];
     const Threshold threshold = find_threshold(masses, top_p, scratch);
@@ -298,8 +387,10 @@ DEVICE void write_group_list(const SelectArgs& args, int64_t row, int group_inde
 }
 
 // The selection of a head whose scores are complete, and the list of a group whose heads are.
-DEVICE void finish(const SelectArgs& args, int64_t row, int64_t head, SelectScratch& scratch) {
-    choose(args, row, head, scratch);
+// `kept` has room for args.most_kept log masses.
+DEVICE void finish(const SelectArgs& args, int64_t row, int64_t head, float* kept,
+                   SelectScratch& scratch) {
+    choose(args, row, head, kept, scratch);
     if (args.groups == nullptr) return;
     const int group = args.group_of_head[head];
     const uint32_t heads = __popc(args.groups[group].retrieval);
@@ -308,7 +399,7 @@ DEVICE void finish(const SelectArgs& args, int64_t row, int64_t head, SelectScra
     }
 }
 
-template <int kElements, int kLanes>
+template <typename Keys>
 __global__ void __launch_bounds__(kThreads, 2)
     index_select_kernel(const __grid_constant__ SelectArgs args) {
     DYNAMIC_SHARED(dynamic);
@@ -333,11 +424,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t head = (unit - starts[row]) / blocks;
         const int first = static_cast<int>((unit - starts[row]) % blocks);
         const int count = static_cast<int>(min(end - unit, static_cast<int64_t>(blocks - first)));
-        score<kElements, kLanes>(args, row, head, first, count);
+        score<Keys>(args, row, head, first, count);
         if (args.words != nullptr && arrive(args.head_done + row * args.heads + head,
                                             static_cast<uint32_t>(count),
                                             static_cast<uint32_t>(blocks), &scratch.flag)) {
-            finish(args, row, head, scratch);
+            finish(args, row, head, reinterpret_cast<float*>(starts + rows + 1), scratch);
             __syncthreads();
         }
         unit += count;
@@ -347,8 +438,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Selection alone, from log masses that are there: a CTA per (head, row).
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const __grid_constant__ SelectArgs args) {
+    DYNAMIC_SHARED(dynamic);
     __shared__ SelectScratch scratch;
-    finish(args, blockIdx.y, blockIdx.x, scratch);
+    finish(args, blockIdx.y, blockIdx.x, reinterpret_cast<float*>(dynamic), scratch);
 }
 
 // Lists alone, from masks that are there: a CTA per (group, row).
@@ -377,18 +469,27 @@ __global__ void __launch_bounds__(kThreads)
 
 using SelectKernel = void (*)(SelectArgs);
 
-// The kernel for a data type and index_dim, or null.
-SelectKernel find_kernel(const SelectArgs& args) {
-    if (args.data_type == kBfloat16) {
-        if (args.index_dim == 8) return index_select_kernel<8, 1>;
-        if (args.index_dim == 16) return index_select_kernel<8, 2>;
-        if (args.index_dim == 32) return index_select_kernel<8, 4>;
-    } else if (args.data_type == kFloat32) {
-        if (args.index_dim == 8) return index_select_kernel<4, 2>;
-        if (args.index_dim == 16) return index_select_kernel<4, 4>;
-        if (args.index_dim == 32) return index_select_kernel<4, 8>;
-    }
+template <template <int> typename Keys>
+SelectKernel kernel_of(int64_t index_dim) {
+    if (index_dim == 8) return index_select_kernel<Keys<8>>;
+    if (index_dim == 16) return index_select_kernel<Keys<16>>;
+    if (index_dim == 32) return index_select_kernel<Keys<32>>;
     return nullptr;
+}
+
+// The kernel for a type of keys and index_dim, or null.
+SelectKernel find_kernel(const SelectArgs& args) {
+    if (args.key_type == kBfloat16) return kernel_of<Bfloat16Keys>(args.index_dim);
+    if (args.key_type == kFloat32) return kernel_of<Float32Keys>(args.index_dim);
+    if (args.key_type == kInt8) return kernel_of<Int8Keys>(args.index_dim);
+    return nullptr;
+}
+
+// Log masses that a launch keeps: of its longest row, as far as `bytes` of shared memory go.
+int64_t kept_masses(int64_t width, int64_t bytes) {
+    const int64_t wanted = (width + kThreads - 1) / kThreads * kThreads;
+    const int64_t room = bytes / static_cast<int64_t>(kThreads * sizeof(float)) * kThreads;
+    return wanted < room ? wanted : room < 0 ? 0 : room;
 }
 
 }  // namespace
@@ -399,14 +500,20 @@ using namespace rtpurbo;
 extern "C" int rtpurbo_index_select(const SelectArgs* args, void* stream) {
     const SelectKernel kernel = find_kernel(*args);
     if (kernel == nullptr || args->rows > kMaxItems) return cudaErrorInvalidValue;
-    const int shared_bytes = static_cast<int>((args->rows + 1) * sizeof(int64_t));
-    return launch(kernel, dim3(static_cast<unsigned>(args->ctas)), kThreads, shared_bytes, stream,
-                  *args);
+    const int64_t start_bytes = (args->rows + 1) * static_cast<int64_t>(sizeof(int64_t));
+    SelectArgs given = *args;
+    given.most_kept = kept_masses(args->width, args->shared_bytes - start_bytes);
+    const int64_t bytes = start_bytes + given.most_kept * static_cast<int64_t>(sizeof(float));
+    return launch(kernel, dim3(static_cast<unsigned>(args->ctas)), kThreads,
+                  static_cast<int>(bytes), stream, given);
 }
 
 extern "C" int rtpurbo_select(const SelectArgs* args, void* stream) {
     const dim3 grid(static_cast<unsigned>(args->heads), static_cast<unsigned>(args->rows));
-    return launch(select_kernel, grid, kThreads, 0, stream, *args);
+    SelectArgs given = *args;
+    given.most_kept = kept_masses(args->width, args->shared_bytes);
+    const int bytes = static_cast<int>(given.most_kept * static_cast<int64_t>(sizeof(float)));
+    return launch(select_kernel, grid, kThreads, bytes, stream, given);
 }
 
 extern "C" int rtpurbo_list(const SelectArgs* args, void* stream) {
@@ -414,11 +521,12 @@ extern "C" int rtpurbo_list(const SelectArgs* args, void* stream) {
     return launch(list_kernel, grid, kThreads, 0, stream, *args);
 }
 
-// CTAs that fill the current device.
-extern "C" int rtpurbo_select_ctas(const SelectArgs* args, int64_t* ctas) {
+// How to launch for a type of keys and index_dim on the current device. To be called before the
+// first launch there: it also allows the kernel that much shared memory.
+extern "C" int rtpurbo_select_plan(const SelectArgs* args, SelectPlan* plan) {
     const SelectKernel kernel = find_kernel(*args);
     if (kernel == nullptr) return cudaErrorInvalidValue;
-    int device = 0, multiprocessors = 0, resident = 0;
+    int device = 0, multiprocessors = 0, resident = 0, most_bytes = 0;
     if (int error = cudaGetDevice(&device)) return error;
     if (int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                            device)) {
@@ -430,11 +538,23 @@ extern "C" int rtpurbo_select_ctas(const SelectArgs* args, int64_t* ctas) {
                                          cudaSharedmemCarveoutMaxShared)) {
         return error;
     }
-    const size_t shared_bytes = (kMaxItems + 1) * sizeof(int64_t);
-    if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads,
-                                                                  shared_bytes)) {
+    if (int error = cudaDeviceGetAttribute(
+            &most_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) {
         return error;
     }
-    *ctas = static_cast<int64_t>(multiprocessors) * resident;
+    // Half a multiprocessor each, of which the system takes 1 KiB.
+    constexpr int kStartBytes = (kMaxItems + 1) * static_cast<int>(sizeof(int64_t));
+    const int room = most_bytes / 2 - 1024 - static_cast<int>(sizeof(SelectScratch));
+    const int most = kStartBytes + kMostKept * static_cast<int>(sizeof(float));
+    plan->shared_bytes = room < kStartBytes ? kStartBytes : room < most ? room : most;
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(plan->shared_bytes))) {
+        return error;
+    }
+    if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &resident, kernel, kThreads, static_cast<size_t>(plan->shared_bytes))) {
+        return error;
+    }
+    plan->ctas = static_cast<int64_t>(multiprocessors) * resident;
     return cudaSuccess;
 }

@@ -74,6 +74,42 @@ def test_sizes(
     check_layer(case, library)
 
 
+@pytest.mark.parametrize("index_dim", [8, 16, 32])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@DTYPES
+def test_int8_index_keys(
+    library: KernelLibrary, dtype: torch.dtype, block: int, index_dim: int
+) -> None:
+    shape = {"block": block, "index_dim": index_dim, "dtype": dtype, "device": DEVICE}
+    case = LayerCase.make(EDGES, top_p=0.3, int8_index=True, **shape)  # type: ignore[arg-type]
+    check_layer(case, library)
+    given = case.selection
+    assert given is not None
+    tail = (case.full.tables_RB, case.lens_R, given.index_scales)
+    args = (given.index_row_S, given.index_cache, *tail)
+    got = CudaOps(library).score_blocks(given.qi_RSI, *args)
+    want = indexer.score_blocks(given.qi_RSI.float(), *args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8_index", [False, True], ids=["bf16", "int8"])
+def test_contexts_of_a_million_tokens_and_more(library: KernelLibrary, int8_index: bool) -> None:
+    """More log masses than shared memory keeps; ten repeats are identical."""
+    case = LayerCase.make(
+        [2**20 + 70000, 2**20, 2**17 - 1],
+        "one-head",
+        dtype=torch.bfloat16,
+        window=8192,
+        int8_index=int8_index,
+        device=DEVICE,
+    )
+    check_layer(case, library)
+    workspace = case.workspace(library)
+    first = case.run(workspace)
+    for _ in range(9):
+        torch.testing.assert_close(case.run(workspace), first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("window", "sinks"), [(1, 0), (1, 4), (64, 0), (65, 64), (100, 1), (10**6, 4)]
 )
@@ -98,10 +134,12 @@ def test_dense_padded_short_and_own_shares(library: KernelLibrary, dtype: torch.
     ids=["1x32K", "1x128K", "8-ragged", "300-short"],
 )
 @SPLIT
+@pytest.mark.parametrize("int8_index", [False, True], ids=["own-index", "int8-index"])
 @DTYPES
 def test_production_shapes(
     library: KernelLibrary,
     dtype: torch.dtype,
+    int8_index: bool,
     split: bool,
     lens: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -115,6 +153,7 @@ def test_production_shapes(
         window=8192,
         top_p=0.2,
         split_roles=split,
+        int8_index=int8_index,
         device=DEVICE,
     )
     check_layer(case, library)

@@ -14,6 +14,7 @@ from kernels import prefill_sparse
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
 from kernels.cuda_prefill import BlockLists
+from kernels.paged_kv import quantise_index_keys
 from kernels.prefill_tiles import PrefillTiles
 from tests.kernels.paged_case import random_tensor
 from tests.kernels.span_case import SpanCase
@@ -60,6 +61,11 @@ def test_shares(spans: list[tuple[int, int]], dtype: torch.dtype) -> None:
     rows, tables_SB = torch.tensor([2, 0], device="cuda"), case.pages.tables_SB
     got = score_tiles(qi_THI, rows, keys, tables_SB, tiles)
     want = prefill_sparse.score_tiles(qi_THI.float(), rows, keys.float(), tables_SB, tiles)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    steps, scales = quantise_index_keys(keys.flatten(0, 1))
+    rounded = (rows, steps.view(keys.shape), tables_SB, tiles, scales.view(keys.shape[:3]))
+    got = score_tiles(qi_THI, *rounded)
+    want = prefill_sparse.score_tiles(qi_THI.float(), *rounded)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

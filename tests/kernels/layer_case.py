@@ -19,6 +19,7 @@ from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
+from kernels.paged_kv import quantise_index_keys
 
 HEAD_MAPS: dict[str, list[HeadRole]] = {
     # Two full KV heads with one and two retrieval heads of four, one windowed KV head.
@@ -72,6 +73,7 @@ class LayerCase:
         dense_below: int = 0,
         indexed: bool = True,
         split_roles: bool = False,
+        int8_index: bool = False,
         device: str = "cpu",
         seed: int = 0,
     ) -> LayerCase:
@@ -118,6 +120,8 @@ class LayerCase:
                 own_top_p_R=None,
                 dense_below=dense_below,
             )
+            if int8_index:
+                selection = with_int8_keys(selection)
         return cls(
             roles=roles,
             tiles=HeadTiles.make(roles, torch.device(device), split_roles=split_roles),
@@ -170,9 +174,8 @@ class LayerCase:
         if self.selection is None:
             return None
         given = self.selection
-        log_mass = ops.score_blocks(
-            given.qi_RSI, given.index_row_S, given.index_cache, self.full.tables_RB, self.lens_R
-        )
+        pages = (self.full.tables_RB, self.lens_R, given.index_scales)
+        log_mass = ops.score_blocks(given.qi_RSI, given.index_row_S, given.index_cache, *pages)
         top_p_RS = given.top_p_S.expand(log_mass.shape[:2])
         if given.own_top_p_R is not None:
             own_R1 = given.own_top_p_R[:, None]
@@ -217,6 +220,14 @@ class LayerCase:
     def with_selection(self, **changes: object) -> LayerCase:
         assert self.selection is not None
         return replace(self, selection=replace(self.selection, **changes))  # type: ignore[arg-type]
+
+
+def with_int8_keys(selection: Selection) -> Selection:
+    """The same index keys in 8 bits; 127 where nothing is stored, with scales of NaN."""
+    keys = selection.index_cache
+    steps, scales = quantise_index_keys(keys.flatten(0, 1))
+    steps = steps.view(keys.shape).masked_fill(keys.isnan(), 127)
+    return replace(selection, index_cache=steps, index_scales=scales.view(keys.shape[:3]))
 
 
 def check_layer(case: LayerCase, library: KernelLibrary) -> None:

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from kernels import indexer, reference
 from kernels._launch import DecodePlan, KernelError, KernelLibrary
 from kernels.cuda_ops import CudaOps
-from kernels.decode_inputs import PagedPool
+from kernels.decode_inputs import PagedPool, Selection
 from kernels.paged_kv import store_kv
 from tests.kernels.emulation.library import compiler
 from tests.kernels.large_pool import moved, moved_pool, pages_past_int32
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer, with_int8_keys
 from tests.kernels.paged_case import PagedCase, random_tensor
 from tests.kernels.test_indexer import masses
 
@@ -49,6 +49,20 @@ def test_score_blocks(
     # Values of bfloat16 in float32: only the order of the sums differs.
     want = reference.score_blocks(qi.float(), rows, cache.float(), *tail)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("index_dim", [8, 16, 32])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_score_blocks_by_int8_keys(
+    library: KernelLibrary, dtype: torch.dtype, block: int, index_dim: int
+) -> None:
+    case = PagedCase.make([1, 63, 64, 65, 300], block=block, index_dim=index_dim, dim=1)
+    steps, scales = case.int8_index()
+    rows, qi = torch.tensor([2, 0, 1, 1]), random_tensor(5, 4, index_dim).to(dtype)
+    tail = (rows, steps, case.tables_SB, case.lens_S, scales)
+    got = CudaOps(library).score_blocks(qi, *tail)
+    torch.testing.assert_close(got, reference.score_blocks(qi.float(), *tail), rtol=1e-5, atol=1e-5)
 
 
 def test_score_blocks_takes_queries_that_are_not_contiguous(library: KernelLibrary) -> None:
@@ -82,11 +96,11 @@ def test_values_that_are_not_finite_have_no_mass(
 
 
 def test_selection_among_many_blocks(library: KernelLibrary) -> None:
-    """More blocks than threads, words and bins; equal masses; a row's own share of 1."""
-    log_mass = 3 * random_tensor(2, 2, 1111)
+    """More blocks than threads, words and bins, and than are kept; equal masses; a share of 1."""
+    log_mass = 3 * random_tensor(2, 2, 2222)
     log_mass[1] = 1.0
     top_p = torch.tensor([[0.3, 0.9], [0.5, 1.0]])
-    args = (log_mass, top_p, torch.tensor([1111 * 64 - 3, 900 * 64]), 64)
+    args = (log_mass, top_p, torch.tensor([2222 * 64 - 3, 900 * 64]), 64)
     assert torch.equal(CudaOps(library).select_blocks(*args), indexer.select_blocks(*args))
 
 
@@ -95,6 +109,27 @@ def test_selection_among_many_blocks(library: KernelLibrary) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_a_layer(library: KernelLibrary, dtype: torch.dtype, head_map: str, split: bool) -> None:
     check_layer(LayerCase.make(EDGES, head_map, dtype=dtype, split_roles=split), library)
+
+
+@pytest.mark.parametrize("head_map", ["mixed", "all-retrieval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_layer_with_int8_index_keys(
+    library: KernelLibrary, dtype: torch.dtype, head_map: str
+) -> None:
+    case = LayerCase.make(EDGES, head_map, dtype=dtype, split_roles=True, int8_index=True)
+    check_layer(case, library)
+
+
+@pytest.mark.parametrize("shared_bytes", [0, 1064], ids=["none", "256-blocks"])
+def test_log_masses_that_shared_memory_does_not_hold(
+    library: KernelLibrary, shared_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LayerCase.make([16, 8000], "one-head", block=16, index_dim=8)
+    want = case.run(case.workspace(library))
+    plan = library.select_plan(torch.device("cpu"), torch.float32, 8)
+    monkeypatch.setattr(plan, "shared_bytes", shared_bytes)
+    got = case.run(case.workspace(library))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("block", [16, 32, 128])
@@ -241,8 +276,14 @@ def test_a_missing_shape_is_named(library: KernelLibrary) -> None:
         (lambda c: {"full": _with_cache(c.full, torch.zeros(9, 2, 8, 64))}, "multiple of 16"),
         (lambda c: {"selection": replace(c.selection, top_p_S=torch.ones(2))}, "S=3, got 2"),
         (lambda c: {"selection": replace(c.selection, qi_RSI=c.q_RHD[:, :3, :16])}, None),
+        (lambda c: {"selection": _int8(c, index_scales=None)}, "of one dtype"),
+        (lambda c: {"selection": _int8(c, index_scales=torch.ones(2, 3, 64))}, "P=7, got 2"),
+        (lambda c: {"selection": _int8(c, index_cache=c.selection.index_cache)}, "must be bfloat"),
     ],
-    ids=["dtype", "heads", "lens", "strides", "page", "top_p", "a-view-is-fine"],
+    ids=[
+        *("dtype", "heads", "lens", "strides", "page", "top_p", "a-view-is-fine"),
+        *("no-scales", "scales", "scales-of-floats"),
+    ],
 )
 def test_the_door_names_what_is_wrong(
     library: KernelLibrary,
@@ -263,6 +304,11 @@ def test_a_workspace_that_is_too_small_is_refused(library: KernelLibrary) -> Non
     workspace = LayerCase.make([70]).workspace(library)
     with pytest.raises(ValueError, match="2 rows; the workspace was made for 1"):
         LayerCase.make([70, 70]).run(workspace)
+
+
+def _int8(case: LayerCase, **changes: Any) -> Selection:
+    assert case.selection is not None
+    return replace(with_int8_keys(case.selection), **changes)
 
 
 def _with_cache(pool: PagedPool, cache: torch.Tensor) -> PagedPool:

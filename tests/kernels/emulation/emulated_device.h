@@ -329,7 +329,8 @@ inline uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
-inline uint4 load_streaming(const uint4* address) { return *address; }
+template <typename Value>
+Value load_streaming(const Value* address) { return *address; }
 
 inline uint32_t pack_bfloat16(float low, float high) {
     const auto round = [](float value) -> uint32_t {
@@ -471,6 +472,7 @@ enum {
 enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
     cudaDevAttrComputeCapabilityMajor,
     cudaDevAttrComputeCapabilityMinor,
     cudaFuncAttributeMaxDynamicSharedMemorySize,
