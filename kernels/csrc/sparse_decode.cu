@@ -136,7 +136,8 @@ struct Source {
 struct Target {
     int first;        // position of its first token, -1: nobody sees it
     uint32_t heads;   // slots that selected its block
-    int64_t row;      // of the pool
+    int page;         // not looked at before the copy: the load may take its time
+    int offset;       // of the first token in the page
 };
 
 // Strips of an item's blocks [begin, end), numbered from 0.
@@ -158,7 +159,7 @@ DEVICE void find_strips(const DecodeArgs& args, const Item& item, const Source& 
                         const Strips& strips, int index, int step, Target (&found)[kCount]) {
     int places[kCount], offsets[kCount];
     ListEntry entries[kCount];
-    int64_t pages[kCount];
+    int pages[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         const int strip = min(index + i * step, strips.count - 1);
@@ -176,11 +177,11 @@ DEVICE void find_strips(const DecodeArgs& args, const Item& item, const Source& 
         const int first = entries[i].block * static_cast<int>(args.block_tokens) + offsets[i];
         // The window sees the strip if it sees the strip's newest token.
         const int last = min(first + kStripTokens, item.context) - 1;
-        const bool near = first < args.sinks || item.context - 1 - last < args.window;
+        const bool near = first < static_cast<int>(args.sinks) ||
+                          item.context - 1 - last < static_cast<int>(args.window);
         const bool seen = index + i * step < strips.count && first < item.context &&
                           (entries[i].heads != 0 || (item.local != 0 && near));
-        found[i] = {seen ? first : -1, entries[i].heads,
-                    pages[i] * source.page_rows + source.first_row + offsets[i]};
+        found[i] = {seen ? first : -1, entries[i].heads, pages[i], offsets[i]};
     }
 }
 
@@ -191,19 +192,21 @@ DEVICE void copy_strip(const Source& source, const Target& target, int context,
                        unsigned char* stage) {
     using Element = typename Strip::Element;
     constexpr int kHalfBytes = Layout<Strip, kDim>::kHalfBytes;
-    const int64_t offset = target.row * kDim * static_cast<int64_t>(sizeof(Element));
+    constexpr int kRows = 32 / Strip::kChunks;  // of tokens, that a warp copies at once
+    const int lane = threadIdx.x % 32, row = lane / Strip::kChunks, column = lane % Strip::kChunks;
+    const int64_t token = static_cast<int64_t>(target.page) * source.page_rows + source.first_row +
+                          static_cast<uint32_t>(target.offset);
+    const int64_t offset = token * kDim * static_cast<int64_t>(sizeof(Element)) + lane * 16;
     const unsigned char* keys = source.keys + offset;
     const unsigned char* values = source.values + offset;
-    const int lane = threadIdx.x % 32;
-    const int left = context - target.first;
+    const int left = context - target.first - row;
+    stage += row * Strip::kChunks * 16;
 #pragma unroll
-    for (int i = 0; i < kHalfBytes / 16 / 32; ++i) {
-        const int chunk = i * 32 + lane;
-        const int row = chunk / Strip::kChunks, column = chunk % Strip::kChunks;
-        unsigned char* to = stage + (row * Strip::kChunks + (column ^ (row % 8))) * 16;
-        const int bytes = row < left ? 16 : 0;
-        copy_async_16(to, keys + chunk * 16, bytes);
-        copy_async_16(to + kHalfBytes, values + chunk * 16, bytes);
+    for (int i = 0; i < kStripTokens / kRows; ++i) {
+        unsigned char* to = stage + i * 512 + ((column ^ row) ^ (i * kRows % 8)) * 16;
+        const int bytes = i * kRows < left ? 16 : 0;
+        copy_async_16(to, keys + i * 512, bytes);
+        copy_async_16(to + kHalfBytes, values + i * 512, bytes);
     }
 }
 
