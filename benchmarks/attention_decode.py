@@ -12,8 +12,9 @@ Keys and values themselves are random.
 
 Times are medians of CUDA graph replays, per layer. A graph runs as many layers, each with caches of
 its own, as it takes to move several times the size of the L2 cache: a model's layers find nothing
-of theirs in it either. Dense attention is given contiguous keys and values, and the query heads of
-a KV head in its fastest form. "floor" is the bytes that must be read by the copy
+of theirs in it either. Index keys are bfloat16, and once more the same in 8 bits ("int8", with a
+scale per token: 18 bytes instead of 32). Dense attention is given contiguous keys and values, and
+the query heads of a KV head in its fastest form. "floor" is the bytes that must be read by the copy
 bandwidth measured in the same run.
 """
 
@@ -23,7 +24,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,7 @@ from kernels.cuda_decode import attend, attend_listed, list_blocks
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
+from kernels.paged_kv import quantise_index_keys
 
 RULE = WindowRule(WINDOW, SINKS)
 SHAPES = ((1, 2**15), (1, 2**17), (1, 2**20), (8, 2**15), (8, 2**17))  # rows, context
@@ -103,6 +105,18 @@ class Layer:
             ),
             attended_RS=torch.zeros(rows, len(RETRIEVAL), dtype=torch.int64, device="cuda"),
         )
+
+
+def with_int8_keys(layer: Layer) -> Layer:
+    """The same layer with index keys of 8 bits."""
+    keys = layer.selection.index_cache
+    steps, scales = quantise_index_keys(keys.flatten(0, 1))
+    rounded = replace(
+        layer.selection,
+        index_cache=steps.view(keys.shape),
+        index_scales=scales.view(keys.shape[:3]),
+    )
+    return replace(layer, selection=rounded)
 
 
 def head_tiles() -> HeadTiles:
@@ -252,13 +266,18 @@ def sparse_figures(
         heads = (layer.q_RHD, layer.out_RHD)
         attend_listed(space, of, *heads, layer.pool, None, layer.lens_R, RULE, scale, 0)
 
-    def measure(call: Callable[[Layer, DecodeWorkspace], None]) -> float:
-        pairs = list(zip(layers, workspaces, strict=True))
+    def measure(
+        call: Callable[[Layer, DecodeWorkspace], None], on: Sequence[Layer] = layers
+    ) -> float:
+        pairs = list(zip(on, workspaces, strict=True))
         return graph_microseconds([partial(call, *pair) for pair in pairs])
 
     both = measure(whole)
     needed = statistics.fmean(blocks_needed(s, rows, context, tiles.count) for s in workspaces)
     index_bytes, kv_bytes = layer_bytes, needed * BLOCK * DIM * 4
+    int8_bytes = rows * context * (INDEX_DIM + 2) * len(RETRIEVAL)
+    rounded = [with_int8_keys(layer) for layer in layers]
+    int8_us, int8_select_us = measure(whole, rounded), measure(select, rounded)
     select_us, attention_us = measure(select), measure(attention)
     local, retrieval = (tiles_of_role(tiles, retrieval=flag) for flag in (False, True))
     local_us = measure(partial(attention, of=local))
@@ -276,6 +295,12 @@ def sparse_figures(
         "floor_microseconds": 1e6 * (index_bytes + kv_bytes) / bandwidth,
         "select_share_of_copy": index_bytes / (1e-6 * select_us) / bandwidth,
         "attention_share_of_copy": kv_bytes / (1e-6 * attention_us) / bandwidth,
+        "int8": {
+            "microseconds": int8_us,
+            "select_microseconds": int8_select_us,
+            "select_share_of_copy": int8_bytes / (1e-6 * int8_select_us) / bandwidth,
+            "floor_microseconds": 1e6 * (int8_bytes + kv_bytes) / bandwidth,
+        },
     }
 
 
@@ -283,17 +308,18 @@ def run(shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, Any]:
     """All shares at each (rows, context); the figures as one JSON object."""
     library = KernelLibrary(find_library(default_cache()))
     bandwidth = copy_bandwidth()
-    console = Console(stderr=True, width=120)  # the table, where nobody has a terminal either
+    console = Console(stderr=True, width=160)  # the table, where nobody has a terminal either
     records = []
     for rows, context in track(shapes, "decode attention", console=console, transient=True):
         dense = dense_microseconds(rows, context)
         for share in SHARES:
             torch.cuda.empty_cache()
             sparse = sparse_figures(library, rows, context, share, bandwidth)
-            ratio = min(dense.values()) / sparse["microseconds"]
+            fastest, int8_us = min(dense.values()), sparse["int8"]["microseconds"]
             records.append(
                 {"rows": rows, "context": context, "share": share, "dense": dense}
-                | {"sparse": sparse, "ratio": ratio}
+                | {"sparse": sparse, "ratio": fastest / sparse["microseconds"]}
+                | {"int8_ratio": fastest / int8_us}
             )
     console.print(_table(records))
     return {
@@ -307,10 +333,12 @@ def run(shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, Any]:
 def _table(records: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="decode attention of one layer, microseconds")
     columns = "rows x context|share|dense|sparse|ratio|select|of copy|attention|of copy"
-    for column in (*columns.split("|"), "local", "retrieval", "floor"):
+    int8_columns = ("int8", "ratio", "select", "of copy")
+    for column in (*columns.split("|"), "local", "retrieval", "floor", *int8_columns):
         table.add_column(column, justify="right")
     for record in records:
         sparse, best = record["sparse"], min(record["dense"], key=record["dense"].get)
+        int8 = sparse["int8"]
         table.add_row(
             f"{record['rows']} x {record['context'] // 1024}K",
             f"{sparse['attended_fraction']:.1%}",
@@ -324,6 +352,10 @@ def _table(records: Sequence[dict[str, Any]]) -> Table:
             f"{sparse['local_microseconds']:.1f}",
             f"{sparse['retrieval_microseconds']:.1f}",
             f"{sparse['floor_microseconds']:.1f}",
+            f"{int8['microseconds']:.1f}",
+            f"{record['int8_ratio']:.2f}x",
+            f"{int8['select_microseconds']:.1f}",
+            f"{int8['select_share_of_copy']:.0%}",
         )
     return table
 

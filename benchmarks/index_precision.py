@@ -29,15 +29,16 @@ from engine.model.head_layout import layer_heads
 from engine.model.weights import load_decoder
 from engine.tokenizer import Tokenizer
 from kernels.indexer import select_blocks
+from kernels.paged_kv import quantise_index_keys
 
 ROWS = 128  # sampled positions of a document, the last half of it
 FP8_MOST = 448.0  # largest float8_e4m3
 
 
 def int8_per_token(keys_TI: Tensor, block: int) -> Tensor:
-    """A scale in bfloat16 for every key: 18 bytes for 16 dimensions."""
-    scale_T1 = (keys_TI.abs().amax(-1, keepdim=True) / 127).bfloat16().float().clamp_min(1e-20)
-    return (keys_TI / scale_T1).round().clamp(-127, 127) * scale_T1
+    """What `--index-dtype int8` serves, a scale in bfloat16 for every key: 18 bytes."""
+    steps_T1I, scales_T1 = quantise_index_keys(keys_TI.unsqueeze(1))
+    return steps_T1I.squeeze(1) * scales_T1.float()
 
 
 def int8_per_block(keys_TI: Tensor, block: int) -> Tensor:
@@ -51,7 +52,7 @@ def fp8(keys_TI: Tensor, block: int) -> Tensor:
 
 
 def bfloat16(keys_TI: Tensor, block: int) -> Tensor:
-    """What is served on a GPU: 32 bytes."""
+    """What is served on a GPU by default: 32 bytes."""
     return keys_TI.bfloat16().float()
 
 
