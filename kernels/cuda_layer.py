@@ -46,6 +46,7 @@ class StoreArgs(ctypes.Structure):
         ("key_head", c_void_p),
         ("index_rows", c_int64),
         ("index_keys", c_void_p),
+        ("index_scales", c_void_p),
         ("index_keys_in_rows", c_int64),
         ("query_projection", c_void_p),
         ("query_head", c_void_p),
@@ -86,7 +87,9 @@ class GatedArgs(ctypes.Structure):
 
 def takes_heads(dtype: torch.dtype, head_dim: int, index_dim: int | None) -> bool:
     """Whether `store_qkv` has a kernel for such a layer; `index_dim` None: without an index."""
-    return dtype in DATA_TYPES and head_dim in HEAD_DIMS and (index_dim or 0) % OUTPUTS_AT_ONCE == 0
+    index = index_dim or 0
+    fits = index % OUTPUTS_AT_ONCE == 0 and 2 * index <= head_dim
+    return dtype in DATA_TYPES and head_dim in HEAD_DIMS and fits
 
 
 def takes_rows(dtype: torch.dtype, size: int) -> bool:
@@ -260,8 +263,8 @@ def _add_index(
     )
     check_layout(dtype, k_proj=index.k_proj_XID, q_proj=index.q_proj_SID)
     check_layout(torch.int64, k_head=index.k_head_X, q_head=index.q_head_S)
-    if sizes["I"] % OUTPUTS_AT_ONCE:
-        raise ValueError(f"index_dim must be a multiple of {OUTPUTS_AT_ONCE}, got {sizes['I']}")
+    if not takes_heads(dtype, sizes["D"], sizes["I"]):
+        raise ValueError(f"no kernel for index_dim {sizes['I']} with head_dim {sizes['D']}")
     if not 0 <= index.query_tokens <= sizes["T"]:
         raise ValueError(f"{index.query_tokens} of {sizes['T']} tokens cannot have index queries")
     ki_TXI = None
@@ -270,13 +273,19 @@ def _add_index(
     elif full is None:
         raise ValueError("index keys need the full pool, whose pages they share")
     else:
-        check_shapes({**sizes, "P": len(full.k_cache)}, index_cache=(index.index_cache, "P X K I"))
-        check_layout(dtype, index_cache=index.index_cache)
+        of_pool = {**sizes, "P": len(full.k_cache)}
+        check_shapes(of_pool, index_cache=(index.index_cache, "P X K I"))
+        if index.index_scales is not None:
+            check_shapes(of_pool, index_scales=(index.index_scales, "P X K"))
+            check_layout(torch.bfloat16, index_scales=index.index_scales)
+        key_dtype = dtype if index.index_scales is None else torch.int8
+        check_layout(key_dtype, index_cache=index.index_cache)
     qi_QSI = projected_TRD.new_empty((index.query_tokens, sizes["S"], sizes["I"]))
     args.key_projection, args.key_head = index.k_proj_XID.data_ptr(), index.k_head_X.data_ptr()
     args.index_rows, args.index_dim = sizes["X"], sizes["I"]
     args.index_keys = pointer(index.index_cache if ki_TXI is None else ki_TXI)
     args.index_keys_in_rows = ki_TXI is not None
+    args.index_scales = pointer(index.index_scales if ki_TXI is None else None)
     args.query_projection, args.query_head = index.q_proj_SID.data_ptr(), index.q_head_S.data_ptr()
     args.selecting = sizes["S"] if index.query_tokens else 0
     args.index_queries, args.index_query_tokens = qi_QSI.data_ptr(), index.query_tokens

@@ -36,10 +36,11 @@ class StoredPool:
 class IndexProjections:
     """From heads before RoPE to the index space.
 
-    k_proj_XID, q_proj_SID: in the dtype of the heads; I a multiple of 8.
+    k_proj_XID, q_proj_SID: in the dtype of the heads; I a multiple of 8, at most D / 2.
     k_head_X, q_head_S: int64, the KV or query head that each row is made from.
     index_cache: [P, X, K, I] with the full pool's pages; None: the keys are handed back.
     query_tokens: Q, the first of the T.
+    index_scales: bfloat16 [P, X, K] of a cache of int8.
     """
 
     k_proj_XID: Tensor
@@ -48,6 +49,7 @@ class IndexProjections:
     q_head_S: Tensor
     index_cache: Tensor | None
     query_tokens: int
+    index_scales: Tensor | None = None
 
 
 class StoredQkv(NamedTuple):

@@ -63,7 +63,7 @@ def store_qkv(
     if index.index_cache is None:
         return StoredQkv(turned_THD, queries_QSI, keys_TXI)
     assert full is not None, "index keys share the full pool's pages"
-    store_index_keys(keys_TXI, index.index_cache, full.slots_T)
+    store_index_keys(keys_TXI, index.index_cache, full.slots_T, index.index_scales)
     return StoredQkv(turned_THD, queries_QSI, None)
 
 

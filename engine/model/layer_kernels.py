@@ -19,7 +19,6 @@ from engine.model.queries import Queries
 from kernels import cuda_experts, cuda_layer
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool
-from kernels.paged_kv import store_index_keys
 
 if TYPE_CHECKING:
     from engine.model.attention import AttentionLayers
@@ -102,11 +101,8 @@ class LayerKernels:
             self._kv_rows[layer],
             full,
             window,
-            _index(layers, layer, metadata, projection.qkv_TRD.dtype),
+            _index(layers, layer, metadata),
         )
-        if stored.ki_TXI is not None:
-            slots_T = metadata.full_slots_T
-            store_index_keys(stored.ki_TXI, cache.index, slots_T, cache.index_scales)
         return Queries(stored.q_THD, index_TSI=stored.qi_QSI)
 
 
@@ -118,22 +114,20 @@ def kv_rows(heads: LayerHeads) -> list[int]:
 
 
 def _index(
-    layers: AttentionLayers, layer: int, metadata: AttentionMetadata, dtype: torch.dtype
+    layers: AttentionLayers, layer: int, metadata: AttentionMetadata
 ) -> IndexProjections | None:
-    """Decode rows, which come first, have index queries; prompt tokens if they select too.
-
-    Index keys of another dtype than the heads are stored by whoever knows the format.
-    """
+    """Decode rows, which come first, have index queries; prompt tokens if they select too."""
     indexer, roles = layers.indexers[layer], layers.roles[layer]
     if indexer is None:
         return None
     selects = layers.prefill_attention == "sparse"
-    index_cache = layers.caches[layer].index
+    cache = layers.caches[layer]
     return IndexProjections(
         k_proj_XID=indexer.k_proj_HID,
         k_head_X=roles.index_head_X,
         q_proj_SID=indexer.q_proj_HID,
         q_head_S=roles.retrieval.heads_H,
-        index_cache=index_cache if index_cache.dtype == dtype else None,
+        index_cache=cache.index,
         query_tokens=len(metadata.token_ids_T) if selects else metadata.num_decode_rows,
+        index_scales=cache.index_scales,
     )

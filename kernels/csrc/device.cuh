@@ -100,6 +100,7 @@ DEVICE uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 }
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
 // Read once, never again: do not push other data out of L1.
 DEVICE uint4 load_streaming(const uint4* address) {

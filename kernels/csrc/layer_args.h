@@ -30,13 +30,14 @@ struct StoreArgs {
     const int64_t* key_head;       // [X] KV head
     int64_t index_rows;            // X, 0: no index keys
     void* index_keys;              // [P, X, K, I] at the slots of the full pool, or as below
+    uint16_t* index_scales;        // bfloat16 [P, X, K], index keys are int8 then; or null
     int64_t index_keys_in_rows;    // 1: [T, X, I]
     const void* query_projection;  // [S, I, D]
     const int64_t* query_head;     // [S] query head
     int64_t selecting;             // S, 0: no index queries
     void* index_queries;           // [index_query_tokens, S, I]
     int64_t index_query_tokens;    // the first of the T
-    int64_t index_dim;             // a multiple of 8
+    int64_t index_dim;             // a multiple of 8, at most D / 2
 };
 
 struct NormArgs {

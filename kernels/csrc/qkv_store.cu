@@ -8,6 +8,8 @@
 // so they share its weights in L1. Nothing depends on the other tokens of the batch.
 // Bytes read and written once; bound by latency at decode, by memory bandwidth at prefill.
 
+#include <cfloat>
+
 #include "cta.cuh"
 #include "device.cuh"
 #include "elements.cuh"
@@ -19,6 +21,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kMostCtas = 4096;  // some more than a large GPU holds at once
 constexpr int kOutputsAtOnce = 8;  // of a projection
+constexpr float kIndexSteps = 127.0f;  // of an index key in 8 bits, to either side of 0
 
 enum Kind { kQuery, kKey, kValue, kIndexKey, kIndexQuery };
 
@@ -108,12 +111,14 @@ DEVICE void store_in_page(const StoreArgs& args, const Task& task, int64_t token
     store_share<Pair, kDim>(cache, at, lane, share);
 }
 
-// Writes projection [I, D] times the head to out [I]. All lanes of the warp take part.
+// Projection [I, D] times the head: lane l gets outputs 2 l and 2 l + 1, those after I / 2 nothing.
+// All lanes of the warp take part.
 template <typename Pair, int kDim>
-DEVICE void project(const void* projection, int64_t row, int index_dim, const Share<Pair>& share,
-                    int lane, bool writes, Pair* out) {
+DEVICE Pair project(const void* projection, int64_t row, int index_dim, const Share<Pair>& share,
+                    int lane) {
     constexpr int kLanes = kDim / 4;
     const float2 a = share.first.floats(), b = share.second.floats();
+    Pair mine = {};
     for (int begin = 0; begin < index_dim; begin += kOutputsAtOnce) {
         float sums[kOutputsAtOnce];
 #pragma unroll
@@ -127,11 +132,38 @@ DEVICE void project(const void* projection, int64_t row, int index_dim, const Sh
         for (int i = 0; i < kOutputsAtOnce; ++i) sums[i] = team_sum<kLanes>(sums[i]);
 #pragma unroll
         for (int i = 0; i < kOutputsAtOnce / 2; ++i) {
-            if (writes && lane == i) {
-                out[begin / 2 + i] = Pair::of(make_float2(sums[2 * i], sums[2 * i + 1]));
-            }
+            if (lane == begin / 2 + i) mine = Pair::of(make_float2(sums[2 * i], sums[2 * i + 1]));
         }
     }
+    return mine;
+}
+
+DEVICE int8_t index_step(float value, float scale) {
+    const float steps = rintf(value / scale);
+    if (!(fabsf(steps) <= FLT_MAX)) return 0;
+    return static_cast<int8_t>(fminf(fmaxf(steps, -kIndexSteps), kIndexSteps));
+}
+
+// An index key in 8 bits with its scale (kernels/reference.py, quantise_index_keys). All lanes of
+// the warp take part; lanes after I / 2 hold zeros.
+template <typename Pair, int kLanes>
+DEVICE void store_int8_key(const StoreArgs& args, int64_t at, int lane, bool writes, Pair mine) {
+    const float2 key = mine.floats();
+    // Of numbers without a sign the larger has the larger bits, and one that is none the largest.
+    uint32_t most = max(float_to_bits(fabsf(key.x)), float_to_bits(fabsf(key.y)));
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+        most = max(most, __shfl_xor_sync(kAllLanes, most, step));
+    }
+    const Bfloat16 scale = Bfloat16::of(bits_to_float(most) / kIndexSteps);
+    const int64_t pairs = args.index_dim / 2;
+    if (writes && lane < pairs) {
+        const uint8_t low = static_cast<uint8_t>(index_step(key.x, scale.value()));
+        const uint8_t high = static_cast<uint8_t>(index_step(key.y, scale.value()));
+        static_cast<uint16_t*>(args.index_keys)[at * pairs + lane] =
+            static_cast<uint16_t>(low | high << 8);
+    }
+    if (writes && lane == 0) args.index_scales[at] = scale.raw;
 }
 
 template <typename Pair, int kDim>
@@ -154,12 +186,20 @@ DEVICE void do_task(const StoreArgs& args, const Task& task, int64_t token, int 
                                ? token * args.index_rows + task.row
                                : cache_place(args.slots[0][token], args.index_rows, task.row,
                                              args.block_tokens);
-        Pair* out = static_cast<Pair*>(args.index_keys) + at * index_pairs;
-        project<Pair, kDim>(args.key_projection, task.row, index_dim, share, lane, writes, out);
+        const Pair mine =
+            project<Pair, kDim>(args.key_projection, task.row, index_dim, share, lane);
+        if (args.index_scales != nullptr) {
+            store_int8_key<Pair, kDim / 4>(args, at, lane, writes, mine);
+        } else if (writes && lane < index_pairs) {
+            static_cast<Pair*>(args.index_keys)[at * index_pairs + lane] = mine;
+        }
     } else {
         const int64_t at = token * args.selecting + task.row;
-        Pair* out = static_cast<Pair*>(args.index_queries) + at * index_pairs;
-        project<Pair, kDim>(args.query_projection, task.row, index_dim, share, lane, writes, out);
+        const Pair mine =
+            project<Pair, kDim>(args.query_projection, task.row, index_dim, share, lane);
+        if (writes && lane < index_pairs) {
+            static_cast<Pair*>(args.index_queries)[at * index_pairs + lane] = mine;
+        }
     }
 }
 
@@ -215,7 +255,10 @@ extern "C" int64_t rtpurbo_qkv_store_bytes() { return sizeof(StoreArgs); }
 
 extern "C" int rtpurbo_qkv_store(const StoreArgs* args, void* stream) {
     const StoreKernel kernel = find_kernel(*args);
-    if (kernel == nullptr || args->index_dim % kOutputsAtOnce != 0) return cudaErrorInvalidValue;
+    if (kernel == nullptr || args->index_dim % kOutputsAtOnce != 0 ||
+        args->index_dim > args->head_dim / 2) {
+        return cudaErrorInvalidValue;
+    }
     const int64_t teams = kThreads / (args->head_dim / 4);
     const int64_t tasks = args->heads + 2 * args->kv_heads + args->index_rows + args->selecting;
     const int64_t most = kMostCtas / tasks + 1, wanted = (args->tokens + teams - 1) / teams;

@@ -32,6 +32,15 @@ def test_ragged_batches_equal_naive_masks(library: KernelLibrary, layout: dict[s
         torch.testing.assert_close(got, driver.expected(index), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("layout", ["mixed-groups", "index-per-kv-head"])
+def test_int8_index_keys_equal_naive_masks(library: KernelLibrary, layout: str) -> None:
+    driver = Driver(
+        make_model(**SIZES | LAYOUTS[layout]), RAGGED, library=library, index_dtype="int8"
+    )
+    for index, got in enumerate(ragged_outputs(driver)):
+        torch.testing.assert_close(got, driver.expected(index), rtol=1e-4, atol=2e-6)
+
+
 def test_the_token_budget_is_the_ops(library: KernelLibrary) -> None:
     model = make_model([[0, 3], []], **SIZES, dense_below=50)
     counts = []

@@ -156,6 +156,17 @@ def test_tokens_and_budget_equal_those_of_the_ops(
     same(got, want)
 
 
+@needs_compiler
+def test_int8_index_keys_give_the_tokens_of_the_ops(folder: Path, backend: CountingBackend) -> None:
+    requests = [(prompt, greedy(6)) for prompt in PROMPTS[1:3]]
+    got = generate(load(folder, index_dtype="int8"), requests)
+    assert sum(backend.replays.values()) == 5, "one after the first token, which prefill brings"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.loading.choose_kernels", lambda *_: None)
+        want = generate(load(folder, index_dtype="int8"), requests)
+    same(got, want)
+
+
 def launches(runner: ModelRunner, patch: pytest.MonkeyPatch, method: str) -> list[Counter[str]]:
     """What each layer starts in a step of one row, by name."""
     found: list[Counter[str]] = []
@@ -176,11 +187,12 @@ def launches(runner: ModelRunner, patch: pytest.MonkeyPatch, method: str) -> lis
 
 
 @needs_compiler
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
 def test_launches_of_a_layer(
-    folder: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+    folder: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch, index_dtype: str
 ) -> None:
     """Four products, attention, and as few others as there are: shown with pytest -s."""
-    runner = load(folder, max_num_seqs=1).runner
+    runner = load(folder, max_num_seqs=1, index_dtype=index_dtype).runner
     assert isinstance(runner, ModelRunner)
     fused = launches(runner, monkeypatch, "run_fused")
     own = {"qkv_store": 1, "add_norm": 2, "silu_mul": 1, "launch_decode": 1, "mm": 4}

@@ -14,7 +14,7 @@ import torch
 from kernels import cuda_experts, cuda_layer, layer_reference
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
-from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_store
+from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_int8_store, check_store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +60,18 @@ def test_store_options(
     library: KernelLibrary, dtype: torch.dtype, tokens: int, options: dict[str, Any]
 ) -> None:
     check_store(StoreCase.make(tokens, dtype=dtype, device="cuda", **options), library)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_dim": 8, "dim": 128}, {"index_dim": 32}], ids=str)
+@pytest.mark.parametrize("tokens", [5, 2100])
+@DTYPES
+def test_store_of_int8_index_keys(
+    library: KernelLibrary, dtype: torch.dtype, tokens: int, options: dict[str, Any]
+) -> None:
+    case = StoreCase.make(tokens, dtype=dtype, stored_index=False, device="cuda", **options)
+    case.projected_TRD[3] = torch.nan
+    case.projected_TRD[4] = 0
+    check_int8_store(case, library)
 
 
 @DTYPES

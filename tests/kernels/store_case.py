@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from kernels import cuda_layer, layer_reference
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool, StoredQkv
+from kernels.paged_kv import store_index_keys
 
 # Row of each KV head in the full pool, or -1 - row in the window pool; query heads of selecting
 # retrieval heads. Groups are of three query heads.
@@ -139,6 +141,17 @@ class StoreCase:
             index=index,
         )
 
+    def with_int8_index(self) -> StoreCase:
+        """The same with a cache of index keys in 8 bits; NaN and 99 where nothing is written."""
+        assert self.index is not None
+        assert self.full is not None
+        pages, _, block, _ = self.full.k_cache.shape
+        rows, dim, _ = self.index.k_proj_XID.shape
+        device = self.projected_TRD.device
+        steps = torch.full((pages, rows, block, dim), 99, dtype=torch.int8, device=device)
+        scales = torch.full(steps.shape[:3], torch.nan, dtype=torch.bfloat16, device=device)
+        return replace(self, index=replace(self.index, index_cache=steps, index_scales=scales))
+
     def arguments(self) -> tuple[object, ...]:
         """In the order of `store_qkv`."""
         return tuple(getattr(self, name) for name in self.__slots__)
@@ -159,7 +172,27 @@ class StoreCase:
                 found |= {f"{name} keys": pool.k_cache, f"{name} values": pool.v_cache}
         if self.index is not None and self.index.index_cache is not None:
             found["index keys"] = self.index.index_cache
+            if self.index.index_scales is not None:
+                found["index scales"] = self.index.index_scales
         return found
+
+
+def check_int8_store(case: StoreCase, library: KernelLibrary) -> None:
+    """What the kernel stores in 8 bits is what it hands back otherwise, quantised: bit for bit.
+
+    `case` is one that hands them back.
+    """
+    keys_TXI = case.run(library)["ki_TXI"]
+    stored = case.with_int8_index()
+    got = stored.run(library)
+    want = stored.with_int8_index().index
+    assert stored.full is not None
+    assert want is not None
+    assert want.index_cache is not None
+    store_index_keys(keys_TXI, want.index_cache, stored.full.slots_T, want.index_scales)
+    assert torch.equal(got["index keys"], want.index_cache)
+    exact: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(got["index scales"], want.index_scales, **exact)
 
 
 def check_store(case: StoreCase, library: KernelLibrary) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from kernels import cuda_experts, cuda_layer, layer_reference
 from kernels._launch import KernelLibrary
-from kernels.layer_inputs import HeadNorm
+from kernels.layer_inputs import HeadNorm, IndexProjections
 from tests.kernels.emulation.library import compiler
 from tests.kernels.paged_case import random_tensor
-from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_store
+from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_int8_store, check_store
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 
@@ -59,6 +59,19 @@ def test_store_sizes_and_options(
     library: KernelLibrary, dtype: torch.dtype, tokens: int, options: dict[str, Any]
 ) -> None:
     check_store(StoreCase.make(tokens, dtype=dtype, **options), library)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_dim": 8, "dim": 128}, {"index_dim": 32}], ids=str)
+@DTYPES
+def test_store_of_int8_index_keys(
+    library: KernelLibrary, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    case = StoreCase.make(7, dtype=dtype, stored_index=False, **options)
+    assert case.index is not None
+    case.projected_TRD[3] = torch.nan
+    case.projected_TRD[5] = 0  # a key of zeros, whose scale is 0
+    case.projected_TRD[6] *= 1e-20
+    check_int8_store(case, library)
 
 
 def test_more_tokens_than_teams(library: KernelLibrary) -> None:
@@ -117,6 +130,8 @@ def test_a_token_of_nan_spoils_no_other(library: KernelLibrary) -> None:
         (lambda c: {"full": replace(c.full, k_cache=c.full.k_cache[:, :, :8])}, "K=8, got 16"),
         (lambda c: {"full": None}, "need the full pool"),
         (lambda c: {"index": replace(c.index, query_tokens=6)}, "6 of 5 tokens"),
+        (lambda c: {"index": _with_scales(c, torch.int8)}, "index_scales must be torch.bfloat16"),
+        (lambda c: {"index": _with_scales(c, torch.bfloat16)}, "index_cache must be torch.int8"),
     ],
 )
 def test_the_door_names_what_is_wrong(
@@ -125,6 +140,14 @@ def test_the_door_names_what_is_wrong(
     case = StoreCase.make(5)
     with pytest.raises(ValueError, match=message):
         replace(case, **change(case)).run(library)
+
+
+def _with_scales(case: StoreCase, dtype: torch.dtype) -> IndexProjections:
+    """Scales for a cache of floats, which needs none."""
+    assert case.index is not None
+    assert case.index.index_cache is not None
+    scales = torch.zeros(case.index.index_cache.shape[:3], dtype=dtype)
+    return replace(case.index, index_scales=scales)
 
 
 @pytest.mark.parametrize("size", [8, 64, 2504, 12288])
