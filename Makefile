@@ -9,8 +9,9 @@
 PYTHON ?= python3
 PORT ?= 8000
 VENV ?= .venv
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch==2.13.0
 SECRETS := docker/secrets
 SERVER := $(if $(CPU),server-cpu,server)
 
@@ -20,9 +21,12 @@ SERVER := $(if $(CPU),server-cpu,server)
 serve: $(VENV)/.serve-ready
 	$(BIN)/rtpurbo serve --port $(PORT)
 
+# One process more than CI has cores, since some tests wait. Tests start many processes, so bytecode
+# is written also where the environment says not to.
 test: $(VENV)/.test-ready
 	-sh tests/get_debian_tools.sh $(VENV)/debian-tools
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
+	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
@@ -44,12 +48,12 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.serve-ready: pyproject.toml constraints.txt $(VENV)/.created
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch==2.13.0 -e .
+	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.test-ready: $(VENV)/.serve-ready
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
-	@touch $@
+$(VENV)/.test-ready: pyproject.toml constraints.txt $(VENV)/.created
+	$(INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.serve-ready
 
 up: $(SECRETS)/api_key $(SECRETS)/grafana_admin_password
 	@docker compose version >/dev/null 2>&1 || { echo "make up needs Docker with its compose plugin" >&2; exit 1; }

@@ -140,11 +140,8 @@ def select_blocks(
             bin_B = (below_B * BINS_PER_NAT).clamp(max=BINS - 1).long()
             mass_B = ((-below_B).exp().double() * MASS_UNIT).round().long()
             wanted = float(top_p_RH[row, head].double()) * float(mass_B.sum())
-            kept, threshold = 0, 0
-            for threshold in range(BINS):
-                kept += int(mass_B[bin_B == threshold].sum())
-                if kept >= wanted:
-                    break
+            taken = torch.zeros(BINS, dtype=torch.int64).index_add_(0, bin_B, mass_B).cumsum(0)
+            threshold = int((taken >= wanted).int().argmax())
             if top_p_RH[row, head] >= 1:
                 threshold = BINS - 1
             mask_RHB[row, head, :blocks] = bin_B <= threshold

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +26,51 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Workers take whole files, these first: a run takes as long as its last file, so none of the long
+# ones may be that. The longest of all waits most of its time and costs the others little.
+LONG_FILES = [
+    Path(__file__).parent / name
+    for name in (
+        "benchmarks/test_chaos.py",
+        "simulation/test_simulation.py",
+        "test_end_to_end.py",
+        "observability/test_with_prometheus.py",
+        "observability/test_pictures.py",
+        "kernels/test_build.py",
+        "engine/test_generate_equivalence.py",
+        "server/test_bad_inputs.py",
+        "server/test_drain.py",
+        "server/test_resume.py",
+    )
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their order."""
+    places = {path: place for place, path in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Half a gigabyte of modules comes to stay: nobody is to look through it for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session")
 def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
-    """The CUDA kernels, compiled for the CPU once: it takes longer than most tests of them."""
-    from tests.kernels.emulation.library import build_emulation
+    """The CUDA kernels, compiled for the CPU once in a run: that takes longer than their tests."""
+    from tests.kernels.emulation.library import emulation
 
-    return build_emulation(tmp_path_factory.mktemp("emulated"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    return emulation(folder / "emulated_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,7 +26,7 @@ from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.launch_count import LaunchCount
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
 from tests.kernels.emulation.library import compiler
 
 MODEL = TinyModel(head_dim=64, block=16, index_dim=8, top_p=0.4)
@@ -74,8 +74,8 @@ def backend(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Counting
 
 
 def load(folder: Path, **settings: Any) -> EngineParts:
-    options = {"device": "cpu", "threads": 1, "max_num_seqs": 5, "max_model_len": 160, **settings}
-    return load_engine_parts(EngineConfig(model=str(folder), **options))
+    options = {"max_num_seqs": 5, "max_model_len": 160, "kv_cache_bytes": CACHE_BYTES} | settings
+    return load_engine_parts(EngineConfig(model=str(folder), device="cpu", threads=1, **options))
 
 
 Answer = tuple[list[int], str | None, Attended]

@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from tests.engine.broken_device import generate_through_a_fault
 from tests.engine.oracle import Oracle
 from tests.engine.process_bench import greedy, run
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
 
 
 def test_F06_streams_outlast_a_device_that_fails_in_a_step(tmp_path: Path) -> None:
@@ -21,7 +21,9 @@ def test_F06_streams_outlast_a_device_that_fails_in_a_step(tmp_path: Path) -> No
     marker.touch()
 
     async def test() -> None:
-        config = EngineConfig(model=str(folder), device="cpu", threads=1, max_num_seqs=4)
+        config = EngineConfig(
+            model=str(folder), device="cpu", threads=1, kv_cache_bytes=CACHE_BYTES, max_num_seqs=4
+        )
         generations, engine = await generate_through_a_fault(config, jobs, marker)
         expected = [oracle.generate(*job).tokens for job in jobs]
         assert [generation.output for generation in generations] == expected

@@ -23,7 +23,7 @@ from engine.messages import Add, RequestUpdate, Stats
 from engine.request import SamplingParams
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.oracle import Answer, Oracle
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
 
 MODELS: dict[str, TinyModel] = {
     "per query head": TinyModel(),
@@ -68,6 +68,7 @@ class Run:
     def __init__(self, folder: Path, requests: list[Request], **settings: Any) -> None:
         stagger = settings.pop("stagger", 0)
         output: list[list[int]] = settings.pop("output", [[]] * len(requests))
+        settings.setdefault("kv_cache_bytes", CACHE_BYTES)
         parts = build_engine(
             EngineConfig(model=str(folder), device="cpu", dtype="float32", threads=1, **settings)
         )

@@ -38,7 +38,7 @@ from tests.engine.process_bench import (
     running,
     until,
 )
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
 
 
 def test_generates_for_several_requests_and_stops_without_a_trace() -> None:
@@ -114,7 +114,9 @@ def test_the_real_engine_answers_as_the_oracle_and_survives_a_kill(tmp_path: Pat
     assert expected.blocks_dropped > 0
 
     async def test() -> None:
-        config = EngineConfig(model=str(folder), device="cpu", threads=1, max_num_seqs=4)
+        config = EngineConfig(
+            model=str(folder), device="cpu", threads=1, kv_cache_bytes=CACHE_BYTES, max_num_seqs=4
+        )
         engine = EngineProcess(config, policy=POLICY)
         await engine.start()
         try:

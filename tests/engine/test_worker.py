@@ -26,7 +26,7 @@ from engine.token_budget import queue_budget
 from engine.transfer import Readback
 from engine.worker import ModelRunner
 from tests.engine.fake_channel import FakeChannel
-from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
 
 POISONED = 5  # token id whose embedding the tests make NaN
 
@@ -37,8 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **settings: object) -> EngineParts:
-    options = {"device": "cpu", "threads": 1, "max_num_seqs": 4, "max_model_len": 64, **settings}
-    return load_engine_parts(EngineConfig(model=str(folder), **options))  # type: ignore[arg-type]  # options are mixed
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64}
+    options |= {"kv_cache_bytes": CACHE_BYTES} | settings
+    return load_engine_parts(EngineConfig(model=str(folder), device="cpu", threads=1, **options))
 
 
 class Session:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+# Of KV cache: room for every test. The default is 1 GiB, which each engine touches when it starts.
+CACHE_BYTES = 2**24
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:

@@ -1,7 +1,8 @@
-"""Builds the emulated kernels with the host's C++ compiler."""
+"""Builds the emulated kernels with the host's C++ compiler, once for all processes of a run."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,17 +18,32 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++")
 
 
-def build_emulation(folder: Path) -> KernelLibrary:
-    """Compile every kernel into one library in `folder`; raises CalledProcessError."""
+def emulation(folder: Path) -> KernelLibrary:
+    """The kernels in `folder`; the first process that asks compiles them, others wait for it.
+
+    Raises:
+        CalledProcessError: a source does not compile.
+    """
+    folder.mkdir(exist_ok=True)
+    library = folder / "emulated.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(library)
+    return KernelLibrary(library)
+
+
+def _build(library: Path) -> None:
+    """Compile every source; the library appears under its name only when it is whole."""
     found = compiler()
     assert found is not None
     flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC"]
     objects = []
     for source in sorted(SOURCES.glob("*.cu")):
-        objects.append(str(folder / f"{source.stem}.o"))
+        objects.append(str(library.with_name(f"{source.stem}.o")))
         include = ["-I", str(Path(__file__).parent)]
         command = [found, *flags, *include, "-x", "c++", "-c", str(source), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    library = folder / "emulated.so"
-    subprocess.run([found, "-shared", *objects, "-o", str(library)], check=True)
-    return KernelLibrary(library)
+    linked = library.with_suffix(".new")
+    subprocess.run([found, "-shared", *objects, "-o", str(linked)], check=True)
+    linked.replace(library)
