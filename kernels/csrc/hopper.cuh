@@ -156,6 +156,10 @@ DEVICE void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// A value that the lanes of a warp agree on, so that the compiler knows it: descriptors that come of
+// it stay in uniform registers, from which wgmma takes them.
+DEVICE int of_warp(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // The compiler may not move reads or writes of these registers across.
 template <int kCount>
 DEVICE void pin(float (&registers)[kCount]) {

@@ -188,15 +188,13 @@ DEVICE void load_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) 
         const int64_t page = page_at(args, work.span, block);
         return static_cast<int>(page * args.cache_heads + work.kv_row) * kSpanBlock;
     };
+    auto rows_of = [&](int i) { return make_int2(row_of(i, 0), row_of(i, 1)); };
     auto load = [&](const CUtensorMap& map, unsigned char (&tile)[kHalves][kKeys * 128],
-                    uint64_t* full, int i) {
+                    uint64_t* full, int2 rows) {
         hopper::barrier_expect_bytes(full, kKeys * kDim * 2);
-        for (int page = 0; page < 2; ++page) {
-            const int row = row_of(i, page);
-            for (int half = 0; half < kHalves; ++half) {
-                hopper::load_2d(tile[half] + page * kSpanBlock * 128, &map, full,
-                                half * kHalfColumns, row);
-            }
+        for (int half = 0; half < kHalves; ++half) {
+            hopper::load_2d(tile[half], &map, full, half * kHalfColumns, rows.x);
+            hopper::load_2d(tile[half] + kSpanBlock * 128, &map, full, half * kHalfColumns, rows.y);
         }
     };
     auto hand_over = [&](const Work& found) {  // once the others are done with what was there
@@ -215,18 +213,21 @@ DEVICE void load_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) 
             hopper::load_3d(shared.queries[half], &launch.queries, &shared.queries_full,
                             half * kHalfColumns, work.head, static_cast<int>(work.row_begin));
         }
+        int2 rows = rows_of(0), last_rows = rows;
         for (int i = 0; i <= work.tiles; ++i) {  // values stay a tile behind keys
             if (i < work.tiles) {
                 hopper::barrier_wait(&shared.keys_empty[keys.stage], keys.parity ^ 1);
-                load(launch.keys, shared.keys[keys.stage], &shared.keys_full[keys.stage], i);
+                load(launch.keys, shared.keys[keys.stage], &shared.keys_full[keys.stage], rows);
                 keys.advance();
             }
             if (i > 0) {
                 hopper::barrier_wait(&shared.values_empty[values.stage], values.parity ^ 1);
                 load(launch.values, shared.values[values.stage],
-                     &shared.values_full[values.stage], i - 1);
+                     &shared.values_full[values.stage], last_rows);
                 values.advance();
             }
+            last_rows = rows;
+            if (i + 1 < work.tiles) rows = rows_of(i + 1);  // looked up while stages are awaited
         }
     }
     Work nothing;
@@ -383,7 +384,7 @@ DEVICE void write_out(const Place& place, const float (&o)[kDim / 2], const Rows
 template <int kDim>
 DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) {
     const SpanArgs& args = launch.args;
-    const int mine = threadIdx.x / 128 - 1;
+    const int mine = hopper::of_warp(threadIdx.x / 128 - 1);
     const int row = mine * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const bool is_lane_0 = threadIdx.x % 32 == 0;
     const float scale = static_cast<float>(args.scale * 1.4426950408889634);
@@ -464,6 +465,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             }
         }
         const Place place(args, work, row);
+        __syncwarp();  // all have read it
         release(&shared.queries_empty);
 
         hopper::barrier_wait(&shared.values_full[values.stage], values.parity);

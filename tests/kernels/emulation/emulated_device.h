@@ -44,6 +44,7 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
+inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -88,6 +89,7 @@ struct Thread {
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
     Group products;
+    bool multiplies_early = false;
     std::deque<Group> committed_products;
 };
 
@@ -228,7 +230,7 @@ inline void run_cta(int threads, dim3 block) {
                 left -= thread.done;
             }
         }
-        while (!machine.deferred.empty() && (!progress || machine.random() % 2 == 0)) {
+        if (!machine.deferred.empty() && (!progress || machine.random() % 8 == 0)) {
             machine.deferred.front()();
             machine.deferred.pop_front();
             progress = true;

@@ -1,8 +1,9 @@
 // The functions of hopper.cuh on the CPU; see emulated_device.h.
 //
-// TMA loads leave NaN at their destination and come some time later; products are computed when they
-// are waited for, and scores are NaN until then. Registers of an operand are read when a product is
-// issued, and the warps of a warpgroup are not held to issue it together.
+// TMA loads leave NaN at their destination and come some time later. Products are computed at random
+// either when they are issued, or when they are waited for and scores are NaN until then. Registers of
+// an operand are read when a product is issued, and the warps of a warpgroup are not held to issue it
+// together.
 #pragma once
 
 #include <array>
@@ -174,10 +175,18 @@ inline float by_column(Tile tile, int k, int column) {
 
 inline emulation::Thread& mine() { return machine.threads[machine.current]; }
 
-inline void products_begin() {}
+inline void products_begin() { mine().multiplies_early = machine.random() % 2 != 0; }
 inline void products_commit() {
     mine().committed_products.push_back(std::move(mine().products));
     mine().products.clear();
+}
+
+inline void issue(std::function<void()> product) {
+    if (mine().multiplies_early) {
+        product();
+    } else {
+        mine().products.push_back(std::move(product));
+    }
 }
 
 template <int kPending>
@@ -187,8 +196,10 @@ void products_wait() {
         for (const auto& product : groups.front()) product();
         groups.pop_front();
     }
+    emulation::exchange(0, "wgmma wait");  // a warp waits as one
 }
 
+inline int of_warp(int value) { return value; }
 template <typename Registers>
 void pin(Registers&) {}
 inline void after(float) {}
@@ -200,7 +211,7 @@ inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i 
 inline void multiply_64x128(float (&d)[64], Tile a, Tile b, int accumulate) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     if (!accumulate) std::fill(d, d + 64, NAN);
-    mine().products.push_back([&d, a, b, accumulate, thread] {
+    issue([&d, a, b, accumulate, thread] {
         for (int i = 0; i < 64; ++i) {
             float sum = accumulate ? d[i] : 0.f;
             for (int k = 0; k < 16; ++k) {
@@ -223,7 +234,7 @@ void multiply_add_rows(float (&d)[kCount], const uint32_t* a, Tile b) {
         const uint32_t pair = from[static_cast<size_t>(i / 16 + k / 8 * 2)];
         own[static_cast<size_t>(i)] = bits_to_float(k % 2 ? pair & 0xffff0000u : pair << 16);
     }
-    mine().products.push_back([&d, own, b, thread] {
+    issue([&d, own, b, thread] {
         for (int i = 0; i < kCount; ++i) {
             for (int k = 0; k < 16; ++k) {
                 d[i] += own[static_cast<size_t>(i / 2 % 2 * 16 + k)] *

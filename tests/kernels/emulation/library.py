@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernels
@@ -38,12 +40,16 @@ def _build(library: Path) -> None:
     found = compiler()
     assert found is not None
     flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC"]
-    objects = []
-    for source in sorted(SOURCES.glob("*.cu")):
-        objects.append(str(library.with_name(f"{source.stem}.o")))
-        include = ["-I", str(Path(__file__).parent)]
-        command = [found, *flags, *include, "-x", "c++", "-c", str(source), "-o", objects[-1]]
+    flags += ["-I", str(Path(__file__).parent)]
+
+    def compile_source(source: Path) -> str:
+        target = str(library.with_name(f"{source.stem}.o"))
+        command = [found, *flags, "-x", "c++", "-c", str(source), "-o", target]
         subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, sorted(SOURCES.glob("*.cu"))))
     linked = library.with_suffix(".new")
     subprocess.run([found, "-shared", *objects, "-o", str(linked)], check=True)
     linked.replace(library)
