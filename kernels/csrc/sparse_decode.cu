@@ -25,8 +25,8 @@ namespace {
 constexpr int kMaxWarps = 4;
 constexpr int kMergedRows = 32;  // of partial results that a warp has on their way
 // Blocks of a piece at least. A merge of more pieces takes longer than their blocks: a window of 8192
-// tokens makes 33. Lists are short, and what comes after a selection holds up everything.
-constexpr int kLeastBlocks = 4, kLeastListed = 1;
+// tokens makes 26, which are merged in one go.
+constexpr int kLeastBlocks = 5, kLeastListed = 2;
 constexpr int kListedAlone = 8;  // blocks, for each CTA that takes items with lists only
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -296,17 +296,21 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
     using Layout = Layout<Strip, kDim>;
     const int warps = blockDim.x / 32;
     const Stats* stats = reinterpret_cast<const Stats*>(shared + Layout::kStats);
+#pragma unroll 1
     for (int i = threadIdx.x; i < item.heads * (kDim / 4); i += blockDim.x) {
         const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
         float most = -INFINITY, sum = 0.0f;
-        for (int warp = 0; warp < warps; ++warp) {
-            most = fmaxf(most, stats[warp * kTileHeads + slot].most);
+#pragma unroll
+        for (int warp = 0; warp < kMaxWarps; ++warp) {
+            if (warp < warps) most = fmaxf(most, stats[warp * kTileHeads + slot].most);
         }
         const float reference = reference_of(most);
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int warp = 0; warp < warps; ++warp) {
+#pragma unroll
+        for (int warp = 0; warp < kMaxWarps; ++warp) {
+            if (warp >= warps) continue;
             const Stats own = stats[warp * kTileHeads + slot];
-            const float factor = exp2f(own.most - reference);
+            const float factor = exp2_fast(own.most - reference);
             const float* result =
                 reinterpret_cast<const float*>(shared + Layout::kRing + warp * Layout::kRingBytes);
             sum = fmaf(factor, own.sum, sum);
@@ -329,73 +333,100 @@ DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete,
 
 // Where a CTA leaves its part of an item. A share's first item may have begun in an earlier share,
 // its last may go on in a later one: at most one of either kind, of items with and without lists.
-DEVICE int64_t part_of(int cta, bool listed, bool begins_item) {
+HOST_DEVICE constexpr int64_t part_of(int cta, bool listed, bool begins_item) {
     return cta * 4 + listed * 2 + begins_item;
 }
 
 // Merges the parts of an item that shares [first, last] hold, in their order: a warp a slot, a row of
-// values by 16 bytes a lane, its copies and the statistics under way together.
+// values by 16 bytes a lane. While rows are added up, those that follow are copied in their place, of
+// this slot or the warp's next.
 template <typename Strip, int kDim>
 DEVICE void merge_parts(const DecodeArgs& args, const Item& item, int first, int last,
                         unsigned char* shared) {
     using Layout = Layout<Strip, kDim>;
-    constexpr int kColumns = kDim / 4, kRowsAtOnce = 32 / kColumns;
+    constexpr int kColumns = kDim / 4, kRowsAtOnce = 32 / kColumns, kLoadsAtOnce = 8;
+    constexpr int kStep = kLoadsAtOnce * kRowsAtOnce;  // parts
+    constexpr int64_t kStride = part_of(1, false, false) * kTileHeads;  // rows from part to part
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const int parts = last - first + 1, column = lane % kColumns * 4, own_row = lane / kColumns;
+    const int parts = last - first + 1, column = lane % kColumns * 4, own = lane / kColumns;
     float* rows =
         reinterpret_cast<float*>(shared + Layout::kRing + warp * Layout::kRingBytes) + lane * 4;
-    const auto place_of = [&](int part, int slot) {
-        return part_of(first + part, item.list != nullptr, part == 0) * kTileHeads + slot;
-    };
-#pragma unroll 1
-    for (int slot = warp; slot < item.heads; slot += warps) {
-        const auto stats_of = [&](int part) -> float2 {
-            if (part >= parts) return make_float2(-INFINITY, 0.0f);
-            return __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + place_of(part, slot));
-        };
-        // A lane reads only what it copied itself.
-        const auto fetch = [&](int base) {
-            for (int row = own_row; row < kMergedRows && base + row < parts; row += kRowsAtOnce) {
-                copy_async_16(rows + (row - own_row) * kDim,
-                              args.partial + place_of(base + row, slot) * kDim + column, 16);
-            }
-            copy_async_commit();
-        };
-        fetch(0);
-        float2 own = stats_of(lane);
-        float most = own.x, sum = own.y;
-#pragma unroll 1
-        for (int part = lane + 32; part < parts; part += 32) {
-            const float2 next = stats_of(part);
-            const float larger = fmaxf(most, next.x), reference = reference_of(larger);
-            sum = sum * exp2f(most - reference) + next.y * exp2f(next.x - reference);
-            most = larger;
+    // Of part j > 0 at j strides from here; the first part begins the item and lies elsewhere.
+    const int64_t begin = part_of(first, item.list != nullptr, false) * kTileHeads;
+    const int64_t very_first = part_of(first, item.list != nullptr, true) * kTileHeads;
+    // A lane reads only what it copied itself; past the last part these are zeros.
+    const auto fetch = [&](int slot, int base, int row) {
+        const int part = base + row + own;
+        const float* from = args.partial + (begin + part * kStride + slot) * kDim + column;
+        const float* begins = args.partial + (very_first + slot) * kDim + column;
+#pragma unroll
+        for (int i = 0; i < kLoadsAtOnce; ++i) {
+            const float* source =
+                i == 0 && part == 0 ? begins : from + i * kRowsAtOnce * kStride * kDim;
+            copy_async_16(rows + (row + i * kRowsAtOnce) * kDim, source,
+                          part + i * kRowsAtOnce < parts ? 16 : 0);
         }
-        const float reference = reference_of(warp_max(most));
-        sum = warp_sum(sum * exp2f(most - reference));
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int base = 0; base < parts; base += kMergedRows) {
-            if (base > 0) {
-                fetch(base);
-                own = stats_of(base + lane);
+    };
+    const auto stats_of = [&](int slot, int part) -> float2 {
+        if (part >= parts) return make_float2(-INFINITY, 0.0f);
+        const int64_t at = (part == 0 ? very_first : begin + part * kStride) + slot;
+        return __ldcg(reinterpret_cast<const float2*>(args.partial_stats) + at);
+    };
+    int slot = warp, base = 0;
+    float2 own_stats = make_float2(-INFINITY, 0.0f);  // of part base + lane
+    if (slot < item.heads) {
+#pragma unroll 1
+        for (int row = 0; row < kMergedRows && row < parts; row += kStep) fetch(slot, 0, row);
+        copy_async_commit();
+        own_stats = stats_of(slot, lane);
+    }
+    float reference = 0.0f, inverse = 0.0f;
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    while (slot < item.heads) {
+        if (base == 0) {
+            float most = own_stats.x, sum = own_stats.y;
+#pragma unroll 1
+            for (int part = lane + 32; part < parts; part += 32) {
+                const float2 next = stats_of(slot, part);
+                const float larger = fmaxf(most, next.x), common = reference_of(larger);
+                sum = sum * exp2_fast(most - common) + next.y * exp2_fast(next.x - common);
+                most = larger;
             }
-            const float weight = exp2f(own.x - reference) * inverse;  // of part base + lane
-            copy_async_wait<0>();
-            for (int row = 0; row < kMergedRows && base + row < parts; row += kRowsAtOnce) {
-                const float own_weight = __shfl_sync(kAllLanes, weight, row + own_row);
-                if (base + row + own_row < parts) {
-                    add_scaled(total, own_weight, *reinterpret_cast<float4*>(rows + row * kDim));
+            reference = reference_of(warp_max(most));
+            sum = warp_sum(sum * exp2_fast(most - reference));
+            inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+        const float weight = exp2_fast(own_stats.x - reference) * inverse;
+        const bool ends = base + kMergedRows >= parts;
+        const int next_slot = ends ? slot + warps : slot, next_base = ends ? 0 : base + kMergedRows;
+        if (next_slot < item.heads) own_stats = stats_of(next_slot, next_base + lane);
+        copy_async_wait<0>();
+#pragma unroll 1
+        for (int row = 0; row < kMergedRows; row += kStep) {
+            if (base + row < parts) {
+#pragma unroll
+                for (int i = 0; i < kLoadsAtOnce; ++i) {
+                    const int at = row + i * kRowsAtOnce;
+                    add_scaled(total, __shfl_sync(kAllLanes, weight, at + own),
+                               *reinterpret_cast<float4*>(rows + at * kDim));
                 }
             }
+            if (next_slot < item.heads && next_base + row < parts) fetch(next_slot, next_base, row);
         }
-        if (kRowsAtOnce == 2) {
-            total.x += __shfl_xor_sync(kAllLanes, total.x, 16);
-            total.y += __shfl_xor_sync(kAllLanes, total.y, 16);
-            total.z += __shfl_xor_sync(kAllLanes, total.z, 16);
-            total.w += __shfl_xor_sync(kAllLanes, total.w, 16);
+        copy_async_commit();
+        if (ends) {
+            if (kRowsAtOnce == 2) {
+                total.x += __shfl_xor_sync(kAllLanes, total.x, 16);
+                total.y += __shfl_xor_sync(kAllLanes, total.y, 16);
+                total.z += __shfl_xor_sync(kAllLanes, total.z, 16);
+                total.w += __shfl_xor_sync(kAllLanes, total.w, 16);
+            }
+            if (own == 0) store(out_of<typename Strip::Element>(args, item, slot) + column, total);
         }
-        if (own_row == 0) store(out_of<typename Strip::Element>(args, item, slot) + column, total);
+        slot = next_slot;
+        base = next_base;
     }
 }
 

@@ -251,12 +251,12 @@ def test_the_order_of_threads_does_not_matter(
 def test_few_items_on_many_ctas(
     library: KernelLibrary, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row on a device of 60 CTAs: every piece has one of its own, and a merge is of 33."""
+    """One row on a device of 120 CTAs: each piece has one of its own; merges are of 35 parts."""
     plan = library.decode_plan(torch.device("cpu"), dtype, dim)
-    large = DecodePlan(60, plan.warps, plan.shared_bytes, plan.overlap)
+    large = DecodePlan(120, plan.warps, plan.shared_bytes, plan.overlap)
     monkeypatch.setattr(library, "decode_plan", lambda *_, wide: large)
     make = partial(LayerCase.make, dtype=dtype, dim=dim, block=16)
-    check_layer(make([16 * 130], "one-head", indexed=False), library)
+    check_layer(make([16 * 175], "twenty-on-one", window=10**6, indexed=False), library)
     check_layer(make([900], split_roles=True, window=500), library)
 
 
