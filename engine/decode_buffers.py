@@ -17,8 +17,8 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.model.batch_tensors import AttentionMetadata, BlockTables
 from engine.request import Request
-
-_COLUMNS = 8
+from kernels import cuda_step, step_ops
+from kernels._launch import KernelLibrary
 
 
 def _bits(value: float) -> int:
@@ -40,17 +40,26 @@ class DecodeBuffers:
     """
 
     def __init__(
-        self, max_rows: int, full: BlockTables, window: BlockTables, block_tokens: int
+        self,
+        max_rows: int,
+        full: BlockTables,
+        window: BlockTables,
+        block_tokens: int,
+        library: KernelLibrary | None = None,
     ) -> None:
         """
         Args:
             full, window: tables of both pools, on the device, shared with the other steps.
+            library: None: the PyTorch ops read the buffer.
         """
+        self._library = library
         self._tables = (full, window)
         self._block_tokens = block_tokens
-        self._inputs = full.rows_SB.new_zeros((_COLUMNS, max_rows))
+        self._inputs = full.rows_SB.new_zeros((step_ops.INPUT_ROWS, max_rows))
         pinned = self._inputs.device.type == "cuda"
-        self._host = torch.zeros((_COLUMNS, max_rows), dtype=torch.int64, pin_memory=pinned)
+        shape = self._inputs.shape
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+        self._host_flat = self._host.view(-1).numpy()  # the same memory
 
     def fill(self, batch: Batch, requests: Mapping[int, Request]) -> None:
         """Start the copy of a batch whose spans are single tokens under the decode rule.
@@ -72,31 +81,31 @@ class DecodeBuffers:
         padding = (0, 0, 0, self._tables[0].spare_slot, 0, 0, 0, _NO_MASS)
         rows += [padding] * (self._host.shape[1] - len(rows))
         values = array("q", chain.from_iterable(zip(*rows, strict=True)))
-        self._host.copy_(torch.frombuffer(values, dtype=torch.int64).view_as(self._host))
+        self._host_flat[:] = values
         self._inputs.copy_(self._host, non_blocking=True)
 
     def metadata(self, rows: int) -> tuple[AttentionMetadata, Tensor]:
         """What the first `rows` rows mean, computed on the device, and which of them sample."""
-        token, position, context, slot, full_page, window_page, samples, top_p = self._inputs[
-            :, :rows
-        ]
-        column_R, place_R = position // self._block_tokens, position % self._block_tokens
-        tables_RB = []
-        for tables, page_R in zip(self._tables, (full_page, window_page), strict=True):
-            tables.rows_SB.index_put_((slot, column_R), page_R)
-            tables_RB.append(tables.rows_SB.index_select(0, slot))
+        inputs = self._inputs[:, :rows]
+        full, window = self._tables
+        given = (inputs, full.rows_SB, window.rows_SB, self._block_tokens)
+        if self._library is None:
+            placed = step_ops.place_rows(*given)
+        else:
+            placed = cuda_step.place_rows(self._library, *given)
+        token, position, context, _, _, _, samples, _ = inputs
         none = position.new_empty(0)
         return AttentionMetadata(
             token_ids_T=token,
             positions_T=position,
-            full_slots_T=full_page * self._block_tokens + place_R,
-            window_slots_T=window_page * self._block_tokens + place_R,
-            decode_full_RB=tables_RB[0],
-            decode_window_RB=tables_RB[1],
+            full_slots_T=placed.token_slots_R[0],
+            window_slots_T=placed.token_slots_R[1],
+            decode_full_RB=placed.tables_RB[0],
+            decode_window_RB=placed.tables_RB[1],
             decode_lens_R=context,
-            top_p_R=top_p.view(torch.float64).float(),
+            top_p_R=placed.top_p_R,
             prefill_full_SB=none.view(0, 1),
             prefill_window_SB=none.view(0, 1),
-            prefill_starts=none.new_zeros(1),
+            prefill_starts=none,
             prefill_lens_S=none,
         ), samples

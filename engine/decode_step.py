@@ -3,14 +3,14 @@ can be recorded as CUDA graphs.
 
 Every padded batch size has its own recording of the same launches over the same buffers:
 
-    inputs come in -> [tables, embedding, layers, logits, argmax, checks, token budget] -> one copy
+    inputs come in -> [tables, embedding, layers, logits, tokens and token budget] -> one copy
 
 Shapes: R rows with padding, E hidden size, V logits width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,18 +22,16 @@ from engine.decode_buffers import DecodeBuffers
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.decoder import Decoder
 from engine.request import Request
-from engine.sampler import finite_rows
-from engine.token_budget import BudgetSums
+from kernels import cuda_step, step_ops
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutputs:
     """What a step leaves on the device; the next step writes over it."""
 
-    logits_RV: Tensor  # float32
-    tokens_R: Tensor  # float64, the argmax, lowest id on ties
-    finite_R: Tensor  # float64, 1 where hidden state and logits are finite
-    budget: BudgetSums | None  # None in a model that does not select
+    logits_RV: Tensor  # in the model's dtype
+    numbers: Tensor  # float64, all that the host wants of a plain step: see `step_ops.pick_tokens`
+    sizes: Sequence[int]  # of its parts: tokens, finite, then the budget's if a layer selects
     widths: Mapping[int, int]  # heads of each layer that selects
 
 
@@ -122,19 +120,18 @@ class DecodeStep:
         metadata, samples_R = self._buffers.metadata(rows)
         attention = PagedAttention(self._layers, metadata)
         hidden_RE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
-        logits_RV = self._decoder.logits(hidden_RE)
-        finite_R = finite_rows(hidden_RE.float()) & finite_rows(logits_RV)
-        budget = None
-        if attention.attended:
-            counts = list(attention.attended.values())
-            budget = BudgetSums.of(counts, metadata.decode_lens_R, samples_R)
-        return DecodeOutputs(
-            logits_RV,
-            logits_RV.argmax(dim=-1).double(),
-            finite_R.double(),
-            budget,
-            {layer: counts.shape[1] for layer, counts in attention.attended.items()},
-        )
+        logits_RV = self._decoder.raw_logits(hidden_RE)
+        widths = {layer: counts.shape[1] for layer, counts in attention.attended.items()}
+        counts_RH, sizes = None, [rows, rows]
+        if widths:
+            counts_RH = torch.cat(tuple(attention.attended.values()), dim=1)
+            sizes += [rows] * 3 + [counts_RH.shape[1]] * 2
+        given = (logits_RV, hidden_RE, counts_RH, metadata.decode_lens_R, samples_R)
+        if self._decoder.kernels is None:
+            numbers = step_ops.pick_tokens(*given)
+        else:
+            numbers = cuda_step.pick_tokens(self._decoder.kernels.library, *given)
+        return DecodeOutputs(logits_RV, numbers, sizes, widths)
 
 
 def padded_sizes(max_rows: int) -> list[int]:

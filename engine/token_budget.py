@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.messages import Attended
 from engine.transfer import Readback, upload
+from kernels.step_ops import sum_counts
 
 Budget = tuple[dict[int, Attended], dict[int, float]]  # by request id; mean fraction by layer
 
@@ -29,21 +30,14 @@ class BudgetSums(NamedTuple):
     pairs_H: Tensor  # rows in which the head selected
 
     @classmethod
-    def of(cls, counts: Sequence[Tensor], context_S: Tensor, counted_S: Tensor) -> BudgetSums:
+    def of(cls, counts: Sequence[Tensor], context_S: Tensor) -> BudgetSums:
         """
         Args:
             counts: tokens attended, int64 [S, heads] for every layer that selects; 0 where a row
                 did not select.
-            context_S: int64 context lengths; 0 pads.
-            counted_S: int64, 0 leaves a row out, 1 does not.
+            context_S: int64 context lengths.
         """
-        counts_SH = torch.cat(tuple(counts), dim=1) * counted_S.unsqueeze(1)
-        fraction_SH = counts_SH.double() / context_S.clamp(min=1).unsqueeze(1)
-        chosen_SH = (counts_SH > 0).double()
-        tokens_S = counts_SH.sum(1).double()
-        return cls(
-            chosen_SH.sum(1), tokens_S, fraction_SH.sum(1), fraction_SH.sum(0), chosen_SH.sum(0)
-        )
+        return cls(*sum_counts(torch.cat(tuple(counts), dim=1), context_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +47,6 @@ class PendingBudget:
     owners: Sequence[tuple[int, int]]  # row among S, request id
     widths: Mapping[int, int]  # heads of each layer that selects, in the order of the counts
     places: Sequence[int]  # of the fields of BudgetSums
-
-    @classmethod
-    def of(
-        cls,
-        sums: BudgetSums,
-        owners: Sequence[tuple[int, int]],
-        widths: Mapping[int, int],
-        readback: Readback,
-    ) -> PendingBudget:
-        return cls(owners, widths, [readback.add(part) for part in sums])
 
     def read(self, values: Sequence[Sequence[float]]) -> Budget:
         """By request id, and the mean fraction by layer; what selected nothing is left out."""
@@ -99,10 +83,10 @@ def queue_budget(
     at_S = upload([row for row, _, _ in rows], torch.int64, device)
     context_S = upload([context for _, _, context in rows], torch.int64, device)
     counts = [counts_RH[at_S] for counts_RH in attended.values()]
-    sums = BudgetSums.of(counts, context_S, torch.ones_like(context_S))
+    sums = BudgetSums.of(counts, context_S)
     owners = [(place, request_id) for place, (_, request_id, _) in enumerate(rows)]
     widths = {layer: counts_RH.shape[1] for layer, counts_RH in attended.items()}
-    return PendingBudget.of(sums, owners, widths, readback)
+    return PendingBudget(owners, widths, [readback.add(part) for part in sums])
 
 
 def _sampling_rows(batch: Batch) -> list[tuple[int, int, int]]:

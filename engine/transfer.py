@@ -39,11 +39,18 @@ class Readback:
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
+        self._sizes: list[int] = []
 
     def add(self, values: Tensor) -> int:
         """Remember a tensor of numbers or flags; returns its place in what `fetch` gives."""
-        self._parts.append(values.detach().flatten().double())
-        return len(self._parts) - 1
+        return self.add_joined(values.detach().flatten().double(), [values.numel()])[0]
+
+    def add_joined(self, values: Tensor, sizes: Sequence[int]) -> list[int]:
+        """Remember several that lie behind each other in one, float64; returns their places."""
+        first = len(self._sizes)
+        self._parts.append(values)
+        self._sizes += sizes
+        return list(range(first, len(self._sizes)))
 
     def fetch(self) -> list[list[float]]:
         """All of them as flat lists, in the order in which they were added. Waits."""
@@ -52,7 +59,7 @@ class Readback:
         whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
         values: list[float] = whole.tolist()
         lists, start = [], 0
-        for part in self._parts:
-            lists.append(values[start : start + part.numel()])
-            start += part.numel()
+        for size in self._sizes:
+            lists.append(values[start : start + size])
+            start += size
         return lists

@@ -132,7 +132,9 @@ class ModelRunner:
         return DecodeStep(
             self._decoder,
             self._layers,
-            DecodeBuffers(rows, *tables, self.info.block_tokens),
+            DecodeBuffers(
+                rows, *tables, self.info.block_tokens, None if kernels is None else kernels.library
+            ),
             CudaGraphs(self._device) if recorded else Eager(),
             rows,
         )
@@ -196,16 +198,16 @@ class ModelRunner:
         outputs = decode.run(batch, requests)
         rows = [row for row, span in enumerate(batch.spans) if span.sample]
         owners = [requests[batch.spans[row].request_id] for row in rows]
-        finite = readback.add(outputs.finite_R)
+        tokens, finite, *budget_parts = readback.add_joined(outputs.numbers, outputs.sizes)
         if not all(map(is_plain_greedy, owners)):
             logits_RV = outputs.logits_RV[upload(rows, torch.int64, self._device)]
-            samples = self._sampler.queue(logits_RV, owners, readback)
+            samples = self._sampler.queue(logits_RV.float(), owners, readback)
         else:
-            samples = PendingSamples(owners, readback.add(outputs.tokens_R), finite, rows=rows)
+            samples = PendingSamples(owners, tokens, finite, rows=rows)
         budget = None
-        if outputs.budget is not None:
+        if budget_parts:
             ids = [(row, batch.spans[row].request_id) for row in rows]
-            budget = PendingBudget.of(outputs.budget, ids, outputs.widths, readback)
+            budget = PendingBudget(ids, outputs.widths, budget_parts)
         return _PendingStep(finite, samples, budget)
 
     def _start_mixed(

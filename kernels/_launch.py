@@ -22,7 +22,15 @@ MAX_WINDOW = 2**30
 GROUP_WORDS = 4 + 2 * TILE_HEADS  # int32 of a group
 ENTRY_WORDS = 2  # int32 of a list entry
 
-LayerKernel = Literal["qkv_store", "add_norm", "silu_mul", "route_experts", "expert_products"]
+StepKernel = Literal[
+    "qkv_store",
+    "add_norm",
+    "silu_mul",
+    "route_experts",
+    "expert_products",
+    "place_rows",
+    "pick_tokens",
+]
 DATA_TYPES = {torch.bfloat16: 0, torch.float32: 1}
 KEY_TYPES = DATA_TYPES | {torch.int8: 2}
 
@@ -180,8 +188,8 @@ class KernelLibrary:
         with on_device(like.device):
             self._check(launcher(byref(args), stream_of(like.device)), "sparse_decode")
 
-    def launch(self, name: LayerKernel, args: ctypes.Structure, like: Tensor) -> None:
-        """Start a kernel around attention on the current stream of the device of `like`."""
+    def launch(self, name: StepKernel, args: ctypes.Structure, like: Tensor) -> None:
+        """Start a kernel beside attention on the current stream of the device of `like`."""
         if getattr(self._library, f"rtpurbo_{name}_bytes")() != ctypes.sizeof(args):
             raise KernelError(f"{name}: built from other sources; build the kernels again")
         launcher = getattr(self._library, f"rtpurbo_{name}")

@@ -126,8 +126,12 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
         """Next-token logits, float32 [R, V]."""
+        return self.raw_logits(hidden_RE).float()
+
+    def raw_logits(self, hidden_RE: Tensor) -> Tensor:
+        """Next-token logits as they are computed, in the model's dtype."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_RE, weight).float()
+        return F.linear(hidden_RE, weight)
 
     def _rotary(self, device: torch.device) -> RotaryEmbedding:
         """Made on first use: frequencies are no weights, and know neither meta device nor dtype."""

@@ -29,7 +29,7 @@ class LayerKernels:
     """The kernels, and where each layer's KV heads are kept."""
 
     def __init__(self, library: KernelLibrary, config: ModelConfig, device: torch.device) -> None:
-        self._library = library
+        self.library = library
         self._kv_rows = [
             torch.tensor(kv_rows(heads), dtype=torch.int32, device=device)
             for heads in model_heads(config)
@@ -49,11 +49,11 @@ class LayerKernels:
         self, x_TE: Tensor, branch_TE: Tensor | None, norm: RMSNorm
     ) -> tuple[Tensor, Tensor]:
         """The residual stream with a branch added, and its norm."""
-        return cuda_layer.add_norm(self._library, x_TE, branch_TE, norm.weight, norm.eps)
+        return cuda_layer.add_norm(self.library, x_TE, branch_TE, norm.weight, norm.eps)
 
     def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
         """silu(gate) * up of [T, 2 F]."""
-        return cuda_layer.silu_mul(self._library, gate_up_TF)
+        return cuda_layer.silu_mul(self.library, gate_up_TF)
 
     @staticmethod
     def takes_experts(tokens: int, moe: MoeConfig) -> bool:
@@ -69,7 +69,7 @@ class LayerKernels:
         moe: MoeConfig,
     ) -> tuple[Tensor, Tensor]:
         """Weights [T, k] and results [T, k, E] of the experts that the logits choose."""
-        library, chosen = self._library, moe.experts_per_token
+        library, chosen = self.library, moe.experts_per_token
         weights_Tk, experts_Tk = cuda_experts.route_experts(
             library, logits_TX, chosen, moe.normalize_weights
         )
@@ -92,7 +92,7 @@ class LayerKernels:
         if heads.windowed_kv:
             window = StoredPool(cache.window_k, cache.window_v, metadata.window_slots_T)
         stored = cuda_layer.store_qkv(
-            self._library,
+            self.library,
             projection.qkv_TRD,
             projection.heads,
             None if norm is None else HeadNorm(norm.weight, norm.eps),

@@ -37,6 +37,8 @@ class LaunchCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> torch.Tensor:
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in NO_KERNEL:
+        result: torch.Tensor = func(*args, **(kwargs or {}))
+        copies = name == "to" and result is not args[0]  # else it gives its argument back
+        if copies or not (func.is_view or name in NO_KERNEL):
             self.names[name] += 1
-        return func(*args, **(kwargs or {}))  # type: ignore[no-any-return]  # whatever the op gives
+        return result

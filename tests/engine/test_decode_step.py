@@ -167,8 +167,10 @@ def test_int8_index_keys_give_the_tokens_of_the_ops(folder: Path, backend: Count
     same(got, want)
 
 
-def launches(runner: ModelRunner, patch: pytest.MonkeyPatch, method: str) -> list[Counter[str]]:
-    """What each layer starts in a step of one row, by name."""
+def launches(
+    runner: ModelRunner, patch: pytest.MonkeyPatch, method: str
+) -> tuple[list[Counter[str]], Counter[str]]:
+    """What each layer starts in a step of one row, by name, and what the rest of the step does."""
     found: list[Counter[str]] = []
     inner = getattr(DecoderLayer, method)
 
@@ -183,22 +185,28 @@ def launches(runner: ModelRunner, patch: pytest.MonkeyPatch, method: str) -> lis
         inside.setattr(DecoderLayer, method, counted)
         with LaunchCount(inside) as count:
             runner._decode._compute(1)
-    return found
+    return found, count.names - sum(found, Counter())
 
 
 @needs_compiler
 @pytest.mark.parametrize("index_dtype", ["auto", "int8"])
-def test_launches_of_a_layer(
+def test_launches_of_a_step(
     folder: Path, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch, index_dtype: str
 ) -> None:
     """Four products, attention, and as few others as there are: shown with pytest -s."""
     runner = load(folder, max_num_seqs=1, index_dtype=index_dtype).runner
     assert isinstance(runner, ModelRunner)
-    fused = launches(runner, monkeypatch, "run_fused")
+    fused, ends = launches(runner, monkeypatch, "run_fused")
     own = {"qkv_store": 1, "add_norm": 2, "silu_mul": 1, "launch_decode": 1, "mm": 4}
     assert fused == [own | {"index_select": 1}, own, own | {"index_select": 1}]
+    turning = {"to": 1, "mul": 1, "cos": 1, "sin": 1}
+    given = {"place_rows": 1, "embedding": 1}
+    assert ends == turning | given | {"add_norm": 1, "mm": 1, "cat": 1, "pick_tokens": 1}
     runner._decoder.kernels = runner._layers.layer_kernels = None
-    plain = launches(runner, monkeypatch, "forward")
+    assert runner._decode is not None
+    runner._decode._buffers._library = None
+    plain, plain_ends = launches(runner, monkeypatch, "forward")
+    print(f"around the layers: {plain_ends.total()} by PyTorch ops, {ends.total()} fused")
     for before, after in zip(plain, fused, strict=True):
         print(f"launches of a layer: {before.total()} by PyTorch ops, {after.total()} fused")
         assert before.total() > 3 * after.total()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cuda_experts, cuda_layer, layer_reference
+from kernels import cuda_experts, cuda_layer, cuda_step, layer_reference, step_ops
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
+from tests.kernels.step_case import inputs_of, step_results
 from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_int8_store, check_store
 
 pytestmark = [
@@ -143,6 +144,27 @@ def test_experts(library: KernelLibrary, dtype: torch.dtype, tokens: int) -> Non
     compare(found, inner, down, False)
     for _ in range(5):
         assert torch.equal(cuda_experts.gate_experts(library, x, ids, gate_up), inner)
+
+
+@pytest.mark.parametrize("vocabulary", [61, 4096, 151936])
+@pytest.mark.parametrize("heads", [None, 3, 300])
+@DTYPES
+def test_ends_of_a_step(
+    library: KernelLibrary, dtype: torch.dtype, heads: int | None, vocabulary: int
+) -> None:
+    given = step_results(9, vocabulary, 512, heads, dtype)
+    on_gpu = [None if value is None else value.cuda() for value in given]
+    got = cuda_step.pick_tokens(library, *on_gpu)  # type: ignore[arg-type]  # as given
+    torch.testing.assert_close(got.cpu(), step_ops.pick_tokens(*given), rtol=1e-12, atol=0)
+    inputs_8R, *tables = inputs_of(9, 500, 64)
+    tables_on_gpu = [table.cuda() for table in tables]
+    want = step_ops.place_rows(inputs_8R[:, :9], tables[0], tables[1], 64)
+    placed = cuda_step.place_rows(
+        library, inputs_8R.cuda()[:, :9], tables_on_gpu[0], tables_on_gpu[1], 64
+    )
+    for mine, its in zip((*placed[:2], tables_on_gpu), (*want[:2], tables), strict=True):
+        assert torch.equal(mine[0].cpu(), its[0])
+        assert torch.equal(mine[1].cpu(), its[1])
 
 
 def as_close(got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ KERNELS = {
     "qkv_store": 4,
     "layer_ops": 4,
     "experts": 6,
+    "step": 3,
 }
 
 

@@ -80,7 +80,6 @@ using Group = std::vector<std::function<void()>>;  // done together
 struct Thread {
     ucontext_t context;  // where it starts; later switches are jumps, which need no system call
     jmp_buf place;
-    std::unique_ptr<char[]> stack;
     bool started = false;
     bool done = false;
     Barrier* waits_at = nullptr;
@@ -100,6 +99,7 @@ struct Lane {
 struct Machine {
     std::mt19937 random{12345};
     std::vector<Thread> threads;
+    std::vector<std::unique_ptr<char[]>> stacks;  // by thread, kept for launches to come
     std::vector<Barrier> warps;
     std::vector<std::vector<Lane>> lanes[2];  // deposits of a collective, by parity and warp
     Barrier cta;
@@ -196,13 +196,15 @@ inline void run_cta(int threads, dim3 block) {
     for (auto& set : machine.lanes) {
         set.assign(threads / kLanes, std::vector<Lane>(kLanes));
     }
+    machine.threads.clear();
     machine.threads.resize(threads);
-    for (Thread& thread : machine.threads) {
-        auto stack = std::move(thread.stack);
-        thread = Thread{};
-        thread.stack = stack ? std::move(stack) : std::make_unique<char[]>(kStackBytes);
+    while (machine.stacks.size() < machine.threads.size()) {
+        machine.stacks.push_back(std::make_unique_for_overwrite<char[]>(kStackBytes));
+    }
+    for (size_t index = 0; index < machine.threads.size(); ++index) {
+        Thread& thread = machine.threads[index];
         getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_sp = machine.stacks[index].get();
         thread.context.uc_stack.ss_size = kStackBytes;
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_body, 0);
