@@ -24,7 +24,6 @@ constexpr int kBlocksAtOnce = 4;
 constexpr int kMassesToKeep = 32;  // log masses that a thread reads at once in the first pass,
 constexpr int kMassesAtOnce = 8;   // and in the others, of those that were not kept
 constexpr int kMostKept = 16384;   // by a CTA: contexts of 1M tokens
-constexpr int kFewUnits = 128;  // a CTA, if all had work
 constexpr int kLeastUnits = kWarps * kBlocksAtOnce;  // of a share: as long as a single unit takes
 constexpr int kReplicas = 16;    // of the histogram, so that few lanes meet in one bin
 constexpr float kLog2E = 1.4426950408889634f;
@@ -415,10 +414,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     const int64_t total = starts[rows];
-    // Two of these CTAs take all registers of a multiprocessor. Where little is to be scored, one each
-    // is as fast, and the attention to local heads runs beside it.
-    const int64_t most = total < kFewUnits * gridDim.x ? (gridDim.x + 1) / 2 : gridDim.x;
-    const int64_t ctas = working_ctas(total, most, kLeastUnits);
+    const int64_t ctas = working_ctas(total, gridDim.x, kLeastUnits);
     if (blockIdx.x >= ctas) return;
     int64_t unit = share_start(blockIdx.x, total, ctas);
     const int64_t end = share_start(blockIdx.x + 1, total, ctas);
