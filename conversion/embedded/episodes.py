@@ -23,7 +23,7 @@ from conversion.embedded.names import NameMaker
 
 Fact = tuple[list[str], Question]  # lines in the order in which they must stand, and what is asked
 KINDS = ("constant", "dictionary", "list", "chain", "token", "copy")
-KIND_WEIGHTS = (0.1, 0.08, 0.25, 0.5, 0.04, 0.03)  # what takes longest to learn most often
+KIND_WEIGHTS = (0.1, 0.08, 0.42, 0.33, 0.04, 0.03)  # what takes longest to learn most often
 FEW_FACTS = 17  # at most, in half of the episodes
 TOKENS_PER_FACT, MOST_FACTS = 80, 96  # the others have up to one in so many tokens
 EARLY_QUESTIONS = 0.6  # share of the facts that are asked inside the code and not at its end
