@@ -62,6 +62,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """As it was: libraries report what is not taken apart at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     """The CUDA kernels, compiled for the CPU once in a run: that takes longer than their tests."""

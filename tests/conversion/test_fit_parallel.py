@@ -16,7 +16,7 @@ from conversion.fit_options import FitOptions
 from conversion.parallel import joined
 from conversion.pipeline import ConvertRun
 from engine.model.checkpoint import preflight
-from tests.conversion.test_parallel import in_two_processes, leave, meet
+from tests.conversion.two_processes import in_two_processes
 from tests.engine.model.tiny_models import make_checkpoint
 
 OPTIONS = ConvertOptions(
@@ -53,9 +53,7 @@ def calibrate_and_fit(folder: Path, out: str) -> None:
 
 
 def together(rank: int, folder: Path) -> None:
-    meet(rank, folder)
     calibrate_and_fit(folder, "together")
-    leave()
 
 
 def test_two_processes_fit_what_one_fits(tmp_path: Path) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks, gathered, joined, own_part
@@ -22,43 +19,15 @@ from conversion.student import Student
 from conversion.training_state import TrainingState
 from engine.model.weights import load_decoder, stored_tensors
 from tests.conversion.tiny_distillation import TinyDistillation
-
-WORLD = 2
-TIMEOUT = timedelta(seconds=60)
+from tests.conversion.two_processes import WORLD, in_two_processes
 
 
 class KilledError(Exception):
     """The processes end here."""
 
 
-def in_two_processes(work: Any, *args: Any) -> None:
-    start: Any = spawn
-    start(work, args=args, nprocs=WORLD, join=True)
-
-
-def meet(rank: int, folder: Path) -> None:
-    """Join the other process; `folder` must be new to every pair."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meeting", timeout=TIMEOUT, world_size=WORLD, rank=rank
-    )
-
-
-def leave() -> NoReturn:
-    """End this process without the interpreter's and the C library's own shutdown.
-
-    `destroy_process_group` does not end a group whose mesh is still known, and torch's cache of
-    redistributions (DTensor) knows it for ever: gloo's threads go on while the libraries that they
-    use take themselves apart. Rarely (twice in some 45 runs) a process died of a signal there.
-    Everything that is tested comes before this: a crash or a failure there still fails the test.
-    """
-    dist.destroy_process_group()
-    os._exit(0)
-
-
 def exchange(rank: int, folder: Path) -> None:
     """What processes tell each other, and how they hold one model."""
-    meet(rank, folder)
     with joined("cpu") as ranks:
         assert (ranks.rank, ranks.world, ranks.is_first) == (rank, WORLD, rank == 0)
         assert ranks.total([1.0, rank]) == [2.0, 1.0]
@@ -66,7 +35,6 @@ def exchange(rank: int, folder: Path) -> None:
         ranks.wait()
         check_shares(TinyDistillation(folder), ranks)
     assert dist.is_initialized()  # it was there before, and stays
-    leave()
 
 
 def check_shares(tiny: TinyDistillation, ranks: Ranks) -> None:
@@ -86,10 +54,8 @@ def check_shares(tiny: TinyDistillation, ranks: Ranks) -> None:
 
 
 def distil_together(rank: int, folder: Path, models: list[str]) -> None:
-    meet(rank, folder)
     for model in models:
         distil_in_two_goes(TinyDistillation(folder / model), rank)
-    leave()
 
 
 def distil_in_two_goes(tiny: TinyDistillation, rank: int) -> None:

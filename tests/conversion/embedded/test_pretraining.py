@@ -27,7 +27,7 @@ from conversion.parallel import Ranks
 from engine.model.checkpoint import preflight
 from engine.model.config_reader import read_config
 from engine.model.weights import load_decoder
-from tests.conversion.test_parallel import in_two_processes, leave, meet
+from tests.conversion.two_processes import in_two_processes
 
 QUIET = Console(quiet=True)
 ODD_PHASE = Phase(
@@ -176,9 +176,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
 def train_in_one_of_two(rank: int, folder: Path, options: PretrainingOptions) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("conversion.embedded.corpus.HELD_OUT_SHARE", 0.2)
-        meet(rank, folder)
         pretrain(folder / "out", options, QUIET, documents=1)
-        leave()
 
 
 def test_two_processes_train_what_one_trains(options: PretrainingOptions, tmp_path: Path) -> None:
