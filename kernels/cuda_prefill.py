@@ -51,7 +51,6 @@ class SpanArgs(ctypes.Structure):
         ("lists", c_void_p),
         ("list_counts", c_void_p),
         ("list_width", c_int64),
-        ("taken", c_void_p),
     ]
 
 
@@ -95,7 +94,7 @@ def attend_spans(
 
     The rule is `kernels.reference.prefill_windowed`'s; a window of `EVERYTHING` is causal
     attention. With `lists` a query sees of its tile's blocks what is not after it, and no window
-    holds. Launches one kernel, after one that clears its counter, and waits for nothing.
+    holds. Launches one kernel and waits for nothing.
 
     Args:
         inputs: bfloat16, index tensors int64; starts and strides of rows multiples of 16 bytes.
@@ -109,7 +108,6 @@ def attend_spans(
     tokens, layer_heads, dim = q_THD.shape
     spans = lens_S.shape[0]
     _check_layout(inputs)
-    taken = torch.zeros(1, dtype=torch.int32, device=q_THD.device)
     args = SpanArgs(
         queries=pointer(q_THD),
         query_row_stride=q_THD.stride(0),
@@ -138,7 +136,6 @@ def attend_spans(
         lists=pointer(None if lists is None else lists.blocks),
         list_counts=pointer(None if lists is None else lists.counts),
         list_width=0 if lists is None else lists.blocks.shape[2],
-        taken=pointer(taken),
     )
     library.launch_prefill(args, q_THD)
 

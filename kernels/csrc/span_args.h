@@ -37,7 +37,6 @@ struct SpanArgs {
     const int32_t* lists;        // [tiles, G, list_width] ascending blocks, or null: the window rule
     const int32_t* list_counts;  // [tiles, G], at least 1
     int64_t list_width;
-    uint32_t* taken;  // one, zero: tiles of queries that CTAs have asked for
 };
 
 }  // namespace rtpurbo

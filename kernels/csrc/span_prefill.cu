@@ -7,18 +7,12 @@
 // values. This is the structure of FlashAttention-3 (arXiv 2407.08608).
 //
 // A tile of keys is two pages. The sinks are an extra tile; only tiles at an edge (diagonal, far end
-// of the window, sinks, a list with an odd number of blocks) are masked, and all others run through a
-// loop of their own without a branch. Pages that no query of the tile sees are never read: their rows
-// are filled with zeros, for what lies there may be another sequence's, or no number at all. So is the
-// unwritten end of a context's last page.
+// of the window, sinks, a list with an odd number of blocks) are masked. Pages that no query of the
+// tile sees are never read: their rows are filled with zeros, for what lies there may be another
+// sequence's, or no number at all. So is the unwritten end of a context's last page.
 //
-// CTAs stay and take the next tile of queries when they are done with one, the longest contexts
-// first. So they end together, and those at work have the same keys in the L2 cache: at fixed steps
-// the first CTA would have a longer context than the last in every round and fall behind it by
-// thousands of tiles. The loading warp runs ahead into the next tile; it alone looks up where tiles
-// stand. Heads stand side by side, so that those of a KV head share it in the L2 cache.
-
-#include <type_traits>
+// CTAs stay and take tiles at fixed steps, the longest contexts first; the loading warp runs ahead
+// into the next one. Heads stand side by side, so that those of a KV head share it in the L2 cache.
 
 #include "hopper.cuh"
 #include "span_args.h"
@@ -26,7 +20,7 @@
 namespace rtpurbo {
 namespace {
 
-constexpr int kStages = 3;
+constexpr int kStages = 2;
 constexpr int kKeys = 2 * kSpanBlock;  // of a tile
 constexpr int kComputeThreads = 256;
 constexpr int kThreads = 128 + kComputeThreads;
@@ -44,6 +38,17 @@ struct SpanLaunch {
     SpanArgs args;
 };
 
+template <int kDim>
+struct alignas(1024) SpanShared {
+    static constexpr int kHalves = kDim / kHalfColumns;
+    unsigned char queries[kHalves][kSpanQueries * 128];
+    unsigned char keys[kStages][kHalves][kKeys * 128];
+    unsigned char values[kStages][kHalves][kKeys * 128];
+    uint64_t queries_full, queries_empty;
+    uint64_t keys_full[kStages], keys_empty[kStages];
+    uint64_t values_full[kStages], values_empty[kStages];
+};
+
 // Place in the ring of stages, and the parity of the round.
 struct Ring {
     int stage = 0;
@@ -58,17 +63,16 @@ struct Ring {
 
 // 128 queries of one head: where they stand, and which tiles of keys they need, newest first.
 struct Work {
+    int64_t head;
     int64_t row_begin;  // among all query tokens
-    int head, kv_row, span;
-    int rows;         // in use
+    int rows;           // in use
+    int span, kv_row, context;
     int first, last;  // positions of the first and last query
-    int tiles;        // of keys; 0: all work is done
-    int whole_begin, whole_end;          // tiles that hide no key from any query
-    int unwritten_begin, unwritten_end;  // rows of the first tile, past the end of the context
-    int lowest;                 // position at which the first query's window begins
+    int lowest;       // position at which the first query's window begins
     int high, low, sink_tiles;  // tiles [low, high] and [0, sink_tiles) by the window rule
-    int count;                  // blocks of the list
     const int32_t* list;        // or null
+    int count;                  // blocks of the list
+    int tiles;
 
     // False if no span has such a tile.
     DEVICE bool find(const SpanArgs& args, int64_t item) {
@@ -84,54 +88,26 @@ struct Work {
             tile -= own;
         }
         if (span == args.spans) return false;
-        head = static_cast<int>(args.heads[member]);
+        head = args.heads[member];
         kv_row = static_cast<int>(args.kv_rows[member]);
+        context = static_cast<int>(args.context_lens[span]);
         row_begin = begin + tile * kSpanQueries;
         rows = static_cast<int>(min(end - row_begin, int64_t{kSpanQueries}));
-        const int context = static_cast<int>(args.context_lens[span]);
         first = context - static_cast<int>(end - row_begin);
         last = first + rows - 1;
         list = nullptr;
         if (args.lists != nullptr) {
-            take_list(args.lists + at * args.list_width, args.list_counts[at]);
-        } else {
-            take_window(args);
+            list = args.lists + at * args.list_width;
+            count = args.list_counts[at];
+            tiles = (count + 1) / 2;
+            return true;
         }
-        find_unwritten(context);
-        return true;
-    }
-
-    DEVICE void take_list(const int32_t* blocks, int length) {
-        list = blocks;
-        count = length;
-        tiles = (count + 1) / 2;
-        int late = 0;  // blocks with a key that the first query does not see
-        while (late < count && (list[count - 1 - late] + 1) * kSpanBlock - 1 > first) ++late;
-        whole_begin = (late + 1) / 2;
-        whole_end = count / 2;
-    }
-
-    DEVICE void take_window(const SpanArgs& args) {
-        const int window = static_cast<int>(args.window);
-        lowest = max(first - window + 1, 0);
+        lowest = max(first - static_cast<int>(args.window) + 1, 0);
         high = last / kKeys;
         low = lowest / kKeys;
         sink_tiles = min((static_cast<int>(args.sinks) + kKeys - 1) / kKeys, low);
         tiles = high - low + 1 + sink_tiles;
-        whole_begin = high + 1 - (first + 1) / kKeys;
-        const int gone = last < window ? 0 : (last - window) / kKeys + 1;  // not all for the last
-        whole_end = high + 1 - gone;
-    }
-
-    // Rows of the first tile that hold no key of the context, though its last page does.
-    DEVICE void find_unwritten(int context) {
-        unwritten_begin = unwritten_end = 0;
-        const int written = context % kSpanBlock;
-        for (int half = 0; half < 2; ++half) {
-            if (written == 0 || block_of(0, half) != context / kSpanBlock) continue;
-            unwritten_begin = half * kSpanBlock + written;
-            unwritten_end = (half + 1) * kSpanBlock;
-        }
+        return true;
     }
 
     // Block of a half of tile i, or kNoBlock.
@@ -150,19 +126,12 @@ struct Work {
         return list != nullptr || begin + kSpanBlock > lowest || begin < args.sinks;
     }
 
-    DEVICE bool is_whole(int i) const { return i >= whole_begin && i < whole_end; }
-};
-
-template <int kDim>
-struct alignas(1024) SpanShared {
-    static constexpr int kHalves = kDim / kHalfColumns;
-    unsigned char queries[kHalves][kSpanQueries * 128];
-    unsigned char keys[kStages][kHalves][kKeys * 128];
-    unsigned char values[kStages][kHalves][kKeys * 128];
-    Work work;  // of the queries
-    uint64_t queries_full, queries_empty;
-    uint64_t keys_full[kStages], keys_empty[kStages];
-    uint64_t values_full[kStages], values_empty[kStages];
+    // Whether some query may not see some key of tile i.
+    DEVICE bool is_edge(const SpanArgs& args, int i) const {
+        const int lower = block_of(i, 0), upper = block_of(i, 1);
+        if (lower == kNoBlock || (upper + 1) * kSpanBlock - 1 > first) return true;
+        return list == nullptr && lower * kSpanBlock <= last - static_cast<int>(args.window);
+    }
 };
 
 DEVICE int64_t page_at(const SpanArgs& args, int span, int block) {
@@ -171,16 +140,16 @@ DEVICE int64_t page_at(const SpanArgs& args, int span, int block) {
                                 : static_cast<const int32_t*>(args.table.pages)[at];
 }
 
-// One lane takes work, leaves it to the others with its queries, and loads its keys and values.
+// One lane loads all tiles of this CTA's work.
 template <int kDim>
 DEVICE void load_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) {
     constexpr int kHalves = SpanShared<kDim>::kHalves;
     const SpanArgs& args = launch.args;
     const int64_t items = args.tiles * args.group;
     const int nowhere = static_cast<int>(args.pages * args.cache_heads) * kSpanBlock;
-    const Work& work = shared.work;  // few registers are left for this warp
     Ring keys, values;
     uint32_t queries_parity = 0;
+    Work work;
 
     auto row_of = [&](int i, int half) {
         const int block = work.block_of(i, half);
@@ -188,52 +157,42 @@ DEVICE void load_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) 
         const int64_t page = page_at(args, work.span, block);
         return static_cast<int>(page * args.cache_heads + work.kv_row) * kSpanBlock;
     };
-    auto rows_of = [&](int i) { return make_int2(row_of(i, 0), row_of(i, 1)); };
     auto load = [&](const CUtensorMap& map, unsigned char (&tile)[kHalves][kKeys * 128],
-                    uint64_t* full, int2 rows) {
+                    uint64_t* full, int i) {
         hopper::barrier_expect_bytes(full, kKeys * kDim * 2);
-        for (int half = 0; half < kHalves; ++half) {
-            hopper::load_2d(tile[half], &map, full, half * kHalfColumns, rows.x);
-            hopper::load_2d(tile[half] + kSpanBlock * 128, &map, full, half * kHalfColumns, rows.y);
+        for (int page = 0; page < 2; ++page) {
+            const int row = row_of(i, page);
+            for (int half = 0; half < kHalves; ++half) {
+                hopper::load_2d(tile[half] + page * kSpanBlock * 128, &map, full,
+                                half * kHalfColumns, row);
+            }
         }
     };
-    auto hand_over = [&](const Work& found) {  // once the others are done with what was there
+
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        if (!work.find(args, item)) continue;
         hopper::barrier_wait(&shared.queries_empty, queries_parity ^ 1);
         queries_parity ^= 1;
-        shared.work = found;
-    };
-
-    for (int64_t item = blockIdx.x, next; item < items; item = next) {
-        next = gridDim.x + atomicAdd(args.taken, 1u);  // early: it takes a while
-        Work found;
-        if (!found.find(args, item)) continue;
-        hand_over(found);
         hopper::barrier_expect_bytes(&shared.queries_full, kSpanQueries * kDim * 2);
         for (int half = 0; half < kHalves; ++half) {
             hopper::load_3d(shared.queries[half], &launch.queries, &shared.queries_full,
-                            half * kHalfColumns, work.head, static_cast<int>(work.row_begin));
+                            half * kHalfColumns, static_cast<int>(work.head),
+                            static_cast<int>(work.row_begin));
         }
-        int2 rows = rows_of(0), last_rows = rows;
         for (int i = 0; i <= work.tiles; ++i) {  // values stay a tile behind keys
             if (i < work.tiles) {
                 hopper::barrier_wait(&shared.keys_empty[keys.stage], keys.parity ^ 1);
-                load(launch.keys, shared.keys[keys.stage], &shared.keys_full[keys.stage], rows);
+                load(launch.keys, shared.keys[keys.stage], &shared.keys_full[keys.stage], i);
                 keys.advance();
             }
             if (i > 0) {
                 hopper::barrier_wait(&shared.values_empty[values.stage], values.parity ^ 1);
                 load(launch.values, shared.values[values.stage],
-                     &shared.values_full[values.stage], last_rows);
+                     &shared.values_full[values.stage], i - 1);
                 values.advance();
             }
-            last_rows = rows;
-            if (i + 1 < work.tiles) rows = rows_of(i + 1);  // looked up while stages are awaited
         }
     }
-    Work nothing;
-    nothing.tiles = 0;
-    hand_over(nothing);
-    hopper::barrier_arrive(&shared.queries_full);
 }
 
 // Scores of a tile: s = q k^T for the 64 rows of this warpgroup. Thread t holds of rows
@@ -241,11 +200,12 @@ DEVICE void load_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) 
 // s[4 j], s[4 j + 1], and s[4 j + 2], s[4 j + 3].
 template <int kDim>
 DEVICE void multiply_keys(float (&s)[64], const unsigned char* queries, const unsigned char* keys) {
-    const hopper::Tile q(queries, 0), k(keys, 0);
+    const uint64_t q = hopper::tile_descriptor(queries, 0);
+    const uint64_t k = hopper::tile_descriptor(keys, 0);
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
         // 16 columns are 32 bytes; halves of queries and keys are as large as each other.
-        const int at = step % 4 * 32 + step / 4 * kKeys * 128;
+        const uint64_t at = (step % 4 * 32 + step / 4 * kKeys * 128) >> 4;
         hopper::multiply_64x128(s, q + at, k + at, step != 0);
     }
 }
@@ -253,10 +213,10 @@ DEVICE void multiply_keys(float (&s)[64], const unsigned char* queries, const un
 template <int kDim>
 DEVICE void multiply_values(float (&o)[kDim / 2], const uint32_t (&p)[32],
                             const unsigned char* values) {
-    const hopper::Tile v(values, kKeys * 128);
+    const uint64_t v = hopper::tile_descriptor(values, kKeys * 128);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-        hopper::multiply_add_rows(o, p + 4 * step, v + step * 16 * 128);
+        hopper::multiply_add_rows(o, p + 4 * step, v + (step * 16 * 128 >> 4));
     }
 }
 
@@ -265,16 +225,19 @@ struct Rows {
     float peak[2];   // largest score so far
     float total[2];  // sum of its own columns' weights
 
-    // Scores to weights 2^(scale (s - peak)); returns by what earlier sums shrink, most often 1.
+    // Scores to weights 2^(scale (s - peak)); returns by what earlier sums shrink.
     DEVICE void weigh(float (&s)[64], float scale, float (&shrink)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float highest = largest(s, r);
+            float highest = peak[r];
+#pragma unroll
+            for (int j = 0; j < 32; ++j) {
+                highest = fmaxf(highest, s[4 * (j / 2) + 2 * r + j % 2]);
+            }
             highest = fmaxf(highest, __shfl_xor_sync(kQuad, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(kQuad, highest, 2));
-            const float origin = highest == -INFINITY ? 0.f : highest;
-            const float base = origin * scale;
-            shrink[r] = exp2_fast((peak[r] - origin) * scale);
+            const float base = highest == -INFINITY ? 0.f : highest * scale;
+            shrink[r] = exp2_fast(peak[r] * scale - base);
             peak[r] = highest;
             float sum = 0.f;
 #pragma unroll
@@ -286,23 +249,7 @@ struct Rows {
             total[r] = total[r] * shrink[r] + sum;
         }
     }
-
-    // Of a row's own columns and its peak; four at a time, for each maximum waits for the one before.
-    DEVICE float largest(const float (&s)[64], int r) const {
-        float part[4] = {peak[r], peak[r], peak[r], peak[r]};
-#pragma unroll
-        for (int j = 0; j < 32; ++j) part[j % 4] = fmaxf(part[j % 4], s[4 * (j / 2) + 2 * r + j % 2]);
-        return fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
-    }
 };
-
-// Skipped by a warp none of whose rows has a new peak.
-template <int kCount>
-DEVICE void shrink_sums(float (&o)[kCount], const float (&shrink)[2]) {
-    if (!__any_sync(kQuad, shrink[0] != 1.f || shrink[1] != 1.f)) return;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) o[j] *= shrink[j / 2 % 2];
-}
 
 DEVICE void hide_unseen(float (&s)[64], const Work& work, const SpanArgs& args, int i, int row) {
     const int lane_column = threadIdx.x % 4 * 2;
@@ -335,46 +282,43 @@ DEVICE void pack(uint32_t (&p)[32], const float (&s)[64]) {
 // The last page of a context may end in places that were never written: zeros, for 0 * NaN is NaN.
 template <int kDim>
 DEVICE void clear_unwritten(const Work& work, unsigned char (&values)[kDim / 64][kKeys * 128]) {
+    const int written = work.context % kSpanBlock;
+    const int half = work.block_of(0, 1) == work.context / kSpanBlock;
+    const int thread = threadIdx.x - 128;
     constexpr int kRowChunks = 8;  // of 16 bytes; swizzling keeps them in their row
-    constexpr int kPageChunks = kSpanBlock * kRowChunks;
-    for (int at = threadIdx.x - 128; at < kPageChunks * (kDim / 64); at += kComputeThreads) {
-        const int chunk = at % kRowChunks;
-        const int row = work.unwritten_begin + at % kPageChunks / kRowChunks;
-        if (row >= work.unwritten_end) continue;
-        unsigned char* target = values[at / kPageChunks] + row * 128;
+    for (int at = thread; at < (kSpanBlock - written) * kRowChunks * (kDim / 64);
+         at += kComputeThreads) {
+        const int chunk = at % kRowChunks, row = at / kRowChunks % (kSpanBlock - written);
+        const int columns = at / kRowChunks / (kSpanBlock - written);
+        unsigned char* target = values[columns] + (half * kSpanBlock + written + row) * 128;
         reinterpret_cast<uint4*>(target)[chunk] = make_uint4(0, 0, 0, 0);
     }
     hopper::publish_shared();
     hopper::named_sync(kAllBarrier, kComputeThreads);
 }
 
-// Where a thread's two rows go.
-struct Place {
-    uint32_t* row;
-    int64_t step;  // to the second
-    bool is_used[2];
-
-    DEVICE Place(const SpanArgs& args, const Work& work, int first_row)
-        : step(4 * args.out_row_stride) {
-        const int64_t at = (work.row_begin + first_row) * args.out_row_stride +
-                           work.head * args.out_head_stride + threadIdx.x % 4 * 2;
-        row = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(args.out) + at);
-        for (int r = 0; r < 2; ++r) is_used[r] = first_row + 8 * r < work.rows;
-    }
-};
+DEVICE bool has_unwritten(const Work& work) {
+    const int block = work.context / kSpanBlock;
+    return work.context % kSpanBlock != 0 &&
+           (work.block_of(0, 0) == block || work.block_of(0, 1) == block);
+}
 
 template <int kDim>
-DEVICE void write_out(const Place& place, const float (&o)[kDim / 2], const Rows& sums) {
+DEVICE void write_out(const SpanArgs& args, const Work& work, const float (&o)[kDim / 2],
+                      const Rows& sums, int row) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float total = sums.total[r];
         total += __shfl_xor_sync(kQuad, total, 1);
         total += __shfl_xor_sync(kQuad, total, 2);
         const float inverse = 1.f / total;
-        if (!place.is_used[r]) continue;
+        if (row + 8 * r >= work.rows) continue;
+        const int64_t at = (work.row_begin + row + 8 * r) * args.out_row_stride +
+                           work.head * args.out_head_stride + threadIdx.x % 4 * 2;
+        uint32_t* target = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(args.out) + at);
 #pragma unroll
         for (int j = 0; j < kDim / 8; ++j) {
-            place.row[r * place.step + 4 * j] =
+            target[4 * j] =
                 pack_bfloat16(o[4 * j + 2 * r] * inverse, o[4 * j + 2 * r + 1] * inverse);
         }
     }
@@ -384,11 +328,14 @@ DEVICE void write_out(const Place& place, const float (&o)[kDim / 2], const Rows
 template <int kDim>
 DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) {
     const SpanArgs& args = launch.args;
-    const int mine = hopper::of_warp(threadIdx.x / 128 - 1);
+    const int64_t items = args.tiles * args.group;
+    const int mine = threadIdx.x / 128 - 1;
     const int row = mine * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const bool is_lane_0 = threadIdx.x % 32 == 0;
     const float scale = static_cast<float>(args.scale * 1.4426950408889634);
     Ring keys, values;
+    uint32_t queries_parity = 0;
+    Work work;
 
     auto release = [&](uint64_t* barrier) {
         if (is_lane_0) hopper::barrier_arrive(barrier);
@@ -397,11 +344,8 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
     auto pass_turn = [&] { hopper::named_arrive(kTurnBarrier + 1 - mine, kComputeThreads); };
     if (mine == 1) pass_turn();  // the first turn is the other's
 
-    for (uint32_t parity = 0;; parity ^= 1) {
-        hopper::barrier_wait(&shared.queries_full, parity);
-        const Work& work = shared.work;  // until the queries are released
-        const int tiles = work.tiles;
-        if (tiles == 0) break;
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+        if (!work.find(args, item)) continue;
         const unsigned char* queries = shared.queries[0] + mine * 64 * 128;
         float s[64], o[kDim / 2];
         uint32_t p[32];
@@ -410,6 +354,8 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
 
+        hopper::barrier_wait(&shared.queries_full, queries_parity);
+        queries_parity ^= 1;
         hopper::barrier_wait(&shared.keys_full[keys.stage], keys.parity);
         hopper::pin(s);
         hopper::products_begin();
@@ -419,16 +365,15 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
         hopper::pin(s);
         release(&shared.keys_empty[keys.stage]);
         keys.advance();
-        if (!work.is_whole(0)) hide_unseen(s, work, args, 0, row);
+        if (work.is_edge(args, 0)) hide_unseen(s, work, args, 0, row);
         sums.weigh(s, scale, shrink);
         pack(p, s);
-        if (work.unwritten_begin < work.unwritten_end) {
+        if (has_unwritten(work)) {
             hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
             clear_unwritten<kDim>(work, shared.values[values.stage]);
         }
 
-        // Scores of tile i, while the weights of the one before meet their values.
-        auto step = [&](int i, auto is_whole) {
+        for (int i = 1; i < work.tiles; ++i) {
             hopper::barrier_wait(&shared.keys_full[keys.stage], keys.parity);
             take_turn();
             hopper::pin(s);
@@ -444,7 +389,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             hopper::pin(s);
             release(&shared.keys_empty[keys.stage]);
             keys.advance();
-            if constexpr (!decltype(is_whole)::value) hide_unseen(s, work, args, i, row);
+            if (work.is_edge(args, i)) hide_unseen(s, work, args, i, row);
             sums.weigh(s, scale, shrink);
             hopper::pin(s);
             hopper::after(sums.total[0] + sums.total[1]);
@@ -452,20 +397,10 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             hopper::pin(o);
             release(&shared.values_empty[values.stage]);
             values.advance();
-            shrink_sums(o, shrink);
+#pragma unroll
+            for (int j = 0; j < kDim / 2; ++j) o[j] *= shrink[j / 2 % 2];
             pack(p, s);
-        };
-        for (int i = 1; i < tiles;) {
-            if (work.is_whole(i)) {
-                const int end = work.whole_end;
-                do step(i, std::true_type{});
-                while (++i < end);
-            } else {
-                step(i++, std::false_type{});
-            }
         }
-        const Place place(args, work, row);
-        __syncwarp();  // all have read it
         release(&shared.queries_empty);
 
         hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
@@ -477,7 +412,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
         hopper::pin(o);
         release(&shared.values_empty[values.stage]);
         values.advance();
-        write_out<kDim>(place, o, sums);
+        write_out<kDim>(args, work, o, sums, row);
     }
     // A turn may be left that nobody takes.
     if (mine == 0) take_turn();
