@@ -67,18 +67,16 @@ class DecodeBuffers:
         The step before has been waited for, so the pinned memory is free.
         """
         rows: list[tuple[int, ...]] = []
-        for span in batch.spans:
-            pages = [
-                tables.extend(span, blocks, span.start // self._block_tokens)
-                for tables, blocks in zip(
-                    self._tables, (span.full_blocks, span.window_blocks), strict=True
-                )
-            ]
+        (full, window), block_tokens = self._tables, self._block_tokens
+        for span in batch.spans:  # written out: the device waits for it
+            start, column = span.start, span.start // block_tokens
+            full_page = full.extend(span, span.full_blocks, column)
+            window_page = window.extend(span, span.window_blocks, column)
             own = requests[span.request_id].params.attention_top_p
             mass = _NO_MASS if own is None else _bits(own)
-            row = (span.tokens[0], span.start, span.stop, span.slot, *pages, int(span.sample), mass)
-            rows.append(row)
-        padding = (0, 0, 0, self._tables[0].spare_slot, 0, 0, 0, _NO_MASS)
+            place = (start, start + 1, span.slot, full_page, window_page)
+            rows.append((span.tokens[0], *place, span.sample, mass))
+        padding = (0, 0, 0, full.spare_slot, 0, 0, 0, _NO_MASS)
         rows += [padding] * (self._host.shape[1] - len(rows))
         values = array("q", chain.from_iterable(zip(*rows, strict=True)))
         self._host_flat[:] = values

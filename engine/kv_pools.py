@@ -92,13 +92,11 @@ class KvPools:
 
     def reachable(self, request: Request) -> int:
         """How many tokens of the request the pages that can be had now would hold."""
-        limit = request.total
-        if self.has_full:
-            blocks = len(request.full_blocks) + self.full.available
-            limit = min(limit, blocks * self.block_tokens)
-        if self.has_window:
-            blocks = len(request.window_blocks) + self.window.available
-            limit = min(limit, blocks * self.block_tokens)
+        limit, block = request.total, self.block_tokens
+        if self.has_full and len(request.full_blocks) * block < limit:
+            limit = min(limit, (len(request.full_blocks) + self.full.available) * block)
+        if self.has_window and len(request.window_blocks) * block < limit:
+            limit = min(limit, (len(request.window_blocks) + self.window.available) * block)
         return limit
 
     def grow(self, request: Request, tokens: int) -> None:

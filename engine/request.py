@@ -108,7 +108,8 @@ class Request:
     @property
     def is_row(self) -> bool:
         """Whether nothing but its newest token is to compute."""
-        return self.remaining == 1 and not self.is_prefill
+        prompt = len(self.prompt)  # asked of every request at every step
+        return prompt <= self.computed == prompt + len(self.output) - 1
 
     @property
     def is_prefill(self) -> bool:

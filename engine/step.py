@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.batch import Batch
 from engine.messages import Attended, EngineInfo, TokenLogprobs
@@ -12,8 +12,7 @@ from engine.request import Request
 from engine.scheduler import Scheduler
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What one row yielded. `token` is None where the row's logits were not finite."""
 
     token: int | None
