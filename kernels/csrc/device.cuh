@@ -102,6 +102,15 @@ DEVICE uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
+// Always 0 (bit 1 of a square), which no compiler knows: what it is put into waits for `value`.
+DEVICE uint32_t zero_after(uint32_t value) {
+    uint32_t zero;
+    asm("{ .reg .u32 square; mul.lo.u32 square, %1, %1; and.b32 %0, square, 2; }\n"
+        : "=r"(zero)
+        : "r"(value));
+    return zero;
+}
+
 // Read once, never again: do not push other data out of L1.
 DEVICE uint4 load_streaming(const uint4* address) {
     uint4 value;

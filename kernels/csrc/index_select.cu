@@ -1,8 +1,8 @@
 // The indexer in one launch: scores of all index keys, and the top-p choice of blocks.
 //
 // All blocks of all rows and heads are one line of units, cut into equal shares, a CTA each. A warp
-// scores four blocks at a time, reading whole keys in 16-byte pieces (int8 ones with their scales)
-// while it looks up the pages of the next four. No share is smaller than that, so that short
+// scores four blocks at a time, reading whole keys in 16-byte pieces; of int8 ones, which come with
+// scales, it looks up the pages of the next four meanwhile. No share is smaller than that, so that short
 // contexts leave multiprocessors to the attention that starts meanwhile. The CTA that completes a
 // row's head chooses that head's blocks from the log masses; the one that completes the heads of a group
 // writes the list of blocks that sparse_decode.cu reads. Masses are summed as integers, so neither
@@ -164,8 +164,9 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
             place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
         }
     };
+    constexpr bool kLooksAhead = kLoadsAtOnce <= 2;  // else registers do not suffice
     uint32_t next[kBlocksAtOnce];
-    find_places(warp, next);
+    if (kLooksAhead) find_places(warp, next);
 
     float query[kElements];
     load_query(args,
@@ -178,11 +179,15 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
         float largest[kBlocksAtOnce], sum[kBlocksAtOnce];
 #pragma unroll
         for (int u = 0; u < kBlocksAtOnce; ++u) {
-            place[u] = next[u];
+            if (kLooksAhead) place[u] = next[u];
             largest[u] = -INFINITY;
             sum[u] = 0.0f;
         }
-        find_places(base + kWarps * kBlocksAtOnce, next);
+        if (kLooksAhead) {
+            find_places(base + kWarps * kBlocksAtOnce, next);
+        } else {
+            find_places(base, place);
+        }
         for (int load = 0; load < loads; load += kLoadsAtOnce) {
             Piece raw[kBlocksAtOnce][kLoadsAtOnce];
             uint16_t scale[kBlocksAtOnce][kLoadsAtOnce];
@@ -198,6 +203,23 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
                     raw[u][i] = load_streaming(keys + piece);
                     if (Keys::kScaled) scale[u][i] = load_streaming(scales + piece / kLanes);
                 }
+            }
+            // All loads are issued before the first is used: left alone, the compiler waits for some
+            // of them halfway, to save registers. Products begin with the first word of a piece.
+            uint32_t loaded = 0;
+#pragma unroll
+            for (int u = 0; u < kBlocksAtOnce; ++u) {
+#pragma unroll
+                for (int i = 0; i < kLoadsAtOnce; ++i) {
+                    loaded ^= raw[u][i].x;
+                    if (Keys::kScaled) loaded ^= scale[u][i];
+                }
+            }
+            const uint32_t zero = zero_after(loaded);
+#pragma unroll
+            for (int u = 0; u < kBlocksAtOnce; ++u) {
+#pragma unroll
+                for (int i = 0; i < kLoadsAtOnce; ++i) raw[u][i].x ^= zero;
             }
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
