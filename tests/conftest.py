@@ -36,6 +36,7 @@ LONG_FILES = [
         "test_end_to_end.py",
         "observability/test_with_prometheus.py",
         "observability/test_pictures.py",
+        "conversion/test_pipeline.py",
         "kernels/test_build.py",
         "engine/test_generate_equivalence.py",
         "server/test_bad_inputs.py",

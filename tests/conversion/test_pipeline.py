@@ -48,6 +48,12 @@ def options(tmp_path: Path) -> ConvertOptions:
     )
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host without matplotlib: to draw takes longer than to convert so small a model."""
+    monkeypatch.setattr("conversion.report.report_folder.has_matplotlib", lambda: False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_converts_and_still_loads_in_transformers(
     family: str, tmp_path: Path, options: ConvertOptions
@@ -73,6 +79,7 @@ def test_every_family_converts_and_still_loads_in_transformers(
         assert torch.equal(first(tokens).logits, second(tokens).logits)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("stop_after", ["calibrate", "fit"])
 def test_a_conversion_that_was_stopped_ends_as_one_that_was_not(
     stop_after: str, tmp_path: Path, options: ConvertOptions
@@ -93,6 +100,7 @@ class KilledError(Exception):
     """The process ends here."""
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_conversion_killed_in_the_middle_of_training_ends_as_one_that_was_not(
     tmp_path: Path, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +131,7 @@ def test_a_conversion_killed_in_the_middle_of_training_ends_as_one_that_was_not(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_whole_kv_heads_checked_by_what_they_do_with_a_top_p_each(
     tmp_path: Path, options: ConvertOptions
 ) -> None:
@@ -180,6 +189,7 @@ def test_without_steps_the_closed_form_is_kept(tmp_path: Path, options: ConvertO
             torch.testing.assert_close(factor, factor[:, :1, :1].expand_as(factor))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_distilled_weights_are_exported(tmp_path: Path, options: ConvertOptions) -> None:
     make_checkpoint("qwen3", tmp_path / "dense")
     training = DistilOptions(
@@ -209,6 +219,7 @@ def test_distilled_weights_are_exported(tmp_path: Path, options: ConvertOptions)
     assert checkpoint.config.sparse is not None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOptions) -> None:
     make_checkpoint("qwen3", tmp_path / "dense")
     run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "out", options, QUIET)
@@ -232,6 +243,7 @@ def refusal(model: Path, out: Path, options: ConvertOptions) -> str:
     return message
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_cannot_be_converted_is_said_in_one_line(
     tmp_path: Path, options: ConvertOptions
 ) -> None:
