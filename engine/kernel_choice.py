@@ -1,5 +1,6 @@
-"""Whether attention runs on kernels or on the PyTorch ops: decided once, at start, for decode rows
-and for prompt tokens.
+"""Whether kernels or the PyTorch ops compute: decided once, at start, for attention of decode rows
+and of prompt tokens and for what surrounds it. Only kernels that gave known answers on this device
+serve.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import torch
 
 from engine.config import AttentionMode, KernelMode
 from engine.errors import ConfigError
+from engine.kernel_trials import try_decode_kernels, try_layer_kernels
 from engine.model.config import ModelConfig
 from engine.model.kv_bytes import IndexDtype
+from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError, default_cache, find_library
 from kernels._launch import MAX_BLOCKS, KernelError, KernelLibrary
 from kernels.device_prefill import DevicePrefill
+from kernels.trial import DeviceFaultError, TrialError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ def choose_kernels(
     max_blocks: int,
     index_dtype: IndexDtype = "auto",
 ) -> KernelLibrary | None:
-    """The compiled kernels, or None for the PyTorch ops; says which, and why, in one line of log.
+    """The compiled kernels, those of decode attention tried out, or None for the PyTorch ops; says
+    which, and why, in one line of log.
 
     Args:
         cache: folder of compiled kernels; None takes the default one.
@@ -44,19 +49,56 @@ def choose_kernels(
         index_dtype: of index keys.
 
     Raises:
-        ConfigError: mode is "cuda" and the kernels cannot be had; the message says why.
+        ConfigError: mode is "cuda" and the kernels cannot be had or fail, or one broke the device;
+            the message says why.
     """
     try:
         if mode == "torch":
             raise _UnsupportedError("the setting kernels says so")
         library = _library(cache, model, device, dtype, block_tokens, max_blocks, index_dtype)
+        try_decode_kernels(library, model, device, dtype, block_tokens, index_dtype)
+    except DeviceFaultError as fault:
+        raise ConfigError(str(fault)) from fault
     except (_UnsupportedError, KernelBuildError, KernelError) as reason:
         if mode == "cuda":
             raise ConfigError(f"kernels cuda is not possible: {reason}") from None
-        logger.info("decode attention runs on the PyTorch ops: %s", reason)
+        level = logging.WARNING if isinstance(reason, TrialError) else logging.INFO
+        logger.log(level, "decode attention runs on the PyTorch ops: %s", reason)
         return None
     logger.info("decode attention runs on the CUDA kernels")
     return library
+
+
+def choose_layer_kernels(
+    mode: KernelMode,
+    library: KernelLibrary,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+    index_dtype: IndexDtype = "auto",
+) -> LayerKernels | None:
+    """The kernels around attention and at the ends of a step, tried out, or None for the PyTorch
+    ops: where there are none for the model's sizes, or, with a warning, where they fail.
+
+    Args:
+        library: from `choose_kernels`.
+
+    Raises:
+        ConfigError: mode is "cuda" and the kernels fail, or one broke the device; it says which.
+    """
+    if not LayerKernels.take(model, dtype):
+        return None
+    try:
+        try_layer_kernels(library, model, device, dtype, block_tokens, index_dtype)
+    except DeviceFaultError as fault:
+        raise ConfigError(str(fault)) from fault
+    except KernelError as reason:
+        if mode == "cuda":
+            raise ConfigError(f"kernels cuda is not possible for layers: {reason}") from None
+        logger.warning("layers beside attention run on the PyTorch ops: %s", reason)
+        return None
+    return LayerKernels(library, model, device)
 
 
 def choose_prefill(

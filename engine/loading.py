@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.host_memory import free_host_bytes, resident_bytes
-from engine.kernel_choice import choose_kernels, choose_prefill
+from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
 from engine.kv_pools import KvPools
 from engine.memory_plan import MemoryPlan, default_cache_bytes, plan_memory, recorded_step_bytes
 from engine.messages import EngineInfo
@@ -23,7 +23,6 @@ from engine.model.decoder import Decoder
 from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import block_tokens_of
 from engine.model.kv_cache import KVCache
-from engine.model.layer_kernels import LayerKernels
 from engine.model.weights import load_decoder
 from engine.read_bytes import read_bytes
 from engine.scheduler import Scheduler
@@ -67,8 +66,9 @@ def load_engine_parts(config: EngineConfig) -> EngineParts:
     kernels = None
     if library is not None:
         kernels = _decode_kernels(config, model, library, device, dtype, block_tokens)
-        if LayerKernels.take(model, dtype):
-            decoder.kernels = LayerKernels(library, model, device)
+        decoder.kernels = choose_layer_kernels(
+            config.kernels, library, model, device, dtype, block_tokens, config.index_dtype
+        )
     prefill = choose_prefill(
         config.kernels, library, model, device, dtype, block_tokens, config.prefill_attention
     )

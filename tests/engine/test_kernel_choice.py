@@ -12,14 +12,18 @@ import torch
 from engine import kernel_choice
 from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.errors import ConfigError
-from engine.kernel_choice import choose_kernels, choose_prefill
+from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
 from engine.loading import _max_blocks
+from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
 from tests.engine.paged_driver import make_model
+from tests.kernels.emulation.library import compiler
+from tests.kernels.trial_case import break_kernel
 
 MODEL = make_model([[0]], dim=64, index_dim=8, block=16)
 CUDA = torch.device("cuda")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 
 
 @pytest.fixture
@@ -32,6 +36,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(torch.cuda, "device", Anything)
+    monkeypatch.setattr(kernel_choice, "try_decode_kernels", lambda *_: None)
 
 
 def reason(caplog: pytest.LogCaptureFixture) -> str:
@@ -114,6 +119,90 @@ class FakeLibrary:
 def test_cuda_kernels_on_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="the device is cpu"):
         choose_kernels("cuda", None, MODEL, torch.device("cpu"), torch.float32, 16, 16)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, emulated_kernels: KernelLibrary) -> KernelLibrary:
+    """The choice finds the kernels, emulated on the CPU."""
+    monkeypatch.setattr(kernel_choice, "_library", lambda *_: emulated_kernels)
+    return emulated_kernels
+
+
+CPU = torch.device("cpu")
+
+
+@needs_compiler
+def test_kernels_that_give_the_known_answers_are_taken(
+    emulated: KernelLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    found = choose_kernels("cuda", None, MODEL, CPU, torch.float32, 16, 16)
+    assert found is emulated
+    assert reason(caplog) == "decode attention runs on the CUDA kernels"
+    layers = choose_layer_kernels("cuda", emulated, MODEL, CPU, torch.float32, 16, "int8")
+    assert isinstance(layers, LayerKernels)
+    small = make_model([[0]], dim=8)
+    assert choose_layer_kernels("cuda", emulated, small, CPU, torch.float32, 16) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kernel", "field"), [("index_select", "attended"), ("sparse_decode", "out")]
+)
+def test_wrong_decode_kernels_give_way_with_a_warning_unless_asked_for(
+    kernel: str,
+    field: str,
+    emulated: KernelLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    break_kernel(monkeypatch, emulated, kernel, field)
+    given = (None, MODEL, CPU, torch.float32, 16, 16)
+    assert choose_kernels("auto", *given) is None
+    said = f"{kernel} gives wrong results on this device: off by"
+    assert caplog.records[0].levelno == logging.WARNING
+    assert reason(caplog).startswith(f"decode attention runs on the PyTorch ops: {said}")
+    with pytest.raises(ConfigError, match=f"kernels cuda is not possible: {said}"):
+        choose_kernels("cuda", *given)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kernel", "field"), [("qkv_store", "queries"), ("silu_mul", "out"), ("pick_tokens", "out")]
+)
+def test_wrong_layer_kernels_give_way_with_a_warning_unless_asked_for(
+    kernel: str,
+    field: str,
+    emulated: KernelLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    break_kernel(monkeypatch, emulated, kernel, field)
+    given = (emulated, MODEL, CPU, torch.float32, 16)
+    assert choose_layer_kernels("auto", *given) is None
+    said = f"{kernel} gives wrong results on this device: off by"
+    assert caplog.records[0].levelno == logging.WARNING
+    assert reason(caplog).startswith(f"layers beside attention run on the PyTorch ops: {said}")
+    with pytest.raises(ConfigError, match=f"kernels cuda is not possible for layers: {said}"):
+        choose_layer_kernels("cuda", *given)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["auto", "cuda"])
+def test_a_device_that_a_kernel_broke_is_not_fallen_back_on(
+    mode: KernelMode, emulated: KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error of this kind every call in the process fails, those of the PyTorch ops too."""
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("engine.kernel_trials.try_decode", fail)
+    monkeypatch.setattr("engine.kernel_trials.try_layers", fail)
+    with pytest.raises(ConfigError, match=r"illegal memory access.*this process cannot go on"):
+        choose_kernels(mode, None, MODEL, CPU, torch.float32, 16, 16)
+    with pytest.raises(ConfigError, match=r"illegal memory access.*this process cannot go on"):
+        choose_layer_kernels(mode, emulated, MODEL, CPU, torch.float32, 16)
 
 
 class FakePrefill:
