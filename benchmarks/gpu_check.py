@@ -46,6 +46,7 @@ PREFILL = ("-m", "benchmarks.engine_prefill", "--repeats=1")
 DECODE_TESTS = "a_layer or production or repeats or graph"
 DECODE_ONLY = ("--only=decode", "--json")
 STEPS = (
+    tests("layer_tests", 90, "tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py"),
     tests("engine_tests", 110, "tests/gpu/test_engine_prefill.py", "tests/gpu/test_engine_cuda.py"),
     tests("decode_kernel_tests", 45, "tests/gpu/test_cuda_decode.py", "-k", DECODE_TESTS),
     Step("engine_decode", DECODE, 60, explain=True),

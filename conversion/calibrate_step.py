@@ -110,6 +110,9 @@ class CalibrateStep:
         ranked = ranked_units(scores, rule, config.group_size)
         budget = unit_budget(ranked, rule)
         candidates = best_units(ranked, rule, ceil(CANDIDATES * budget))
+        # A bound on KV heads is kept by looking only among those of the best scores.
+        bounded = rule.max_kv_heads is not None
+        others = [] if bounded else [unit for unit in ranked if unit not in candidates]
         documents = [
             planted_document(ids, self._tokenizer, 2 * 1_000_003 * options.seed + number)
             for number, ids in enumerate(self._texts(self._lengths[-1]))
@@ -118,10 +121,10 @@ class CalibrateStep:
             self._decoder, documents, options.window_tokens, options.sink_tokens, self._ranks
         )
         # Elimination shrinks a round's work by about a quarter; the total is not known before.
-        total = 3 + 7 * len(candidates)
+        total = 3 + config.num_layers + 7 * len(candidates)
         with progress_bar(self._console, "causal check", total) as advance:
             check = CausalCheck(loss, config.num_layers, config.num_heads, advance)
-            return check.choose(candidates, budget), loss.window_tokens
+            return check.choose(candidates, budget, others), loss.window_tokens
 
     def _texts(self, length: int) -> list[list[int]]:
         seed = 2 * self._options.seed

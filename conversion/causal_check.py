@@ -5,6 +5,8 @@ mean loss of the model at tokens that only far attention predicts (repeated need
 planted facts), and a head that does not retrieve is limited to the window, as when served. Of the
 candidates, the best by score and more than will be kept,
 
+0. a layer that loses by limiting its other heads adds those of them that matter: the heads on which
+   a look-up depends early in a model need not look at the needle themselves;
 1. each is measured alone: the loss when it is taken from a model that is otherwise dense, and when
    it is given to a model of which every other head is local;
 2. backward elimination: with all candidates kept and the rest local, those whose loss costs least
@@ -132,8 +134,14 @@ class CausalCheck:
         self._loss = loss
         self._advance = advance
 
-    def choose(self, candidates: Sequence[HeadUnit], budget: int) -> CausalResult:
-        """At most `budget` of the candidates, which are ordered by score."""
+    def choose(
+        self, candidates: Sequence[HeadUnit], budget: int, others: Sequence[HeadUnit] = ()
+    ) -> CausalResult:
+        """At most `budget` of the candidates, which are ordered by score.
+
+        Args:
+            others: units that are candidates only if their layer loses by them.
+        """
         everything = [list(range(self._heads)) for _ in range(self._layers)]
         dense, local = self._measure(everything), self._of([])
         if local - dense < LEAST_GAP:
@@ -144,18 +152,35 @@ class CausalCheck:
             ]
             kept = [effect.unit for effect in effects if effect.kept]
             return CausalResult(dense, local, self._of(kept), effects, note)
+        nothing = NOTHING * (local - dense)
         alone = [self._alone(unit, everything, dense, local) for unit in candidates]
-        left = self._swap(self._eliminate(list(candidates), budget), candidates)
-        left = self._drop_idle(left, alone, NOTHING * (local - dense))
+        missed = [
+            self._alone(unit, everything, dense, local)
+            for unit in self._missed(others, everything, dense + nothing)
+        ]
+        alone += [effect for effect in missed if max(effect.taken, effect.given) > nothing]
+        candidates = [effect.unit for effect in alone]
+        left = self._swap(self._eliminate(candidates, budget), candidates)
+        left = self._drop_idle(left, alone, nothing)
         effects = [replace(effect, kept=effect.unit in left) for effect in alone]
         return CausalResult(dense, local, self._of(left), effects)
+
+    def _missed(
+        self, others: Sequence[HeadUnit], everything: list[list[int]], most: float
+    ) -> list[HeadUnit]:
+        """Of layers whose loss without all their other units is above `most`, those units."""
+        found: list[HeadUnit] = []
+        for layer in sorted({unit.layer for unit in others}):
+            own = [unit for unit in others if unit.layer == layer]
+            if self._measure(_without(everything, own)) > most:
+                found += own
+        return found
 
     def _alone(
         self, unit: HeadUnit, everything: list[list[int]], dense: float, local: float
     ) -> UnitEffect:
-        without = [list(heads) for heads in everything]
-        without[unit.layer] = [head for head in without[unit.layer] if head not in unit.heads]
-        return UnitEffect(unit, self._measure(without) - dense, local - self._of([unit]))
+        taken = self._measure(_without(everything, [unit])) - dense
+        return UnitEffect(unit, taken, local - self._of([unit]))
 
     def _eliminate(self, left: list[HeadUnit], budget: int) -> list[HeadUnit]:
         """Drop the cheapest, half of what is too much at a time: costs change as others go."""
@@ -206,3 +231,11 @@ class CausalCheck:
         loss = self._loss(retrieval_heads)
         self._advance()
         return loss
+
+
+def _without(everything: list[list[int]], units: Sequence[HeadUnit]) -> list[list[int]]:
+    gone = {(unit.layer, head) for unit in units for head in unit.heads}
+    return [
+        [head for head in heads if (layer, head) not in gone]
+        for layer, heads in enumerate(everything)
+    ]

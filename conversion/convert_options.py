@@ -24,7 +24,7 @@ class ConvertOptions:
     heads_mass: float | None = None  # instead: share of the summed needle scores
     heads_granularity: Granularity = "query_head"  # kv_head: all query heads of the best KV heads
     max_kv_heads: int | None = None  # keep heads of so many KV heads only
-    causal_check: bool = False  # choose among twice as many heads by the retrieval that is lost
+    causal_check: bool = False  # choose by the retrieval that is lost, see conversion.causal_check
     window_tokens: int = 8192
     sink_tokens: int = 4
     index_dim: int = 16

@@ -32,7 +32,7 @@ def convert(
         int | None, typer.Option(help="Keep heads of so many KV heads only: a smaller KV cache.")
     ] = None,
     causal_check: Annotated[
-        bool, typer.Option(help="Choose among twice as many heads by the retrieval that is lost.")
+        bool, typer.Option(help="Choose by the retrieval that is lost, not by score alone.")
     ] = False,
     window_tokens: Annotated[int, typer.Option(help="Window of the local heads.")] = 8192,
     sink_tokens: Annotated[int, typer.Option(help="First tokens that all heads see.")] = 4,

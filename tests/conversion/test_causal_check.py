@@ -66,6 +66,17 @@ def test_a_head_that_matters_is_not_lost_to_one_that_only_looks() -> None:
     assert kept_places(loss, candidates, 4) == {(0, 1), (1, 2), (1, 3)}
 
 
+def test_a_head_with_a_low_score_is_found_by_its_layer() -> None:
+    """(0, 3) is no candidate and matters most; layer 1 loses nothing by its others."""
+    loss = MadeUpLoss({(0, 3): 2.0, (1, 2): 1.0, (1, 3): 0.5})
+    candidates, others = units((1, 2), (1, 3)), units((0, 0), (0, 3), (1, 0), (1, 1))
+    result = CausalCheck(loss, LAYERS, HEADS).choose(candidates, 2, others)
+    assert {(unit.layer, unit.heads[0]) for unit in result.kept} == {(0, 3), (1, 2)}
+    assert [effect.unit for effect in result.effects] == [*candidates, others[1]]
+    one_gone = [asked for asked in loss.asked if sum(map(len, asked)) == LAYERS * HEADS - 1]
+    assert all(0 in asked[1] and 1 in asked[1] for asked in one_gone), "(1, 0), (1, 1) not alone"
+
+
 def test_of_two_heads_that_do_the_same_one_is_kept() -> None:
     """Either alone looks dispensable, both together are not: what single masking cannot see."""
     twins = ((0, 0), (1, 1))
