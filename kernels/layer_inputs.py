@@ -58,3 +58,17 @@ class StoredQkv(NamedTuple):
     q_THD: Tensor  # after RoPE
     qi_QSI: Tensor | None  # index queries; None without an index
     ki_TXI: Tensor | None  # index keys that were not stored
+
+    def by_name(
+        self, full: StoredPool | None, window: StoredPool | None, index: IndexProjections | None
+    ) -> dict[str, Tensor]:
+        """This and what the call wrote to the pages that it was given."""
+        found = {name: value for name, value in self._asdict().items() if value is not None}
+        for name, pool in (("full", full), ("window", window)):
+            if pool is not None:
+                found |= {f"{name} keys": pool.k_cache, f"{name} values": pool.v_cache}
+        if index is not None and index.index_cache is not None:
+            found["index keys"] = index.index_cache
+            if index.index_scales is not None:
+                found["index scales"] = index.index_scales
+        return found

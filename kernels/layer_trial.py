@@ -195,13 +195,5 @@ class _Store:
 
     def written(self, store: Callable[..., StoredQkv]) -> dict[str, Tensor]:
         """What a call leaves, by name."""
-        result = store(*self._before, self.full, self._window, self.index)
-        found = {name: value for name, value in result._asdict().items() if value is not None}
-        for name, pool in (("full", self.full), ("window", self._window)):
-            if pool is not None:
-                found |= {f"{name} keys": pool.k_cache, f"{name} values": pool.v_cache}
-        if self.index is not None and self.index.index_cache is not None:
-            found["index keys"] = self.index.index_cache
-            if self.index.index_scales is not None:
-                found["index scales"] = self.index.index_scales
-        return found
+        pages = (self.full, self._window, self.index)
+        return store(*self._before, *pages).by_name(*pages)

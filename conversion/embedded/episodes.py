@@ -32,8 +32,8 @@ NEAR_QUESTIONS = 0.2  # share of those asked right after the fact: a look-up by 
 COPY_TOKENS = (8, 48)
 DIGITS = (3, 4, 5, 5, 5, 6, 7)  # of a value
 MIN_CODE = 16  # tokens of code that must be left
-PIECES = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\d|\s")  # of planted lines, as byte-level BPE
-# splits them; most lines are made of pieces seen before
+# Of planted lines, as byte-level BPE splits them; most lines are made of pieces seen before.
+PIECES = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\d|\s")
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
 
 
@@ -60,7 +60,8 @@ class EpisodeWriter:
         words = (text.strip("Ġ").upper() for text in letters)
         known = {w for w in words if w.isascii() and w.isalpha() and len(w) > 2}
         self._words = np.array(sorted(known - JUDGED_WORDS))
-        self._plain = sorted(w for w in letters if _is_plain(w) and f"Ġ{w}" in vocabulary.values())
+        spaced = {text[1:] for text in letters if text.startswith("Ġ")}
+        self._plain = sorted(w for w in spaced.intersection(letters) if _is_plain(w))
         self._pieces: dict[str, list[int]] = {}
 
     def write(

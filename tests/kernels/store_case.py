@@ -165,16 +165,7 @@ class StoreCase:
         return self._written(layer_reference.store_qkv)
 
     def _written(self, store: Callable[..., StoredQkv]) -> dict[str, Tensor]:
-        result = store(*self.arguments())
-        found = {name: value for name, value in result._asdict().items() if value is not None}
-        for name, pool in (("full", self.full), ("window", self.window)):
-            if pool is not None:
-                found |= {f"{name} keys": pool.k_cache, f"{name} values": pool.v_cache}
-        if self.index is not None and self.index.index_cache is not None:
-            found["index keys"] = self.index.index_cache
-            if self.index.index_scales is not None:
-                found["index scales"] = self.index.index_scales
-        return found
+        return store(*self.arguments()).by_name(self.full, self.window, self.index)
 
 
 def check_int8_store(case: StoreCase, library: KernelLibrary) -> None:
