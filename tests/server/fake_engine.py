@@ -30,7 +30,10 @@ EOS = 2
 
 
 class FakeEngine:
-    """`paused` holds all generation back; `scripts` answers given prompts with given ids."""
+    """`running`, cleared, holds all generation back, as does `pause_after` that many tokens.
+
+    `scripts` answers given prompts with given ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int = 256) -> None:
         self.state: EngineState = "ready"
@@ -48,6 +51,7 @@ class FakeEngine:
         self.submitted: list[SamplingParams] = []
         self.deadlines: list[float | None] = []
         self.scripts: dict[tuple[int, ...], list[int]] = {}
+        self.pause_after: int | None = None
         self.minus_infinity = False
         self.silence = 0.0
         self.running = asyncio.Event()
@@ -144,6 +148,8 @@ class FakeEngine:
             self._push(generation, RequestUpdate(request_id=0, finish_reason="length"))
         for place in range(params.max_tokens):
             await asyncio.sleep(0)
+            if place == self.pause_after:
+                self.running.clear()
             await self.running.wait()
             if generation.request_id not in self.live:
                 return
