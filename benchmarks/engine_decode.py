@@ -64,7 +64,7 @@ class DecodeLoop:
         start = time.perf_counter()
         batch = self._parts.scheduler.schedule()
         before = time.perf_counter()
-        result = self._parts.runner.execute(batch, self._requests)
+        result = self._parts.runner.start(batch, self._requests).finish()
         after = time.perf_counter()
         self._finish(batch, result)
         return time.perf_counter() - start, after - before

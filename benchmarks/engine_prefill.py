@@ -58,7 +58,7 @@ def engine_seconds(parts: EngineParts, prompt: list[int]) -> float:
     parts.scheduler.add(request)
     while not request.output:
         batch = parts.scheduler.schedule()
-        result = parts.runner.execute(batch, {0: request})
+        result = parts.runner.start(batch, {0: request}).finish()
         assert not result.failed, "values that are not finite"
         tokens = {i: sample.token for i, sample in result.samples.items()}
         parts.scheduler.update(batch, {i: t for i, t in tokens.items() if t is not None})

@@ -170,7 +170,7 @@ class EngineCore:
         self._note(StepNote(started, batch.num_tokens, ids))
         foreseen = self._scheduler.foresee(batch)
         try:
-            result = self._runner.execute(batch, self._requests)
+            result = self._runner.start(batch, self._requests).finish()
         except StepMemoryError as error:
             self._shrink(batch, error)
             return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Request
+from engine.token_draw import Draw
 from engine.transfer import upload
 
 _MASKED = torch.finfo(torch.float32).min  # finite: a row with every token masked stays a number
@@ -52,15 +53,17 @@ class LogitEdits:
         """Drop what is kept for a request that ended."""
         self._prompt_ids.pop(request_id, None)
 
-    def apply(self, logits_RV: Tensor, requests: Sequence[Request]) -> None:
+    def apply(self, logits_RV: Tensor, draws: Sequence[Draw]) -> None:
         """Change float32 logits in place: bias, then penalties, then masks.
+
+        Of a request that penalises, all tokens before the one to draw are in its output.
 
         Numbers are tensors even where one would do: dividing by a tensor rounds alike everywhere,
         dividing by a number is a product with its inverse on a GPU.
         """
         bias, repeated, counted, masked = _Places(), _Places(), _Places(), _Places()
-        for row, request in enumerate(requests):
-            self._collect(row, request, bias, repeated, counted, masked)
+        for row, draw in enumerate(draws):
+            self._collect(row, draw, bias, repeated, counted, masked)
         if bias.rows:
             at, (value_M,) = bias.on(logits_RV.device)
             logits_RV[at] += value_M
@@ -80,13 +83,14 @@ class LogitEdits:
     def _collect(
         self,
         row: int,
-        request: Request,
+        draw: Draw,
         bias: _Places,
         repeated: _Places,
         counted: _Places,
         masked: _Places,
     ) -> None:
         """What one request asks for; most ask for nothing."""
+        request, place = draw
         params = request.params
         for token, value in params.logit_bias.items():
             bias.add(row, token, value)
@@ -96,7 +100,7 @@ class LogitEdits:
         if params.presence_penalty or params.frequency_penalty:
             for token, times in Counter(request.output).items():
                 counted.add(row, token, params.presence_penalty, params.frequency_penalty, times)
-        if len(request.output) < params.min_tokens:
+        if place < params.min_tokens:
             for token in {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}:
                 masked.add(row, token)
 
@@ -108,13 +112,7 @@ class LogitEdits:
         return ids
 
 
-def asks_for_edits(request: Request) -> bool:
-    """Whether a request's logits are changed in this step."""
-    params = request.params
-    penalised = params.presence_penalty or params.frequency_penalty
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1.0
-        or (request.output and penalised)
-        or len(request.output) < params.min_tokens
-    )
+def asks_for_edits(draw: Draw) -> bool:
+    """Whether the logits of a token are changed."""
+    params = draw.request.params
+    return bool(params.logit_bias or params.penalises or draw.place < params.min_tokens)

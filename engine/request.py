@@ -29,6 +29,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # the same for prompt tokens (echo); disables cache hits
     attention_top_p: float | None = None  # (0, 1]; None takes the checkpoint's per-head values
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that were generated change the logits of those that follow."""
+        counted = self.presence_penalty or self.frequency_penalty
+        return bool(counted) or self.repetition_penalty != 1.0
+
 
 class Request:
     """Mutable state of one sequence in the engine.

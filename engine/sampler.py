@@ -23,14 +23,14 @@ from engine.logit_edits import LogitEdits, asks_for_edits
 from engine.messages import TokenLogprobs
 from engine.request import Request
 from engine.step import Sample
-from engine.token_draw import draw_plain, draw_restricted, is_restricted
+from engine.token_draw import Draw, draw_plain, draw_restricted, is_restricted
 from engine.transfer import Readback, upload
 
 
-def is_plain_greedy(request: Request) -> bool:
-    """Whether a request's next token is the argmax of its logits, and nothing else is asked."""
-    params = request.params
-    return params.temperature == 0 and params.logprobs is None and not asks_for_edits(request)
+def is_plain_greedy(draw: Draw) -> bool:
+    """Whether a token is the argmax of its logits, and nothing else is asked."""
+    params = draw.request.params
+    return params.temperature == 0 and params.logprobs is None and not asks_for_edits(draw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +73,26 @@ class Sampler:
         self._edits.forget(request_id)
 
     def sample(self, logits_RV: Tensor, requests: Sequence[Request]) -> list[Sample]:
-        """The next token of each request, at once; arguments as `queue`."""
+        """The next token of each request, at once."""
         readback = Readback()
-        pending = self.queue(logits_RV, requests, readback)
+        draws = [Draw(request, len(request.output)) for request in requests]
+        pending = self.queue(logits_RV, draws, readback)
         return pending.read(readback.fetch())
 
-    def queue(
-        self, logits_RV: Tensor, requests: Sequence[Request], readback: Readback
-    ) -> PendingSamples:
-        """Start choosing the next token of each request; does not wait for the device.
+    def queue(self, logits_RV: Tensor, draws: Sequence[Draw], readback: Readback) -> PendingSamples:
+        """Start choosing a token for each row; does not wait for the device.
 
         Args:
             logits_RV: float32, any device; overwritten where a row asks for changes.
-            requests: the owner of each row; `len(request.output)` is the index of the draw.
+            draws: what each row is for.
         """
         finite_R = finite_rows(logits_RV)
         logits_RV.masked_fill_(~finite_R.unsqueeze(1), 0.0)  # their tokens are not read
+        requests = [draw.request for draw in draws]
         reporting = [r for r, request in enumerate(requests) if request.params.logprobs is not None]
         raw_QV = _pick(logits_RV, reporting).log_softmax(dim=-1) if reporting else None
-        self._edits.apply(logits_RV, requests)
-        tokens_R = _choose(logits_RV, requests)
+        self._edits.apply(logits_RV, draws)
+        tokens_R = _choose(logits_RV, draws)
         reports = None
         if raw_QV is not None:
             count = max(requests[row].params.logprobs or 0 for row in reporting)
@@ -114,15 +114,15 @@ def top_logprobs(logprobs_V: Tensor, token: int, count: int) -> TokenLogprobs:
     return _ranked(_gather_report(logprobs_V[None], tokens_11, count)[0].tolist(), token, count)
 
 
-def _choose(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
+def _choose(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Tokens, int64 [R]; rows of a kind are drawn together."""
     tokens_R = logits_RV.argmax(dim=-1)
-    drawn = [r for r, request in enumerate(requests) if request.params.temperature > 0]
+    drawn = [r for r, (request, _) in enumerate(draws) if request.params.temperature > 0]
     for restricted, draw in ((False, draw_plain), (True, draw_restricted)):
-        rows = [r for r in drawn if is_restricted(requests[r].params) == restricted]
+        rows = [r for r in drawn if is_restricted(draws[r].request.params) == restricted]
         if rows:
-            chosen = draw(_pick(logits_RV, rows), [requests[r] for r in rows])
-            if len(rows) == len(requests):
+            chosen = draw(_pick(logits_RV, rows), [draws[r] for r in rows])
+            if len(rows) == len(draws):
                 return chosen
             tokens_R[upload(rows, torch.int64, logits_RV.device)] = chosen
     return tokens_R

@@ -34,14 +34,25 @@ class StepResult:
     layer_attended_fraction: dict[int, float] = field(default_factory=dict)  # by layer, this step
 
 
+class PendingStep(Protocol):
+    """A step that was started."""
+
+    def finish(self) -> StepResult:
+        """Wait for its results; to be called once. Raises as `Runner.start`."""
+        ...
+
+
 class Runner(Protocol):
-    """Computes batches. One per engine process."""
+    """Computes batches, one after another. One per engine process."""
 
     @property
     def info(self) -> EngineInfo: ...
 
-    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        """Store KV of all spans; sample where a span says so.
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
+        """Begin to store KV of all spans, and to sample where a span says so.
+
+        Args:
+            requests: by id, those of the batch at least; read before this returns.
 
         Raises:
             StepMemoryError: nothing of the step counts; any step may follow, parts of it again.

@@ -1,7 +1,8 @@
 """Between host and device without waiting more than once a step.
 
 What goes up is pinned and copied while the host goes on; what comes back is gathered into one
-tensor and fetched by one copy, the only point at which a step waits for the device.
+tensor and copied to pinned memory behind the step. Waiting for that copy is the only point at which
+the host waits for the device.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Readback:
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
         self._sizes: list[int] = []
+        self._on_host: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def add(self, values: Tensor) -> int:
         """Remember a tensor of numbers or flags; returns its place in what `fetch` gives."""
@@ -52,12 +55,28 @@ class Readback:
         self._sizes += sizes
         return list(range(first, len(self._sizes)))
 
+    def send(self) -> None:
+        """Queue the copy; what is queued later may write over the tensors. Add nothing any more."""
+        whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        self._parts.clear()
+        if whole.is_cuda:
+            self._on_host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+            self._on_host.copy_(whole, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+            self._arrived.record(torch.cuda.current_stream(whole.device))
+        else:
+            self._on_host = whole.clone()
+
     def fetch(self) -> list[list[float]]:
         """All of them as flat lists, in the order in which they were added. Waits."""
-        if not self._parts:
+        if not self._sizes:
             return []
-        whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        values: list[float] = whole.tolist()
+        if self._on_host is None:
+            self.send()
+        assert self._on_host is not None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._on_host.tolist()
         lists, start = [], 0
         for size in self._sizes:
             lists.append(values[start : start + size])

@@ -6,9 +6,9 @@ Legend: T tokens of the batch, E hidden size, R rows that sample, V logits width
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,25 +30,35 @@ from engine.request import Request
 from engine.sampler import PendingSamples, Sampler, is_plain_greedy
 from engine.step import PromptLogprobs, Sample, StepResult
 from engine.token_budget import PendingBudget, queue_budget
+from engine.token_draw import Draw
 from engine.transfer import Readback, upload
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class _PendingStep:
-    """A step that the device is computing: what will be read of it, and how."""
+    """Implements `engine.step.PendingStep`: what will be read of a step, and how."""
 
+    batch: Batch
+    readback: Readback
     finite: int  # place of a flag for each span: all its hidden states are finite
     samples: PendingSamples | None
     budget: PendingBudget | None
+    read: Callable[[_PendingStep], StepResult]
+    owners: Sequence[Request] = ()  # of the spans, and
     hidden_TE: Tensor | None = None  # of steps that may hold prompt tokens
 
-    def failed(self, batch: Batch, values: Sequence[Sequence[float]]) -> set[int]:
+    def finish(self) -> StepResult:
+        return self.read(self)
+
+    def failed(self, values: Sequence[Sequence[float]]) -> set[int]:
         """Requests with a hidden state that is not finite; also those that do not sample yet,
         because their pages would go into the prefix cache."""
-        flags = values[self.finite]  # padded rows follow
-        return {span.request_id for span, ok in zip(batch.spans, flags, strict=False) if not ok}
+        flags = zip(self.batch.spans, values[self.finite], strict=False)  # padded rows follow
+        return {span.request_id for span, ok in flags if not ok}
 
     def read_samples(self, values: Sequence[Sequence[float]]) -> dict[int, Sample]:
         """By request id."""
@@ -140,15 +150,47 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        """Compute one step. Requests whose values are not finite are named in `failed`.
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> _PendingStep:
+        """Queue one step on the device; its `finish` names in `failed` what was not finite.
 
         Raises:
             StepMemoryError: there was no memory. KV is written again to the same places, samples
                 depend on nothing that was kept, and block tables are sent anew: a retry is safe.
         """
+        return self._attempt(batch, lambda: self._start(batch, requests))
+
+    def _start(self, batch: Batch, requests: Mapping[int, Request]) -> _PendingStep:
+        readback = Readback()
+        if self._decode is not None and self._decode.takes(batch):
+            step = self._start_decode(self._decode, batch, requests, readback)
+        else:
+            step = self._start_mixed(batch, requests, readback)
+        readback.send()
+        return step
+
+    @torch.inference_mode()
+    def _finish(self, step: _PendingStep) -> StepResult:
+        return self._attempt(step.batch, lambda: self._read(step))
+
+    def _read(self, step: _PendingStep) -> StepResult:
+        values = step.readback.fetch()  # the one point at which a step waits for the device
+        failed = step.failed(values)
+        samples = step.read_samples(values)
+        failed |= {request_id for request_id, sample in samples.items() if sample.token is None}
+        self._scrub(span for span in step.batch.spans if span.request_id in failed)
+        attended, layer_fraction = step.budget.read(values) if step.budget else ({}, {})
+        return StepResult(
+            samples=samples,
+            failed=failed,
+            prompt_logprobs=self._prompt_logprobs(step, failed),
+            attended=attended,
+            layer_attended_fraction=layer_fraction,
+        )
+
+    def _attempt(self, batch: Batch, work: Callable[[], Result]) -> Result:
+        """Do a part of a step. Raises StepMemoryError where that finds no memory."""
         try:
-            return self._execute(batch, requests)
+            return work()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -161,26 +203,6 @@ class ModelRunner:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
         raise StepMemoryError(reason)
-
-    def _execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        readback = Readback()
-        if self._decode is not None and self._decode.takes(batch):
-            pending = self._start_decode(self._decode, batch, requests, readback)
-        else:
-            pending = self._start_mixed(batch, requests, readback)
-        values = readback.fetch()  # the one point at which a step waits for the device
-        failed = pending.failed(batch, values)
-        samples = pending.read_samples(values)
-        failed |= {request_id for request_id, sample in samples.items() if sample.token is None}
-        self._scrub(span for span in batch.spans if span.request_id in failed)
-        attended, layer_fraction = pending.budget.read(values) if pending.budget else ({}, {})
-        return StepResult(
-            samples=samples,
-            failed=failed,
-            prompt_logprobs=self._prompt_logprobs(batch, requests, pending.hidden_TE, failed),
-            attended=attended,
-            layer_attended_fraction=layer_fraction,
-        )
 
     def forget(self, request_id: int) -> None:
         """Drop what is kept for a request that ended; unknown ids are ignored."""
@@ -197,18 +219,18 @@ class ModelRunner:
         """One token of every span; a row's tokens are in the outputs unless a request asks more."""
         outputs = decode.run(batch, requests)
         rows = [row for row, span in enumerate(batch.spans) if span.sample]
-        owners = [requests[batch.spans[row].request_id] for row in rows]
+        draws = [_draw(batch.spans[row], requests) for row in rows]
         tokens, finite, *budget_parts = readback.add_joined(outputs.numbers, outputs.sizes)
-        if not all(map(is_plain_greedy, owners)):
+        if not all(map(is_plain_greedy, draws)):
             logits_RV = outputs.logits_RV[upload(rows, torch.int64, self._device)]
-            samples = self._sampler.queue(logits_RV.float(), owners, readback)
+            samples = self._sampler.queue(logits_RV.float(), draws, readback)
         else:
-            samples = PendingSamples(owners, tokens, finite, rows=rows)
+            samples = PendingSamples([draw.request for draw in draws], tokens, finite, rows=rows)
         budget = None
         if budget_parts:
             ids = [(row, batch.spans[row].request_id) for row in rows]
             budget = PendingBudget(ids, outputs.widths, budget_parts)
-        return _PendingStep(finite, samples, budget)
+        return _PendingStep(batch, readback, finite, samples, budget, self._finish)
 
     def _start_mixed(
         self, batch: Batch, requests: Mapping[int, Request], readback: Readback
@@ -221,33 +243,30 @@ class ModelRunner:
         unfit_T = ~hidden_TE.float().sum(dim=-1).isfinite()
         unfit_S = unfit_T.cumsum(0)[ends]  # up to the end of each span
         finite = readback.add(unfit_S.diff(prepend=unfit_S.new_zeros(1)) == 0)
-        rows, owners = [], []
+        rows, draws = [], []
         for span, (_, stop) in zip(batch.spans, _rows(batch), strict=True):
             if span.sample:
                 rows.append(stop - 1)
-                owners.append(requests[span.request_id])
+                draws.append(_draw(span, requests))
         samples = None
         if rows:
             logits_RV = self._decoder.logits(hidden_TE[upload(rows, torch.int64, self._device)])
-            samples = self._sampler.queue(logits_RV, owners, readback)
+            samples = self._sampler.queue(logits_RV, draws, readback)
         budget = queue_budget(batch, attention.attended, readback)
-        return _PendingStep(finite, samples, budget, hidden_TE)
+        owners = [requests[span.request_id] for span in batch.spans]
+        return _PendingStep(
+            batch, readback, finite, samples, budget, self._finish, owners, hidden_TE
+        )
 
-    def _prompt_logprobs(
-        self,
-        batch: Batch,
-        requests: Mapping[int, Request],
-        hidden_TE: Tensor | None,
-        failed: set[int],
-    ) -> dict[int, PromptLogprobs]:
+    def _prompt_logprobs(self, step: _PendingStep, failed: set[int]) -> dict[int, PromptLogprobs]:
         result: dict[int, PromptLogprobs] = {}
-        if hidden_TE is None:
+        if step.hidden_TE is None:
             return result
-        for span, (start, stop) in zip(batch.spans, _rows(batch), strict=True):
-            request = requests[span.request_id]
+        rows = _rows(step.batch)
+        for span, request, (start, stop) in zip(step.batch.spans, step.owners, rows, strict=True):
             asked = span.rule == "prefill" and request.params.prompt_logprobs is not None
             if asked and span.request_id not in failed:
-                hidden = hidden_TE[start:stop]
+                hidden = step.hidden_TE[start:stop]
                 result[span.request_id] = prompt_logprobs(
                     span, request, hidden, self._decoder.logits, self.info.vocab_size
                 )
@@ -277,6 +296,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(word in str(error) for word in words)
+
+
+def _draw(span: Span, requests: Mapping[int, Request]) -> Draw:
+    request = requests[span.request_id]
+    return Draw(request, span.stop - request.prompt_len)
 
 
 def _rows(batch: Batch) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from engine.core import build_engine, run_engine
 from engine.messages import EngineInfo
 from engine.process import EngineProcess
 from engine.request import Request, SamplingParams
-from engine.step import EngineParts, Runner, StepResult
+from engine.step import EngineParts, PendingStep, Runner
 from tests.engine.process_bench import POLICY, finish
 
 FAULTY_STEP = 3
@@ -43,13 +43,13 @@ class BreakingRunner:
     def info(self) -> EngineInfo:
         return self._runner.info
 
-    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
         self._decode_steps += all(span.rule == "decode" for span in batch.spans)
         if self._decode_steps == FAULTY_STEP and self._marker.exists():
             self._marker.unlink()
             values = torch.zeros(4, device=self.info.device)
             values[torch.tensor([2**20], device=self.info.device)] += 1
-        return self._runner.execute(batch, requests)
+        return self._runner.start(batch, requests)
 
     def forget(self, request_id: int) -> None:
         self._runner.forget(request_id)

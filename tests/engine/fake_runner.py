@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from engine.batch import Batch, Span
 from engine.counter_rng import uniform
@@ -94,6 +95,16 @@ def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
     return Scheduler(pools, max_num_seqs=info.max_num_seqs, max_batch_tokens=max_batch_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """Implements `engine.step.PendingStep`."""
+
+    result: StepResult
+
+    def finish(self) -> StepResult:
+        return self.result
+
+
 class FakeRunner:
     """Implements `engine.step.Runner`."""
 
@@ -115,7 +126,11 @@ class FakeRunner:
         self._full: dict[int, int] = {}  # slot -> token
         self._windowed: dict[int, int] = {}
 
-    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> FinishedStep:
+        """Computes it at once."""
+        return FinishedStep(self.compute(batch, requests))
+
+    def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         self._claim_memory(batch)
         self.steps.append(batch)
         if self._step_seconds:  # even a sleep of nothing gives the core away

@@ -162,8 +162,8 @@ def test_stop_ids_end_a_request_and_are_reported() -> None:
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_end_of_sequence_stops_unless_ignored(ignore_eos: bool) -> None:
     class Ender(FakeRunner):
-        def execute(self, batch: Any, requests: Any) -> Any:
-            result = super().execute(batch, requests)
+        def compute(self, batch: Any, requests: Any) -> Any:
+            result = super().compute(batch, requests)
             for request_id, sample in result.samples.items():
                 result.samples[request_id] = type(sample)(EOS, None)
             return result

@@ -32,7 +32,7 @@ request = Request(0, [7 + i % 4000 for i in range(8190)], SamplingParams(max_tok
 parts.scheduler.add(request)
 while request.total < 8192:
     batch = parts.scheduler.schedule()
-    result = parts.runner.execute(batch, {0: request})
+    result = parts.runner.start(batch, {0: request}).finish()
     parts.scheduler.update(batch, {i: sample.token for i, sample in result.samples.items()})
 # Not ru_maxrss, which begins at the size of the process that started this one.
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -202,7 +202,7 @@ def test_f03_the_note_tells_the_poison_from_who_waits_for_a_slot() -> None:
 
 
 class Mortal(FakeRunner):
-    def execute(self, *_: Any) -> Any:
+    def start(self, *_: Any) -> Any:
         raise SystemError
 
 

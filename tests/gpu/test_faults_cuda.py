@@ -61,16 +61,16 @@ def test_F05_a_real_out_of_memory_is_survived(monkeypatch: pytest.MonkeyPatch) -
     torch.cuda.reset_peak_memory_stats()
     assert tokens_of(generate(parts, wanted)) == tokens_of(expected)
     needed = torch.cuda.max_memory_allocated() - before
-    failures, execute = [], ModelRunner.execute
+    failures, attempt = [], ModelRunner._attempt
 
     def counting(self: ModelRunner, *args: Any) -> Any:
         try:
-            return execute(self, *args)
+            return attempt(self, *args)
         except StepMemoryError as error:
             failures.append(str(error))
             raise
 
-    monkeypatch.setattr(ModelRunner, "execute", counting)
+    monkeypatch.setattr(ModelRunner, "_attempt", counting)
     ballast = fill_memory(leave=needed // 3)
     try:
         got = generate(parts, wanted)

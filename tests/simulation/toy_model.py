@@ -88,9 +88,9 @@ class SimulatedRunner(FakeRunner):
         self._before = before
         self._after = after
 
-    def execute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
+    def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         self._before(batch)
-        result = super().execute(batch, requests)
+        result = super().compute(batch, requests)
         self._after()
         return result
 
