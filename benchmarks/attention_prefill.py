@@ -1,4 +1,4 @@
-"""Prefill attention of one layer: inputs, work and times; `rtpurbo bench attention` prints them.
+"""Prefill attention of one layer: inputs and work; `rtpurbo bench attention` prints the times.
 
 The layer is that of `benchmarks.attention_layer`. One whole prompt, no chunks.
 """
@@ -6,7 +6,6 @@ The layer is that of `benchmarks.attention_layer`. One whole prompt, no chunks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,19 +84,3 @@ def attended_pairs(tokens: int, window: int | None, sinks: int) -> int:
     far = sum(min(sinks, gone) for gone in range(1, min(late, sinks) + 1))
     far += max(0, late - sinks) * sinks
     return window * (window + 1) // 2 + late * window + far
-
-
-def milliseconds(call: Callable[[], object], repeats: int, warm: int = 1) -> list[float]:
-    """Times of calls one after another, by device events."""
-    for _ in range(warm):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_layer import BLOCK, INDEX_DIM, TOP_P
-from benchmarks.attention_prefill import PrefillCase, milliseconds
+from benchmarks.attention_prefill import PrefillCase
+from benchmarks.device_times import milliseconds
 from kernels._launch import KernelLibrary
 from kernels.cuda_prefill import BlockLists
 from kernels.device_sparse_prefill import attend_lists, choose_lists, score_tiles

@@ -8,28 +8,79 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from benchmarks.attention_targets import length_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+PEERS = ("flash", "cudnn", "flashinfer")
+
+
 def prefill_table(records: Sequence[dict[str, Any]]) -> Table:
     """Milliseconds, TFLOP/s on the unmasked work, and ratios."""
-    columns = "tokens|flash ms|cudnn ms|window ms|TFLOP/s|retrieval ms|TFLOP/s|total ms|floor ms"
-    columns += "|over flash|over cudnn|sparse over flash"
+    columns = "tokens|flash ms|cudnn ms|flashinfer ms|window ms|TFLOP/s|of flashinfer|retrieval ms"
+    columns += "|TFLOP/s|total ms|floor ms|over flash|over fastest|sparse over flash"
     table = _table("prefill attention of one layer", columns)
     for record in records:
         dense, ratio = record["dense_ms"], record["times_faster"]
         table.add_row(
-            _thousands(record["tokens"]),
-            *(_fixed(dense.get(name)) for name in ("flash", "cudnn")),
+            length_name(record["tokens"]),
+            *(_fixed(dense.get(name)) for name in PEERS),
             _best(record["window_ms"]),
             f"{record['window_teraflops']:.0f}",
+            _fixed(record["window_peer"].get("teraflops")),
             _best(record["retrieval_ms"]),
             f"{record['retrieval_teraflops']:.0f}",
             _fixed(record["total_ms"]),
             _fixed(record["floor_ms"]),
-            *(_times(ratio.get(name)) for name in ("flash", "cudnn")),
+            _times(ratio.get("flash")),
+            f"{_times(min(ratio.values(), default=None))} {record['fastest_dense'] or ''}",
             _times(record["sparse_times_faster"].get("flash")),
+        )
+    return table
+
+
+def decode_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Microseconds of a layer, its parts, shares of the copy bandwidth, and ratios."""
+    columns = "rows x context|share|flash|cudnn|flashinfer|sparse|over fastest|select|of copy"
+    columns += "|attention|of copy|local|retrieval|floor|int8|over fastest|select|of copy"
+    table = _table("decode attention of one layer, microseconds", columns)
+    for record in records:
+        dense, sparse, int8 = record["dense"], record["sparse"], record["sparse"]["int8"]
+        table.add_row(
+            f"{record['rows']} x {length_name(record['context'])}",
+            f"{sparse['attended_fraction']:.1%}",
+            *(_fixed(dense.get(name)) for name in PEERS),
+            _fixed(sparse["microseconds"]),
+            _times(record["ratio"]),
+            _fixed(sparse["select_microseconds"]),
+            f"{sparse['select_share_of_copy']:.0%}",
+            _fixed(sparse["attention_microseconds"]),
+            f"{sparse['attention_share_of_copy']:.0%}",
+            _fixed(sparse["local_microseconds"]),
+            _fixed(sparse["retrieval_microseconds"]),
+            _fixed(sparse["floor_microseconds"]),
+            _fixed(int8["microseconds"]),
+            _times(record["int8_ratio"]),
+            _fixed(int8["select_microseconds"]),
+            f"{int8['select_share_of_copy']:.0%}",
+        )
+    return table
+
+
+def targets_table(targets: Sequence[dict[str, Any]]) -> Table:
+    """What was aimed at beside what was measured."""
+    table = _table("targets", "where|what|at least|measured|")
+    verdicts = {None: "not measured", True: "hit", False: "missed"}
+    for target in targets:
+        figure, unit = target["figure"], target["unit"]
+        table.add_row(
+            target["where"],
+            target["what"],
+            f"{target['least']:g} {unit}",
+            "-" if figure is None else f"{figure:.2f} {unit}",
+            verdicts[target["hit"]],
         )
     return table
 
@@ -52,10 +103,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_prefill(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
-    for name in ("flash", "cudnn"):
+    for name in PEERS:
         ran = [record for record in records if name in record["dense_ms"]]
         times = [record["dense_ms"][name] for record in ran]
-        axes.plot([r["tokens"] for r in ran], times, marker="o", label=f"dense, {name}")
+        if ran:
+            axes.plot([r["tokens"] for r in ran], times, marker="o", label=f"dense, {name}")
     tokens = [record["tokens"] for record in records]
     axes.plot(tokens, [record["total_ms"] for record in records], marker="o", label="head-wise")
     axes.plot(tokens, [record["floor_ms"] for record in records], ls="--", label="its floor")
@@ -93,7 +145,3 @@ def _fixed(value: float | None) -> str:
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}K"

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.attention_prefill import PrefillCase, milliseconds
+from benchmarks.attention_prefill import PrefillCase
+from benchmarks.device_times import milliseconds
 from benchmarks.hardware import describe_hardware
 from kernels import cuda_prefill
 from kernels._build import KernelBuildError, default_cache, find_library

@@ -22,6 +22,9 @@ def bench_attention(
         Literal["prefill", "decode"] | None, typer.Option(help="Leave the other one out.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as a picture.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the JSON to this file, after every row.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prefill and decode attention of one layer beside dense attention, on this host's GPU."""
@@ -35,9 +38,11 @@ def bench_attention(
         lengths=numbers(lengths) if lengths else chosen,
         prefill=only != "decode",
         decode=only != "prefill",
+        picture=plot,
+        out=out,
     )
     try:
-        result = measure(bench, plot)
+        result = measure(bench)
     except BenchError as error:
         fail(error)
     if as_json:

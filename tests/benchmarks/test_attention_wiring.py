@@ -1,0 +1,78 @@
+"""The attention benchmarks from end to end at small shapes: kernels in emulation, nothing timed."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import (
+    attention_decode,
+    attention_sparse_prefill,
+    decode_layers,
+    dense_decode,
+    dense_prefill,
+    prefill_figures,
+)
+from benchmarks.attention_layer import BLOCK, DIM, KV_HEADS, RETRIEVAL
+from benchmarks.flashinfer_peer import FlashInfer
+from kernels import prefill_triton
+from kernels._launch import KernelLibrary
+from tests.benchmarks import fake_flashinfer
+from tests.benchmarks.without_gpu import TIME, without_gpu
+from tests.kernels.emulation.library import compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to emulate with")
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> FlashInfer:
+    for name, module in fake_flashinfer.modules(lambda specs: None).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return FlashInfer.make(torch.device("cpu"))
+
+
+def test_a_decode_row_has_all_peers_and_parts(
+    monkeypatch: pytest.MonkeyPatch, emulated_kernels: KernelLibrary, peer: FlashInfer
+) -> None:
+    rows, context = 2, 5 * BLOCK
+    monkeypatch.setattr(decode_layers, "MOST_LAYERS", 2)
+    monkeypatch.setattr(decode_layers, "BYTES_PER_GRAPH", 2**22)
+    monkeypatch.setattr(dense_decode, "BYTES_PER_GRAPH", 2**22)
+    monkeypatch.setattr(attention_decode, "SHARES", (0.03,))
+    bandwidth = 1e12
+    with without_gpu(monkeypatch, decode_layers, dense_decode):
+        (record,) = attention_decode.records(emulated_kernels, [(rows, context)], bandwidth, peer)
+    assert record["dense"]["flashinfer"] == TIME
+    assert record["dense"]["flash"] == TIME
+    assert record["ratio"] == record["int8_ratio"] == 1.0
+    sparse = record["sparse"]
+    # The window is longer than the context: every block is needed once by every KV head.
+    kv_bytes = rows * context * KV_HEADS * DIM * 4
+    index_bytes = rows * context * len(RETRIEVAL) * 32
+    assert sparse["attention_share_of_copy"] == pytest.approx(kv_bytes / 1e-5 / bandwidth)
+    assert sparse["select_share_of_copy"] == pytest.approx(index_bytes / 1e-5 / bandwidth)
+    assert sparse["floor_microseconds"] == pytest.approx(1e6 * (kv_bytes + index_bytes) / bandwidth)
+    int8_bytes = index_bytes * 18 / 32
+    assert sparse["int8"]["select_share_of_copy"] == pytest.approx(int8_bytes / 1e-5 / bandwidth)
+    assert 0 < sparse["attended_fraction"] <= 1
+
+
+def test_a_prefill_row_has_all_peers_and_parts(
+    monkeypatch: pytest.MonkeyPatch, emulated_kernels: KernelLibrary, peer: FlashInfer
+) -> None:
+    def refuses(*args: object) -> None:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(prefill_triton, "attend_spans", refuses)
+    parts = (dense_prefill, prefill_figures, attention_sparse_prefill)
+    with without_gpu(monkeypatch, *parts):
+        record = prefill_figures.prefill_record(emulated_kernels, 2 * BLOCK, 1e12, peer)
+    assert record["dense_ms"]["flashinfer"] == TIME
+    assert record["window_peer"]["milliseconds"] == TIME
+    assert record["window_ms"] == {"cuda": TIME}
+    assert record["retrieval_ms"]["cuda"] == TIME
+    assert record["retrieval_ms"]["flashinfer"] == TIME
+    assert record["times_faster"]["flashinfer"] == 0.5
+    assert set(record["sparse_ms"]) == {"score", "select", "attend"}

@@ -1,0 +1,123 @@
+"""FlashInfer as a peer: wired as its API wants it, checked before it is timed, optional."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.flashinfer_peer import FlashInfer, PeerError
+from tests.benchmarks import fake_flashinfer
+
+CPU = torch.device("cpu")
+Built = list[tuple[str, bool]]
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    prefill: type = fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+    build: Callable[..., None] | None = None,
+) -> Built:
+    """Put the fake in the library's place; the modules that were compiled."""
+    built: Built = []
+    for name, module in fake_flashinfer.modules(build or built.extend, prefill).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return built
+
+
+def test_answers_of_all_calls_are_those_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = install(monkeypatch)
+    peer = FlashInfer.make(CPU)
+    assert built == [("fa3", False), ("fa3", True), ("fa2", False)]
+    facts = peer.facts()
+    assert facts["version"] == "0.6.8"
+    assert facts["build_seconds"] >= 0
+
+
+def test_layers_of_a_decode_graph_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    peer = FlashInfer.make(CPU)
+    caches = [(torch.randn(6, 2, 64, 16), torch.randn(6, 2, 64, 16)) for _ in range(3)]
+    caches = [(k.bfloat16(), v.bfloat16()) for k, v in caches]
+    q = torch.randn(2, 4, 16).bfloat16()
+    calls = peer.decode_calls(q, caches, torch.tensor([[4, 0, 2], [1, 5, 3]]))
+    first = [call() for call in calls]
+    assert len(calls) == 3
+    assert all(isinstance(out, Tensor) for out in first)
+    wrapper = inspect.getclosurevars(calls[0]).nonlocals["wrapper"]
+    assert wrapper.plans == 1
+
+
+class ForgetsItsWindow(fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper):
+    def run(self, q: Tensor, cache: tuple[Tensor, Tensor], *, out: Tensor | None = None) -> Tensor:
+        self.window_left = -1
+        return super().run(q, cache, out=out)
+
+
+class OneTooWide(fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper):
+    def run(self, q: Tensor, cache: tuple[Tensor, Tensor], *, out: Tensor | None = None) -> Tensor:
+        self.window_left += self.window_left >= 0
+        return super().run(q, cache, out=out)
+
+
+class WritesNothing(fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper):
+    def run(self, q: Tensor, cache: tuple[Tensor, Tensor], *, out: Tensor | None = None) -> Tensor:
+        assert out is not None
+        return out
+
+
+@pytest.mark.parametrize(
+    ("prefill", "what"),
+    [
+        (ForgetsItsWindow, "^windowed prefill is off by"),
+        (OneTooWide, "^windowed prefill is off by"),
+        (WritesNothing, "^prefill is off by nan"),
+    ],
+)
+def test_what_computes_something_else_is_no_peer(
+    prefill: type, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, prefill)
+    with pytest.raises(PeerError, match=what):
+        FlashInfer.make(CPU)
+
+
+def fails(specs: object) -> None:
+    raise RuntimeError("Ninja build failed. Ninja output:\n[1/11] nvcc ...\nerror: no space left\n")
+
+
+def test_a_failed_build_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, build=fails)
+    with pytest.raises(PeerError, match=r"^RuntimeError: Ninja .* output: error: no space left$"):
+        FlashInfer.make(CPU)
+
+
+def test_a_host_without_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(PeerError, match=r"^ModuleNotFoundError: .*flashinfer"):
+        FlashInfer.make(CPU)
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer is not installed")
+@pytest.mark.parametrize("path", ["", ".__init__", ".plan", ".run"])
+@pytest.mark.parametrize("kind", ["Decode", "Prefill"])
+def test_the_fake_has_the_parameters_of_the_library(kind: str, path: str) -> None:
+    name = f"Batch{kind}WithPagedKVCacheWrapper"
+    compare(getattr(import_module("flashinfer"), name), getattr(fake_flashinfer, name), path)
+
+
+def compare(real: Any, fake: Any, path: str) -> None:
+    """Positional parameters in the same order, the others there by name."""
+    if path:
+        real, fake = (getattr(thing, path.removeprefix(".")) for thing in (real, fake))
+    of_real, of_fake = (inspect.signature(thing).parameters for thing in (real, fake))
+    places = [name for name, at in of_fake.items() if at.kind is at.POSITIONAL_OR_KEYWORD]
+    assert list(of_real)[: len(places)] == places
+    assert set(of_fake) <= set(of_real)
