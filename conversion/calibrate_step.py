@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from conversion.answer_loss import AnswerLoss
 from conversion.attention_samples import planted_document
 from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
-from conversion.causal_check import CANDIDATES, AnswerLoss, CausalCheck, CausalResult
+from conversion.causal_check import CANDIDATES, CausalCheck, CausalResult
 from conversion.convert_options import ConvertOptions
 from conversion.head_roles import (
     HeadRule,
@@ -109,10 +110,8 @@ class CalibrateStep:
         rule: HeadRule = options.rule()
         ranked = ranked_units(scores, rule, config.group_size)
         budget = unit_budget(ranked, rule)
-        candidates = best_units(ranked, rule, ceil(CANDIDATES * budget))
-        # A bound on KV heads is kept by looking only among those of the best scores.
-        bounded = rule.max_kv_heads is not None
-        others = [] if bounded else [unit for unit in ranked if unit not in candidates]
+        candidates = best_units(ranked, ceil(CANDIDATES * budget))
+        others = ranked[len(candidates) :]
         documents = [
             planted_document(ids, self._tokenizer, 2 * 1_000_003 * options.seed + number)
             for number, ids in enumerate(self._texts(self._lengths[-1]))
@@ -123,7 +122,9 @@ class CalibrateStep:
         # Elimination shrinks a round's work by about a quarter; the total is not known before.
         total = 3 + config.num_layers + 7 * len(candidates)
         with progress_bar(self._console, "causal check", total) as advance:
-            check = CausalCheck(loss, config.num_layers, config.num_heads, advance)
+            check = CausalCheck(
+                loss, config.num_layers, config.num_heads, advance, rule.max_kv_heads
+            )
             return check.choose(candidates, budget, others), loss.window_tokens
 
     def _texts(self, length: int) -> list[list[int]]:

@@ -10,7 +10,8 @@ candidates, the best by score and more than will be kept,
 1. each is measured alone: the loss when it is taken from a model that is otherwise dense, and when
    it is given to a model of which every other head is local;
 2. backward elimination: with all candidates kept and the rest local, those whose loss costs least
-   are dropped, in rounds, until as many are left as may be kept;
+   are dropped, in rounds, until as many are left as may be kept; if KV heads are bounded, whole KV
+   heads go first, those whose candidates together cost least;
 3. forward selection: a dropped one that gains more than a kept one costs takes its place;
 4. one that changes nothing, in any of these measurements, only looks, and is dropped.
 
@@ -22,18 +23,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from conversion.attention_samples import PlantedDocument
-from conversion.document_attention import LayerView, watch_document
-from conversion.head_roles import HeadUnit, heads_of
-from conversion.parallel import Ranks
-from engine.model.config import SparseAttentionConfig
-from engine.model.decoder import Decoder
+from conversion.head_roles import HeadUnit, best_units, heads_of, in_kv_heads
 
 CANDIDATES = 2.0  # times as many as may be kept
-WINDOW_SHARE = 1 / 8
 LEAST_GAP = 0.05  # nats between local and dense, below which nothing can be told apart
 NOTHING = 0.002  # of that gap, below which a change is none
 MAX_SWAPS = 4
@@ -66,54 +58,6 @@ class CausalResult:
         return [effect.unit for effect in self.effects if effect.kept]
 
 
-class AnswerLoss:
-    """The retrieval loss of a model for given head roles, over some documents."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        documents: Sequence[PlantedDocument],
-        window_tokens: int,
-        sink_tokens: int,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self._decoder = decoder
-        self._ranks = ranks or Ranks()
-        self._documents = documents
-        shortest = min(len(document.ids) for document in documents)
-        self.window_tokens = max(1, min(window_tokens, int(WINDOW_SHARE * shortest)))
-        self._sinks = sink_tokens
-
-    def __call__(self, retrieval_heads: Sequence[Sequence[int]]) -> float:
-        """Nats per answer token; every process takes its part of the documents."""
-        sparse = SparseAttentionConfig(
-            retrieval_heads=tuple(tuple(heads) for heads in retrieval_heads),
-            window_tokens=self.window_tokens,
-            sink_tokens=self._sinks,
-            index_dim=None,
-        )
-        config = replace(self._decoder.config, sparse=sparse)
-        loss, count = 0.0, 0
-        for document in self._documents[self._ranks.rank :: self._ranks.world]:
-            hidden_TE = watch_document(self._decoder, config, document.ids, _look_away)
-            loss += float(_answer_losses(self._decoder, hidden_TE, document).sum())
-            count += len(document.answers)
-        loss, total = self._ranks.total([loss, count])
-        return loss / total
-
-
-@torch.no_grad()
-def _answer_losses(decoder: Decoder, hidden_TE: Tensor, document: PlantedDocument) -> Tensor:
-    rows_R = torch.tensor(document.answers, device=hidden_TE.device)
-    ids_T = torch.tensor(document.ids, device=hidden_TE.device)
-    log_RV = decoder.logits(hidden_TE[rows_R]).log_softmax(-1)
-    return -log_RV.gather(1, ids_T[rows_R + 1][:, None])[:, 0]
-
-
-def _look_away(view: LayerView) -> None:
-    """Nothing of the layer is wanted."""
-
-
 class CausalCheck:
     """Chooses units of one model by the loss that they change."""
 
@@ -123,14 +67,17 @@ class CausalCheck:
         layers: int,
         heads: int,
         advance: Callable[[], None] = lambda: None,
+        max_kv_heads: int | None = None,
     ) -> None:
         """
         Args:
-            loss: see `AnswerLoss`.
+            loss: see `conversion.answer_loss`.
             heads: query heads per layer.
             advance: called after every loss.
+            max_kv_heads: units of so many KV heads are kept at most.
         """
         self._layers, self._heads = layers, heads
+        self._max_kv_heads = max_kv_heads
         self._loss = loss
         self._advance = advance
 
@@ -146,11 +93,8 @@ class CausalCheck:
         dense, local = self._measure(everything), self._of([])
         if local - dense < LEAST_GAP:
             note = "retrieval does not depend on far attention here: heads are kept by score"
-            effects = [
-                UnitEffect(unit, 0.0, 0.0, kept=number < budget)
-                for number, unit in enumerate(candidates)
-            ]
-            kept = [effect.unit for effect in effects if effect.kept]
+            kept = best_units(candidates, budget, self._max_kv_heads)
+            effects = [UnitEffect(unit, 0.0, 0.0, kept=unit in kept) for unit in candidates]
             return CausalResult(dense, local, self._of(kept), effects, note)
         nothing = NOTHING * (local - dense)
         alone = [self._alone(unit, everything, dense, local) for unit in candidates]
@@ -160,7 +104,7 @@ class CausalCheck:
         ]
         alone += [effect for effect in missed if max(effect.taken, effect.given) > nothing]
         candidates = [effect.unit for effect in alone]
-        left = self._swap(self._eliminate(candidates, budget), candidates)
+        left = self._swap(self._reduce(candidates, budget), candidates)
         left = self._drop_idle(left, alone, nothing)
         effects = [replace(effect, kept=effect.unit in left) for effect in alone]
         return CausalResult(dense, local, self._of(left), effects)
@@ -182,26 +126,35 @@ class CausalCheck:
         taken = self._measure(_without(everything, [unit])) - dense
         return UnitEffect(unit, taken, local - self._of([unit]))
 
-    def _eliminate(self, left: list[HeadUnit], budget: int) -> list[HeadUnit]:
+    def _reduce(self, candidates: Sequence[HeadUnit], budget: int) -> list[HeadUnit]:
+        """Within the bound on KV heads, if there is one, then within the budget."""
+        left = list(candidates)
+        if self._max_kv_heads is not None:
+            left = self._eliminate(in_kv_heads(left), self._max_kv_heads)
+        return self._eliminate([[unit] for unit in left], budget)
+
+    def _eliminate(self, parts: list[list[HeadUnit]], most: int) -> list[HeadUnit]:
         """Drop the cheapest, half of what is too much at a time: costs change as others go."""
-        while len(left) > budget:
-            costs = self._costs(left)
-            count = -(-(len(left) - budget) // 2)
-            cheapest = sorted(range(len(left)), key=lambda place: costs[place])[:count]
-            left = [unit for place, unit in enumerate(left) if place not in cheapest]
-        return left
+        while len(parts) > most:
+            costs = self._costs(parts)
+            count = -(-(len(parts) - most) // 2)
+            cheapest = sorted(range(len(parts)), key=lambda place: costs[place])[:count]
+            parts = [part for place, part in enumerate(parts) if place not in cheapest]
+        return [unit for part in parts for unit in part]
 
     def _swap(self, left: list[HeadUnit], candidates: Sequence[HeadUnit]) -> list[HeadUnit]:
         """Exchange the dropped unit that gains most for the kept one that costs least."""
         loss = self._of(left)
         for _ in range(MAX_SWAPS):
-            dropped = [unit for unit in candidates if unit not in left]
+            dropped = [
+                unit for unit in candidates if unit not in left and self._fits([*left, unit])
+            ]
             if not dropped or not left:
                 break
             gains = [loss - self._of([*left, unit]) for unit in dropped]
             best = dropped[max(range(len(dropped)), key=lambda place: gains[place])]
             wider = [*left, best]
-            costs = self._costs(wider)
+            costs = self._costs([[unit] for unit in wider])
             weakest = min(range(len(wider)), key=lambda place: costs[place])
             changed = [unit for place, unit in enumerate(wider) if place != weakest]
             changed_loss = self._of(changed)
@@ -210,19 +163,23 @@ class CausalCheck:
             left, loss = changed, changed_loss
         return left
 
+    def _fits(self, units: Sequence[HeadUnit]) -> bool:
+        return self._max_kv_heads is None or len(in_kv_heads(units)) <= self._max_kv_heads
+
     def _drop_idle(
         self, left: list[HeadUnit], alone: Sequence[UnitEffect], nothing: float
     ) -> list[HeadUnit]:
         """Without the units that only look; at least one unit stays."""
-        costs = dict(zip(left, self._costs(left), strict=True))
+        costs = dict(zip(left, self._costs([[unit] for unit in left]), strict=True))
         most = {e.unit: max(e.taken, e.given) for e in alone}
         busy = [unit for unit in left if max(costs[unit], most[unit]) > nothing]
         return busy or [max(left, key=lambda unit: costs[unit])]
 
-    def _costs(self, left: Sequence[HeadUnit]) -> list[float]:
-        """The loss without each unit; only their order and differences matter."""
-        whole = self._of(left)
-        return [self._of([u for u in left if u is not unit]) - whole for unit in left]
+    def _costs(self, parts: Sequence[Sequence[HeadUnit]]) -> list[float]:
+        """What the loss grows by without each part; only order and differences matter."""
+        units = [unit for part in parts for unit in part]
+        whole = self._of(units)
+        return [self._of([unit for unit in units if unit not in part]) - whole for part in parts]
 
     def _of(self, units: Sequence[HeadUnit]) -> float:
         return self._measure(heads_of(units, self._layers))

@@ -31,7 +31,8 @@ class HeadRule:
     `share`: this share of all query heads or KV heads (at least one).
     `mass`: if given, instead of `share`, the fewest whose scores add up to this share of the sum of
     all scores.
-    `max_kv_heads`: if given, only heads of so many KV heads, those of the best heads, are kept.
+    `max_kv_heads`: if given, only heads of so many KV heads are kept: those of the best heads, or
+    with the causal check those without which most is lost.
     """
 
     share: float = 0.15
@@ -114,19 +115,26 @@ def unit_budget(ranked: Sequence[HeadUnit], rule: HeadRule) -> int:
     return len(ranked)
 
 
-def best_units(ranked: Sequence[HeadUnit], rule: HeadRule, count: int) -> list[HeadUnit]:
-    """The first `count` units that `max_kv_heads` lets through."""
-    kept_kv: set[tuple[int, int]] = set()
+def best_units(
+    ranked: Sequence[HeadUnit], count: int, max_kv_heads: int | None = None
+) -> list[HeadUnit]:
+    """The first `count` of the units, without those that would take one KV head too many."""
     chosen: list[HeadUnit] = []
     for unit in ranked:
-        kv = (unit.layer, unit.kv_head)
-        if kv not in kept_kv and rule.max_kv_heads == len(kept_kv):
-            continue
-        kept_kv.add(kv)
-        chosen.append(unit)
+        wider = [*chosen, unit]
+        if max_kv_heads is None or len(in_kv_heads(wider)) <= max_kv_heads:
+            chosen = wider
         if len(chosen) == count:
             break
     return chosen
+
+
+def in_kv_heads(units: Sequence[HeadUnit]) -> list[list[HeadUnit]]:
+    """The units of each KV head that has any, KV heads and units in the order given."""
+    parts: dict[tuple[int, int], list[HeadUnit]] = {}
+    for unit in units:
+        parts.setdefault((unit.layer, unit.kv_head), []).append(unit)
+    return list(parts.values())
 
 
 def heads_of(units: Sequence[HeadUnit], layers: int) -> list[list[int]]:
@@ -140,7 +148,8 @@ def heads_of(units: Sequence[HeadUnit], layers: int) -> list[list[int]]:
 def choose_heads(scores: Scores, rule: HeadRule, group_size: int) -> list[list[int]]:
     """Retrieval heads per layer, ascending, by score alone."""
     ranked = ranked_units(scores, rule, group_size)
-    return heads_of(best_units(ranked, rule, unit_budget(ranked, rule)), len(scores))
+    chosen = best_units(ranked, unit_budget(ranked, rule), rule.max_kv_heads)
+    return heads_of(chosen, len(scores))
 
 
 def read_heads(path: Path, layers: int, heads: int) -> list[list[int]]:

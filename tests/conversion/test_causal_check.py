@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from conversion.answer_loss import AnswerLoss
 from conversion.attention_samples import PlantedDocument, planted_document
-from conversion.causal_check import AnswerLoss, CausalCheck
+from conversion.causal_check import CausalCheck
 from conversion.document_attention import watch_document
 from conversion.head_roles import HeadUnit
 from engine.model.config import SparseAttentionConfig
@@ -93,6 +94,26 @@ def test_a_head_that_was_dropped_with_others_comes_back() -> None:
     kept = kept_places(loss, units((0, 0), (1, 1), (0, 2), (0, 3), (1, 3)), 2)
     assert len(kept & set(twins)) == 1
     assert (0, 2) in kept
+
+
+def test_a_bound_on_kv_heads_keeps_those_that_matter_together() -> None:
+    """The best two heads lie apart; of one KV head, (1, 2) and (1, 3) together save more."""
+    loss = MadeUpLoss({(0, 0): 1.0, (0, 2): 0.9, (1, 2): 0.8, (1, 3): 0.7})
+    candidates = units((0, 0), (0, 2), (1, 2), (1, 3))
+    for budget, most, kept in (
+        (2, 1, {(1, 2), (1, 3)}),
+        (1, 1, {(1, 2)}),
+        (3, 2, {(0, 0), (1, 2), (1, 3)}),
+        (4, 4, {(0, 0), (0, 2), (1, 2), (1, 3)}),
+    ):
+        result = CausalCheck(loss, LAYERS, HEADS, max_kv_heads=most).choose(candidates, budget)
+        assert {(unit.layer, unit.heads[0]) for unit in result.kept} == kept
+
+
+def test_without_retrieval_the_bound_on_kv_heads_holds_too() -> None:
+    candidates = units((0, 0), (1, 2), (0, 1))
+    check = CausalCheck(MadeUpLoss({(0, 1): 0.01}), LAYERS, HEADS, max_kv_heads=1)
+    assert [unit.heads for unit in check.choose(candidates, 2).kept] == [(0,), (1,)]
 
 
 def test_effects_are_the_losses_of_taking_and_giving() -> None:

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from conversion.answer_loss import AnswerLoss
 from conversion.attention_samples import PlantedDocument, planted_document
 from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
-from conversion.causal_check import AnswerLoss
 from conversion.closed_form_fit import closed_form_candidates
 from conversion.convert_options import ConvertOptions
 from conversion.distil_options import DistilOptions
