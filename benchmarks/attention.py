@@ -50,13 +50,14 @@ WARM_TOKENS = 2 * WINDOW
 class AttentionBench:
     """What to measure, and where to leave it.
 
-    picture: drawn at the end. out: the JSON, written anew after every row, so that a run which is
-    ended has not been in vain.
+    peer: FlashInfer too, if it is installed. picture: drawn at the end. out: the JSON, written anew
+    after every row, so that a run which is ended has not been in vain.
     """
 
     lengths: tuple[int, ...] = LENGTHS
     prefill: bool = True
     decode: bool = True
+    peer: bool = True
     picture: Path | None = None
     out: Path | None = None
 
@@ -84,7 +85,7 @@ def measure(bench: AttentionBench) -> dict[str, Any]:
         library = KernelLibrary(find_library(default_cache()))
     except (KernelBuildError, KernelError) as error:
         raise BenchError(str(error)) from None
-    peer, about = find_peer(console)
+    peer, about = find_peer(console) if bench.peer else (None, {"not_measured": "not asked for"})
     copies = copy_bandwidths()
     result: dict[str, Any] = {
         "benchmark": "attention",
@@ -100,6 +101,7 @@ def measure(bench: AttentionBench) -> dict[str, Any]:
     for part, record in _records(bench, library, peer, result, console):
         result[part].append(record)
         _save(result, bench.out)
+    result["prefill"].sort(key=lambda record: record["tokens"])
     _show(result, bench.picture, console)
     return result
 
@@ -153,8 +155,10 @@ def _save(result: dict[str, Any], out: Path | None) -> None:
     result["targets"] = judge(result)
     if out is None:
         return
+    part = out.with_name(out.name + ".part")
     try:
-        out.write_text(json.dumps(result) + "\n")
+        part.write_text(json.dumps(result) + "\n")
+        part.replace(out)  # a reader, and whoever ends this run, finds it whole
     except OSError as error:
         raise BenchError(f"{out}: {error.strerror}") from None
 

@@ -1,134 +1,135 @@
-"""Everything that only a GPU can show, in order of worth, within a few minutes:
+"""Everything that only a GPU can show, in order of worth, within ten minutes:
 
-    python -m benchmarks.gpu_check FOLDER [--seconds 230] [--only engine_decode]
+    python -m benchmarks.gpu_check FOLDER [--seconds 580] [--only engine_decode,decode_anatomy]
 
-Each step is a process of its own with a limit; one that fails or hangs does not stop the next. A
-benchmark that fails is run again with CUDA_LAUNCH_BLOCKING=1, which names the launch at fault.
-FOLDER receives `gpu-check.json` (written anew after every step: what ran, how long, exit status,
-the JSON line that it printed) and `gpu-check.log` (all output). Nothing heavy is imported here.
+Each step is a process of its own with a limit; one that fails or hangs does not stop the next, and
+some are tried a second time in another way. What a step needs to be compiled is compiled beside the
+steps before it, none of which are timed. Names after --only run in the order in which they are
+given, so that a run can be cut in two.
+
+FOLDER receives a file for every benchmark (its JSON with date, commit and command, as soon as it is
+there; what a benchmark that was stopped had written until then), `gpu-check.json` (after every
+step: what ran, how long, exit status, last lines) and `gpu-check.log` (all output). At the end it
+says which files are missing. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_steps import BUILD, STEPS, Attempt, Step, run_step
+
 LEAST_SECONDS = 8.0  # a step that has less than this is left out
-SHOWN_LINES = 12
+SECONDS = 580.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A command of this interpreter, what it may take, and whether to find out why it failed."""
+@dataclass
+class Check:
+    """Steps, one after another, and the report on them, which lies in the folder too."""
 
-    name: str
-    arguments: tuple[str, ...]
+    folder: Path
+    commit: str
     seconds: float
-    explain: bool = False
+    build: Step = BUILD
+    report: dict[str, Any] = field(init=False)
+    building: Future[dict[str, Any]] | None = field(init=False, default=None)
+    has_build: bool = field(init=False, default=True)  # until it is known to have failed
 
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.end = time.monotonic() + self.seconds
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        self.report = {"date": date, "commit": self.commit, "steps": [], "left_out": []}
 
-def tests(name: str, seconds: float, *selection: str) -> Step:
-    return Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-rs", *selection), seconds)
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
+    def run(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """All steps for which there is time; the report."""
+        with ThreadPoolExecutor(1) as beside:
+            if any(step.needs_build for step in steps):
+                self.building = beside.submit(self._attempt, self.build, Attempt())
+            for step in steps:
+                if step.needs_build:
+                    self._finish_build()
+                self._run(step)
+            self._finish_build()
+        self.report["missing"] = self.missing(steps)
+        self._write()
+        return self.report
 
-DECODE = ("-m", "benchmarks.engine_decode")
-PREFILL = ("-m", "benchmarks.engine_prefill", "--repeats=1")
-DECODE_TESTS = "a_layer or production or repeats or graph"
-DECODE_ONLY = ("--only=decode", "--json")
-STEPS = (
-    tests("layer_tests", 90, "tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py"),
-    tests("engine_tests", 110, "tests/gpu/test_engine_prefill.py", "tests/gpu/test_engine_cuda.py"),
-    tests("decode_kernel_tests", 45, "tests/gpu/test_cuda_decode.py", "-k", DECODE_TESTS),
-    Step("engine_decode", DECODE, 60, explain=True),
-    Step("engine_decode_bounded", (*DECODE, "--kv-cache-gib=4"), 45, explain=True),
-    Step("engine_prefill", (*PREFILL, "--variants=sparse,dense,flash,cudnn"), 75, explain=True),
-    Step(
-        "engine_prefill_embedded",
-        (*PREFILL, "--model=engine/embedded_model", "--context=32000", "--variants=sparse,ops"),
-        40,
-        explain=True,
-    ),
-    Step(
-        "attention_decode", ("-m", "server.cli", "bench", "attention", "--quick", *DECODE_ONLY), 75
-    ),
-    tests("op_tests", 60, "tests/gpu/test_cuda.py"),
-    tests("kernel_tests", 300, "tests/gpu/test_cuda_decode.py", "tests/gpu/test_prefill_sparse.py"),
-)
+    def _run(self, step: Step) -> None:
+        """One step; in another way if it failed, or at once if what it needs is not there."""
+        wanted = (Attempt(), *step.again)
+        for attempt in wanted[1:] if step.needs_build and not self.has_build else wanted:
+            if self.left < LEAST_SECONDS:
+                self.report["left_out"].append(step.name)
+                return
+            found = self._attempt(step, attempt)
+            self._keep(step, found)
+            if found["status"] == 0 or found["stopped"]:
+                return
 
-
-def last_json(text: str) -> Any:
-    """The object of the last line that is one; None without such a line."""
-    for line in reversed(text.splitlines()):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except ValueError:
+    def missing(self, steps: Sequence[Step]) -> list[str]:
+        """Files that these steps should have left, and why they are not there or not whole."""
+        status = {found["name"]: found["status"] for found in self.report["steps"]}
+        found = []
+        for step in steps:
+            if not step.file or status.get(step.name) == 0:
                 continue
-    return None
+            there = (self.folder / step.file).exists()
+            why = "no time" if step.name not in status else f"status {status[step.name]}"
+            found.append(f"{step.file} ({'in part, ' if there else ''}{why})")
+        return found
 
+    def _finish_build(self) -> None:
+        """Wait for it, within the time that is left."""
+        if self.building is None:
+            return
+        if not self.building.done():
+            print(f"waiting for {self.build.name}", flush=True)
+        found = self.building.result()  # its limit ends with the time for all
+        self.building, self.has_build = None, found["status"] == 0
+        self._note(found)
 
-def run(step: Step, seconds: float, log: Path, extra: dict[str, str]) -> dict[str, Any]:
-    """Run a step to its end or its limit; what there is to say of it."""
-    start = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, *step.arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **extra},
-        start_new_session=True,  # so that what it started ends with it
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            output += f"\nstopped after {seconds:.0f} s\n"
-    with log.open("a") as file:
-        file.write(f"==== {step.name}: {' '.join(step.arguments)}\n{output}\n")
-    lines = [line for line in output.splitlines() if line.strip()]
-    return {
-        "name": step.name,
-        "command": " ".join(("python", *step.arguments)),
-        "status": process.returncode,
-        "seconds": round(time.monotonic() - start, 1),
-        "result": last_json(output),
-        "last_lines": [line[:200] for line in lines[-SHOWN_LINES:]],
-    }
+    def _attempt(self, step: Step, attempt: Attempt) -> dict[str, Any]:
+        if step.file:
+            (self.folder / step.file).unlink(missing_ok=True)
+        return run_step(step, attempt, min(step.seconds, self.left), self.folder)
 
+    def _keep(self, step: Step, found: dict[str, Any]) -> None:
+        """The step's own file, with where its figures are from, and its part of the report."""
+        path = self.folder / step.file
+        if step.file:
+            figures = found.pop("result")
+            if path.exists():
+                figures = json.loads(path.read_text())
+            if figures is not None:
+                origin = {"date": self.report["date"], "commit": self.commit}
+                origin |= {name: found[name] for name in ("command", "status", "seconds")}
+                path.write_text(json.dumps(origin | {"figures": figures}) + "\n")
+                known = self.report.get("hardware")
+                self.report["hardware"] = known or figures.get("hardware")
+        self._note(found)
 
-def check(steps: Sequence[Step], folder: Path, seconds: float, commit: str) -> dict[str, Any]:
-    """Run all steps for which there is time; the report, which lies in the folder too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log, target = folder / "gpu-check.log", folder / "gpu-check.json"
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    report: dict[str, Any] = {"date": date, "commit": commit, "steps": [], "left_out": []}
-    end = time.monotonic() + seconds
-    for step in steps:
-        for extra in ({}, {"CUDA_LAUNCH_BLOCKING": "1"}):
-            left = end - time.monotonic()
-            if left < LEAST_SECONDS:
-                report["left_out"].append(step.name)
-                break
-            found = run(step, min(step.seconds, left), log, extra)
-            report["steps"].append(found | ({"environment": extra} if extra else {}))
-            print(f"{step.name}: status {found['status']}, {found['seconds']} s", flush=True)
-            target.write_text(json.dumps(report) + "\n")
-            if found["status"] == 0 or not step.explain:
-                break
-    target.write_text(json.dumps(report) + "\n")
-    return report
+    def _note(self, found: dict[str, Any]) -> None:
+        self.report["steps"].append(found)
+        print(f"{found['name']}: status {found['status']}, {found['seconds']} s", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        (self.folder / "gpu-check.json").write_text(json.dumps(self.report) + "\n")
 
 
 def _commit() -> str:
@@ -139,17 +140,19 @@ def _commit() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=230.0, help="for all steps together")
-    parser.add_argument("--only", default="", help="names of steps, comma-separated")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
+    parser.add_argument("--only", default="", help="names of steps in their order, with commas")
     given = parser.parse_args()
-    names = [name for name in given.only.split(",") if name]
-    if unknown := set(names) - {step.name for step in STEPS}:
-        parser.error(f"no such step: {', '.join(sorted(unknown))}")
-    steps = [step for step in STEPS if not names or step.name in names]
-    report = check(steps, given.folder, given.seconds, _commit())
-    if report["left_out"]:
-        print(f"no time for: {', '.join(report['left_out'])}")
-    return int(any(step["status"] != 0 for step in report["steps"]))
+    by_name = {step.name: step for step in STEPS}
+    names = [name for name in given.only.split(",") if name] or list(by_name)
+    if unknown := set(names) - set(by_name):
+        known = ", ".join(by_name)
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {known}")
+    report = Check(given.folder, _commit(), given.seconds).run([by_name[name] for name in names])
+    for what in ("left_out", "missing"):
+        if report[what]:
+            print(f"{what.replace('_', ' ')}: {', '.join(report[what])}")
+    return int(bool(report["left_out"]) or any(step["status"] != 0 for step in report["steps"]))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def describe_hardware() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda or "unknown"
+        facts["cudnn"] = torch.backends.cudnn.version() or "unknown"  # type: ignore[no-untyped-call]
     return facts
 
 

@@ -21,6 +21,7 @@ def bench_attention(
     only: Annotated[
         Literal["prefill", "decode"] | None, typer.Option(help="Leave the other one out.")
     ] = None,
+    peer: Annotated[bool, typer.Option(help="Also measure FlashInfer, if installed.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as a picture.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file, after every row.")
@@ -38,6 +39,7 @@ def bench_attention(
         lengths=numbers(lengths) if lengths else chosen,
         prefill=only != "decode",
         decode=only != "prefill",
+        peer=peer,
         picture=plot,
         out=out,
     )

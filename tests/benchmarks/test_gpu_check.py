@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import STEPS, Step, check
+from benchmarks.gpu_check import Check
+from benchmarks.gpu_steps import BUILD, EXPLAIN, LOGGED_BYTES, STEPS, WITHOUT_PEER, Step
 
 PRINTS = Step("prints", ("-c", "print('noise'); print('{\"a\": 1}'); print('more')"), 30)
 BLOCKING = (
     "import os; print('blocking', os.environ.get('CUDA_LAUNCH_BLOCKING')); raise SystemExit(3)"
 )
-FAILS = Step("fails", ("-c", BLOCKING), 30, explain=True)
-HANGS = Step("hangs", ("-c", "import time; print('here'); time.sleep(600)"), 0.5)
+FAILS = Step("fails", ("-c", BLOCKING), 30, again=(EXPLAIN,))
+HANGS = Step("hangs", ("-c", "import time; print('here'); time.sleep(600)"), 0.5, again=(EXPLAIN,))
+BUILT = Step("built", ("-c", "print('compiling')"), 30, beside=True)
+WRITES = """
+import json, pathlib, sys
+pathlib.Path(sys.argv[1]).write_text(json.dumps({"rows": sys.argv[2:], "hardware": {"gpu": "H"}}))
+sys.exit(len(sys.argv) == 2)
+"""
+LEAVES = Step("leaves", ("-c", WRITES, "{file}"), 30, "leaves.json", (WITHOUT_PEER,), True)
 
 
 def test_every_step_is_reported_whatever_became_of_the_others(tmp_path: Path) -> None:
-    report = check([FAILS, HANGS, PRINTS], tmp_path, 60, "abc")
-    names = [(step["name"], step["status"]) for step in report["steps"]]
-    assert names == [("fails", 3), ("fails", 3), ("hangs", -9), ("prints", 0)]
+    report = Check(tmp_path, "abc", 60).run([FAILS, HANGS, PRINTS])
+    names = [(step["name"], step["status"], step["stopped"]) for step in report["steps"]]
+    failed = ("fails", 3, False)
+    assert names == [failed, failed, ("hangs", -9, True), ("prints", 0, False)]
     first, explained, _, printed = report["steps"]
     assert "environment" not in first
     assert explained["environment"] == {"CUDA_LAUNCH_BLOCKING": "1"}
@@ -37,16 +48,62 @@ def test_what_there_is_no_time_for_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 1e9)
-    report = check([PRINTS], tmp_path, 60, "abc")
-    assert report["steps"] == []
-    assert report["left_out"] == ["prints"]
+    report = Check(tmp_path, "abc", 60, BUILT).run([PRINTS, LEAVES])
+    assert [step["name"] for step in report["steps"]] == ["built"]
+    assert report["left_out"] == ["prints", "leaves"]
+    assert report["missing"] == ["leaves.json (no time)"]
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_figures_lie_in_files_with_where_they_are_from(tmp_path: Path) -> None:
+    """From standard output or, where a command writes it itself, from its file, tried again."""
+    (tmp_path / "leaves.json").write_text("of an earlier run")
+    prints = dataclasses.replace(PRINTS, file="prints.json")
+    report = Check(tmp_path, "abc", 60, BUILT).run([prints, LEAVES])
+    printed, left = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("prints", "leaves"))
+    assert printed["figures"] == {"a": 1}
+    assert printed["commit"] == left["commit"] == "abc"
+    assert left["figures"]["rows"] == ["--no-peer"]
+    assert left["command"].endswith("leaves.json --no-peer")
+    assert report["hardware"] == {"gpu": "H"}
+    names = [(step["name"], step["status"]) for step in report["steps"]]
+    assert names == [("prints", 0), ("built", 0), ("leaves", 1), ("leaves", 0)]
+    assert report["missing"] == []
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def test_a_part_of_a_file_is_kept_and_named(tmp_path: Path) -> None:
+    once = dataclasses.replace(LEAVES, again=())
+    absent = dataclasses.replace(FAILS, file="fails.json", again=())
+    report = Check(tmp_path, "abc", 60, BUILT).run([once, absent])
+    assert json.loads((tmp_path / "leaves.json").read_text())["figures"]["rows"] == []
+    assert report["missing"] == ["leaves.json (in part, status 1)", "fails.json (status 3)"]
+
+
+def test_a_failed_build_is_not_tried_again_by_those_that_need_it(tmp_path: Path) -> None:
+    report = Check(tmp_path, "abc", 60, FAILS).run([LEAVES])
+    names = [(step["name"], step["status"]) for step in report["steps"]]
+    assert names == [("fails", 3), ("leaves", 0)]
+    assert report["steps"][1]["command"].endswith("--no-peer")
+
+
+def test_the_log_stays_small(tmp_path: Path) -> None:
+    chatty = Step("chatty", ("-c", f"print('x' * {3 * LOGGED_BYTES})"), 30)
+    Check(tmp_path, "abc", 60).run([chatty])
+    assert (tmp_path / "gpu-check.log").stat().st_size < LOGGED_BYTES + 200
+
+
+def test_the_folder_comes_back_whole() -> None:
+    """At most eight files come back from a device host."""
+    files = {step.file for step in STEPS if step.file} | {"gpu-check.json", "gpu-check.log"}
+    assert len(files) <= 8
+
+
+@pytest.mark.parametrize("step", [*STEPS, BUILD], ids=lambda step: step.name)
 def test_steps_name_files_that_exist(step: Step) -> None:
     root = Path(__file__).parents[2]
     for argument in step.arguments:
-        if argument.endswith(".py"):
-            assert (root / argument).is_file()
+        path = argument.removeprefix("--ignore=")
+        if path.startswith("tests/"):
+            assert os.path.exists(root / path)
         if argument.startswith("benchmarks."):
             assert (root / argument.replace(".", "/")).with_suffix(".py").is_file()

@@ -1,0 +1,133 @@
+"""The steps of `benchmarks.gpu_check`: what each runs, how long it may take, how one is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHOWN_LINES = 12
+LOGGED_BYTES = 2**20  # of a step, its end
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How a step is run: beyond its own arguments and this environment."""
+
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+EXPLAIN = Attempt(environment={"CUDA_LAUNCH_BLOCKING": "1"})  # names the launch at fault
+WITHOUT_PEER = Attempt(arguments=("--no-peer",))  # a library's fault must not cost our figures
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command of this interpreter.
+
+    seconds: what it may take. file: where its figures go, "" for what has none; "{file}" among the
+    arguments is its path, for a command that writes it itself. again: what is tried after a
+    failure, or at once if BUILD failed. needs_build: waits for BUILD. beside: others run meanwhile,
+    so it gives way.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+    file: str = ""
+    again: tuple[Attempt, ...] = ()
+    needs_build: bool = False
+    beside: bool = False
+
+    def command(self, attempt: Attempt, folder: Path) -> list[str]:
+        """Of this interpreter, with the file's path in place."""
+        path = str(folder / self.file)
+        parts = [part.replace("{file}", path) for part in (*self.arguments, *attempt.arguments)]
+        return [*(("nice", "-n", "10") if self.beside else ()), sys.executable, *parts]
+
+
+def _tests(name: str, seconds: float, *selection: str) -> Step:
+    return Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-rs", *selection), seconds)
+
+
+def _attention(part: str, seconds: float, *more: str) -> Step:
+    arguments = ("-m", "server.cli", "bench", "attention", f"--only={part}", "--out={file}", *more)
+    file = f"attention-{part}.json"
+    again = (WITHOUT_PEER,)
+    return Step(f"attention_{part}", arguments, seconds, file, again, needs_build=True)
+
+
+def _engine(name: str, seconds: float, module: str, *more: str) -> Step:
+    file = f"{name.replace('_', '-')}.json"
+    return Step(name, ("-m", f"benchmarks.{module}", *more), seconds, file, (EXPLAIN,))
+
+
+TRIALS = ("tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py")
+# The lengths with a target first; 1M takes two thirds of the time.
+LENGTHS = "--lengths=32768,131072,1048576,65536,262144,524288"
+PREFILL = ("engine_prefill", "--repeats=1")
+EMBEDDED = ("--model=engine/embedded_model", "--context=32000", "--variants=sparse,ops")
+BUILD = Step("flashinfer_build", ("-m", "benchmarks.flashinfer_peer"), 420, beside=True)
+STEPS = (
+    _tests("trials", 90, *TRIALS),
+    _tests("gpu_tests", 300, "tests/gpu", *(f"--ignore={path}" for path in TRIALS)),
+    _attention("decode", 180),
+    _attention("prefill", 240, LENGTHS),
+    _engine("engine_decode", 75, "engine_decode"),
+    _engine("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
+    _engine("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
+)
+
+
+def run_step(step: Step, attempt: Attempt, seconds: float, folder: Path) -> dict[str, Any]:
+    """Run a step to its end or its limit; what there is to say of it."""
+    start, stopped = time.monotonic(), False
+    command = step.command(attempt, folder)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **attempt.environment},
+        start_new_session=True,  # so that what it started ends with it
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            stopped = True
+            output += f"\nstopped after {seconds:.0f} s\n"
+    shown = " ".join(["python", *step.arguments, *attempt.arguments]).replace("{file}", step.file)
+    with (folder / "gpu-check.log").open("a") as file:
+        file.write(f"==== {step.name}: {shown}\n{output[-LOGGED_BYTES:]}\n")
+    lines = [line for line in output.splitlines() if line.strip()]
+    return {
+        "name": step.name,
+        "command": shown,
+        "status": process.returncode,
+        "stopped": stopped,
+        "seconds": round(time.monotonic() - start, 1),
+        "result": last_json(output),
+        "last_lines": [line[:200] for line in lines[-SHOWN_LINES:]],
+        **({"environment": attempt.environment} if attempt.environment else {}),
+    }
+
+
+def last_json(text: str) -> Any:
+    """The object of the last line that is one; None without such a line."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+    return None
