@@ -109,6 +109,16 @@ HOST_DEVICE int item_of(const Start* starts, int count, int64_t unit) {
     return low - 1;
 }
 
+DEVICE int blocks_of(const SelectArgs& args, int64_t row) {
+    const int64_t context = args.context_lens[row];
+    return static_cast<int>((context + args.block_tokens - 1) / args.block_tokens);
+}
+
+// Blocks to score: none in a row that is short enough to be attended densely.
+DEVICE int scored_blocks(const SelectArgs& args, int64_t row) {
+    return args.context_lens[row] < args.dense_below ? 0 : blocks_of(args, row);
+}
+
 // Page of a row's logical block. Pages fit into 32 bits: of an int64 the lower half is read.
 DEVICE int64_t page_of(const Table& table, int64_t row, int64_t block) {
     const int64_t place = row * table.row_stride + block;

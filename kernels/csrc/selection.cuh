@@ -11,6 +11,8 @@ namespace rtpurbo {
 constexpr int kBins = 256;
 constexpr float kBinsPerNat = 8.0f;
 constexpr float kMassUnit = 4294967296.0f;  // masses are whole multiples of 2^-32
+constexpr int kSelectThreads = kBins;       // of a CTA
+constexpr int kSelectWarps = kSelectThreads / 32;
 
 // What is not finite has no mass.
 HOST_DEVICE float finite_or_none(float log_mass) {
