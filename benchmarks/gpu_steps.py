@@ -64,7 +64,7 @@ def _attention(part: str, seconds: float, *more: str) -> Step:
     return Step(f"attention_{part}", arguments, seconds, file, again, needs_build=True)
 
 
-def _engine(name: str, seconds: float, module: str, *more: str) -> Step:
+def _figures(name: str, seconds: float, module: str, *more: str) -> Step:
     file = f"{name.replace('_', '-')}.json"
     return Step(name, ("-m", f"benchmarks.{module}", *more), seconds, file, (EXPLAIN,))
 
@@ -80,9 +80,10 @@ STEPS = (
     _tests("gpu_tests", 300, "tests/gpu", *(f"--ignore={path}" for path in TRIALS)),
     _attention("decode", 180),
     _attention("prefill", 240, LENGTHS),
-    _engine("engine_decode", 75, "engine_decode"),
-    _engine("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
-    _engine("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
+    _figures("engine_decode", 75, "engine_decode"),
+    _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
+    _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
+    _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
 )
 
 

@@ -189,16 +189,16 @@ def _compile(cache: Path, library: Path, targets: Sequence[str], compiler: Compi
         folder = Path(name)
         sources = sorted(SOURCES.glob("*.cu"))
         objects = [folder / f"{source.stem}.o" for source in sources]
-        _run_all([compiler.command(s, o, targets) for s, o in zip(sources, objects, strict=True)])
+        run_all([compiler.command(s, o, targets) for s, o in zip(sources, objects, strict=True)])
         linked, notes = folder / library.name, folder / "notes.json"
         parts = [str(path) for path in objects]
-        _run_all([[compiler.path, "--shared", "--cudart=static", "-o", str(linked), *parts]])
+        run_all([[compiler.path, "--shared", "--cudart=static", "-o", str(linked), *parts]])
         notes.write_text(json.dumps({"nvcc": compiler.version, "targets": list(targets)}))
         notes.replace(library.with_suffix(".json"))
         linked.replace(library)
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> None:
+def run_all(commands: Sequence[Sequence[str]]) -> None:
     """Run commands side by side; raises KernelBuildError with the first error line of one."""
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

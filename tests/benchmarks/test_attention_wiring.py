@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from benchmarks import (
     attention_decode,
     attention_sparse_prefill,
+    decode_anatomy,
     decode_layers,
     dense_decode,
     dense_prefill,
@@ -17,6 +20,7 @@ from benchmarks import (
 )
 from benchmarks.attention_layer import BLOCK, DIM, KV_HEADS, RETRIEVAL
 from benchmarks.flashinfer_peer import FlashInfer
+from benchmarks.kernel_cuts import VARIANTS
 from kernels import prefill_triton
 from kernels._launch import KernelLibrary
 from tests.benchmarks import fake_flashinfer
@@ -57,6 +61,29 @@ def test_a_decode_row_has_all_peers_and_parts(
     int8_bytes = index_bytes * 18 / 32
     assert sparse["int8"]["select_share_of_copy"] == pytest.approx(int8_bytes / 1e-5 / bandwidth)
     assert 0 < sparse["attended_fraction"] <= 1
+
+
+def test_the_anatomy_has_every_variant_and_setting(
+    monkeypatch: pytest.MonkeyPatch, emulated_kernels: KernelLibrary
+) -> None:
+    """All variants are the whole kernel here: what is cut is compiled by nvcc alone."""
+    rows, context = 1, 2 * BLOCK
+    path = Path(emulated_kernels.host._name)
+    monkeypatch.setattr(decode_layers, "MOST_LAYERS", 1)
+    device = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_: device)
+    with without_gpu(monkeypatch, decode_layers, decode_anatomy):
+        record = decode_anatomy.anatomy(dict.fromkeys(VARIANTS, path), rows, context)
+    assert record["kv_bytes"] == rows * context * KV_HEADS * DIM * 4
+    every = {"all": TIME, "local": TIME, "retrieval": TIME}
+    assert record["parts"] == dict.fromkeys(VARIANTS, every)
+    both = {"whole": TIME, "select": TIME, "attention": TIME}
+    assert record["settings"]["as planned"] == both
+    assert len(record["settings"]) > len(VARIANTS)
+    assert [table.row_count for table in decode_anatomy.tables(record)] == [
+        len(VARIANTS),
+        len(record["settings"]),
+    ]
 
 
 def test_a_prefill_row_has_all_peers_and_parts(

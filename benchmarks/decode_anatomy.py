@@ -1,0 +1,161 @@
+"""What bounds decode attention where few bytes are read: the kernel with its parts left out.
+
+    python -m benchmarks.decode_anatomy [FILE] [--shapes 1x32768,1x131072,8x32768]
+
+Microseconds of a layer in a CUDA graph, as in `benchmarks.attention_decode`, 3 % of the blocks
+selected. Attention of all heads, of local heads alone, and of retrieval heads alone (their lists
+made before) by `benchmarks.kernel_cuts`: from a grid that returns at once to the whole kernel, so
+that the difference of two lines is what the later one adds to the chain; what overlaps adds
+nothing. Beside them an empty kernel, a copy that moves as many bytes, the selection, and both
+kernels with grids and shares that differ from the plan. FILE is written after every shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.attention_decode import blocks_needed
+from benchmarks.attention_layer import BLOCK, DIM
+from benchmarks.decode_layers import Stack
+from benchmarks.device_times import graph_microseconds
+from benchmarks.hardware import describe_hardware
+from benchmarks.kernel_cuts import build_variants
+from kernels._launch import DecodeArgs, KernelLibrary, SelectArgs
+
+SHARE = 0.03
+SHAPES = "1x32768,1x131072,8x32768"
+Figures = dict[str, dict[str, float]]
+
+
+class Adjusted(KernelLibrary):
+    """Launches with other numbers than were planned.
+
+    decode: fields of `DecodeArgs`. select_ctas: times those of the selection's plan.
+    """
+
+    def __init__(self, path: Path, decode: dict[str, int], select_ctas: float = 1.0) -> None:
+        super().__init__(path)
+        self.decode, self.select_ctas = decode, select_ctas
+
+    def launch_decode(self, args: DecodeArgs, like: Tensor) -> None:
+        for name, value in self.decode.items():
+            setattr(args, name, value)
+        super().launch_decode(args, like)
+
+    def launch_select(self, which: Any, args: SelectArgs, like: Tensor) -> None:
+        args.ctas = int(args.ctas * self.select_ctas)
+        super().launch_select(which, args, like)
+
+
+def anatomy(libraries: dict[str, Path], rows: int, context: int) -> dict[str, Any]:
+    """All figures of one shape."""
+    torch.cuda.empty_cache()
+    loaded = {name: KernelLibrary(path) for name, path in libraries.items()}
+    stack = Stack.make(loaded["whole"], rows, context, SHARE)
+    local, retrieval = (stack.of_role(retrieval=flag) for flag in (False, True))
+    parts: Figures = {name: {} for name in loaded}
+    for heads, of in (("all", stack), ("local", local), ("retrieval", retrieval)):
+        if of is not local:  # which has no list; lists are numbered by tile
+            use(stack, loaded["whole"])
+            of.each(Stack.select)
+        for name, library in loaded.items():
+            use(stack, library)
+            parts[name][heads] = of.microseconds(Stack.attention)
+    use(stack, loaded["whole"])
+    stack.each(Stack.select)
+    needed = partial(blocks_needed, rows=rows, context=context, tiles=stack.tiles.count)
+    moved = int(statistics.fmean(map(needed, stack.spaces))) * BLOCK * DIM * 4
+    empty = partial(torch.zeros(1, device="cuda").add_, 1)
+    return {
+        "rows": rows,
+        "context": context,
+        "layers_in_a_graph": len(stack.layers),
+        "kv_bytes": moved,
+        "empty_kernel": graph_microseconds([empty] * len(stack.layers)),
+        "copy_of_as_many_bytes": _copy(moved, len(stack.layers)),
+        "parts": parts,
+        "settings": settings(stack, libraries["whole"]),
+    }
+
+
+def settings(stack: Stack, path: Path) -> Figures:
+    """The layer and its kernels under the plan, and each time with one thing changed."""
+    plan = stack.spaces[0].plan(stack.tiles)
+    device = stack.layers[0].q_RHD.device
+    resident = plan.ctas // torch.cuda.get_device_properties(device).multi_processor_count
+    changed: dict[str, tuple[dict[str, int], float]] = {"as planned": ({}, 1.0)}
+    for count in range(1, resident):
+        ctas = plan.ctas // resident * count
+        changed[f"{count} CTAs a multiprocessor"] = ({"ctas": ctas, "held_back": ctas // 3}, 1.0)
+    for part in (2, 4, 6):
+        changed[f"1 CTA in {part} for lists alone"] = ({"held_back": plan.ctas // part}, 1.0)
+    changed["no CTA for lists alone"] = ({"held_back": 0}, 1.0)
+    changed["2 warps a CTA"] = ({"warps": 2}, 1.0)
+    changed["attention after the selection"] = ({"overlap": 0}, 1.0)
+    for times in (0.5, 2.0):
+        changed[f"selection by {times:g} x the CTAs"] = ({}, times)
+    calls = {"whole": Stack.whole, "select": Stack.select, "attention": Stack.attention}
+    found: Figures = {}
+    for name, (decode, select_ctas) in changed.items():
+        use(stack, Adjusted(path, decode, select_ctas))
+        found[name] = {what: stack.microseconds(call) for what, call in calls.items()}
+    return found
+
+
+def use(stack: Stack, library: KernelLibrary) -> None:
+    """Launch from this library; its plan is asked for, which also prepares its kernels."""
+    for layer, space in zip(stack.layers, stack.spaces, strict=True):
+        library.decode_plan(layer.q_RHD.device, torch.bfloat16, DIM)
+        space.library = library
+
+
+def _copy(moved: int, count: int) -> float:
+    """Of half as many bytes, which are read and written, for each layer others."""
+    pairs = [torch.empty(2, moved // 8, device="cuda") for _ in range(count)]
+    return graph_microseconds([partial(torch.neg, pair[0], out=pair[1]) for pair in pairs])
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    found = []
+    for what in ("parts", "settings"):
+        title = f"{record['rows']} x {record['context']}: {what}, microseconds; an empty kernel "
+        title += f"{record['empty_kernel']:.1f}, a copy {record['copy_of_as_many_bytes']:.1f}"
+        table = Table("", *next(iter(record[what].values())), title=title)
+        for name, row in record[what].items():
+            table.add_row(name, *(f"{value:.1f}" for value in row.values()))
+        found.append(table)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, nargs="?", help="also write the JSON here")
+    parser.add_argument("--shapes", default=SHAPES, help="rows x context, with commas")
+    given = parser.parse_args()
+    console = Console(stderr=True, width=100)
+    shapes: list[dict[str, Any]] = []
+    result = {"benchmark": "decode_anatomy", "hardware": describe_hardware(), "shapes": shapes}
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = build_variants(Path(folder))
+        for shape in given.shapes.split(","):
+            rows, context = map(int, shape.split("x"))
+            shapes.append(anatomy(libraries, rows, context))
+            console.print(*tables(shapes[-1]))
+            if given.file is not None:
+                given.file.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`sparse_decode` with parts of it left out, to see what each costs (`benchmarks.decode_anatomy`).
+
+The sources are copied and changed in a few places, which are found by their text: the compiler is
+given conditions that it cannot know, so that registers, shared memory and grid stay those of the
+kernel, and nothing is found unused that runs in the whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from kernels._build import SOURCES, Compiler, KernelBuildError, local_targets, run_all
+
+KERNEL = "sparse_decode.cu"  # which the others include nothing of
+
+
+class Cut(NamedTuple):
+    """A place in the sources, by text that stands there once, and what stands there instead."""
+
+    old: str
+    new: str
+
+
+def _before(text: str, what: str) -> Cut:
+    return Cut(text, what + text)
+
+
+def _never(condition: str) -> Cut:
+    return Cut(f"if ({condition}) {{", f"if ({condition} && args.ctas < 0) {{")
+
+
+ENTRY = "const int ctas = gridDim.x, cta = blockIdx.x, held = static_cast<int>(args.held_back);"
+PIECES, MERGE = "const int pieces = starts[items];", "const bool complete = piece == start"
+PARTS = "merge_parts<Strip, kDim>(args, item, first, last, shared);"
+AT_ONCE = _before(ENTRY, "if (args.ctas > 0) return;\n")
+NO_PIECES = Cut(PIECES, "const int pieces = args.ctas > 0 ? 0 : starts[items];")
+NO_MERGE = _before(MERGE, "if (args.ctas > 0) {\npiece = until;\ncontinue;\n}\n")
+NO_PARTS = _before(PARTS, "if (args.ctas < 0) ")
+NO_STEPS, NO_COPIES = _never("now.first >= 0"), _never("target.first >= 0")
+# Scores are added up, or the compiler would leave the products behind the return.
+SCORES_ALONE = _before(
+    "const bool clear = sight.is_clear(slots);",
+    "if (scale > 0.0f) {\n#pragma unroll\nfor (int t = 0; t < kTiles; ++t)\n#pragma unroll\n"
+    "for (int i = 0; i < 4; ++i) stats[t][i % 2].sum += scores[t][0][i] + scores[t][1][i];\n"
+    "return;\n}\n",
+)
+# From nothing to the whole; each name tells what the kernel does up to there.
+VARIANTS: dict[str, tuple[Cut, ...]] = {
+    "starts and returns": (AT_ONCE,),
+    "+ lengths, lists, shares": (NO_PIECES,),
+    "+ pages, keys and values arrive": (NO_STEPS, NO_MERGE),
+    "+ scores": (SCORES_ALONE, NO_MERGE),
+    "+ softmax and values": (NO_MERGE,),
+    "+ warps merged, parts written": (NO_PARTS,),
+    "whole": (),
+    "whole, but no keys or values": (NO_COPIES,),
+}
+
+
+def cut_sources(folder: Path, cuts: Sequence[Cut]) -> None:
+    """Copy the kernels' sources and cut them.
+
+    Raises:
+        ValueError: a text that is not there, or more than once.
+    """
+    shutil.copytree(SOURCES, folder)
+    for cut in cuts:
+        places = [path for path in sorted(folder.iterdir()) if cut.old in path.read_text()]
+        if len(places) != 1 or places[0].read_text().count(cut.old) != 1:
+            raise ValueError(f"not once in the sources: {cut.old}")
+        places[0].write_text(places[0].read_text().replace(cut.old, cut.new))
+
+
+def build_variants(folder: Path) -> dict[str, Path]:
+    """A library for each variant, compiled side by side: as long as one takes, with cores enough.
+
+    Raises:
+        KernelBuildError: no nvcc, no GPU, or what nvcc says.
+    """
+    compiler, targets = Compiler.find(), local_targets()
+    if compiler is None or not targets:
+        raise KernelBuildError("the anatomy needs nvcc and a GPU")
+    others = [path for path in sorted(SOURCES.glob("*.cu")) if path.name != KERNEL]
+    pairs = [(path, folder / f"{path.stem}.o") for path in others]
+    common = [str(target) for _, target in pairs]
+    found, links = {}, []
+    for number, (name, cuts) in enumerate(VARIANTS.items()):
+        cut_sources(folder / str(number), cuts)
+        target, found[name] = folder / f"{number}.o", folder / f"{number}.so"
+        pairs.append((folder / str(number) / KERNEL, target))
+        link = (compiler.path, "--shared", "--cudart=static", "-o", str(found[name]))
+        links.append((*link, str(target), *common))
+    run_all([compiler.command(*pair, targets) for pair in pairs])
+    run_all(links)
+    return found
