@@ -22,7 +22,6 @@ from engine.decode_buffers import DecodeBuffers
 from engine.model.attention import AttentionLayers, PagedAttention
 from engine.model.decoder import Decoder
 from engine.request import Request
-from kernels import cuda_step, step_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +110,20 @@ class DecodeStep:
         return bool(batch.spans) and single and len(batch.spans) <= self.sizes[-1]
 
     def run(self, batch: Batch, requests: Mapping[int, Request]) -> DecodeOutputs:
-        """Start a step; row i is span i. Does not wait for the device."""
+        """Start a step; row i is span i. Does not wait for the device.
+
+        At most one step may be under way that was not waited for.
+        """
         self._buffers.fill(batch, requests)
         size = next(size for size in self.sizes if size >= len(batch.spans))
         return self._steps[size]()
 
+    def keep(self, tokens_R: Tensor, rows_R: Tensor) -> None:
+        """Other tokens than `run` gave were chosen for these rows: int64, on the device."""
+        self._buffers.keep(tokens_R, rows_R)
+
     def _compute(self, rows: int) -> DecodeOutputs:
-        metadata, samples_R = self._buffers.metadata(rows)
+        metadata = self._buffers.metadata(rows)
         attention = PagedAttention(self._layers, metadata)
         hidden_RE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
         logits_RV = self._decoder.raw_logits(hidden_RE)
@@ -126,11 +132,7 @@ class DecodeStep:
         if widths:
             counts_RH = torch.cat(tuple(attention.attended.values()), dim=1)
             sizes += [rows] * 3 + [counts_RH.shape[1]] * 2
-        given = (logits_RV, hidden_RE, counts_RH, metadata.decode_lens_R, samples_R)
-        if self._decoder.kernels is None:
-            numbers = step_ops.pick_tokens(*given)
-        else:
-            numbers = cuda_step.pick_tokens(self._decoder.kernels.library, *given)
+        numbers = self._buffers.pick_tokens(logits_RV, hidden_RE, counts_RH)
         return DecodeOutputs(logits_RV, numbers, sizes, widths)
 
 

@@ -41,6 +41,7 @@ class PendingSamples:
     tokens: int
     finite: int
     rows: Sequence[int] | None = None  # of each request in these two; None: 0, 1, ...
+    chosen_R: Tensor | None = None  # the tokens on the device, where the sampler chose them
     reports: int | None = None  # chosen, top log-probabilities and top ids of reporting rows
 
     def read(self, values: Sequence[Sequence[float]]) -> list[Sample]:
@@ -99,7 +100,7 @@ class Sampler:
             tokens_Q1 = _pick(tokens_R, reporting).unsqueeze(1)
             reports = readback.add(_gather_report(raw_QV, tokens_Q1, count))
         tokens, finite = readback.add(tokens_R), readback.add(finite_R)
-        return PendingSamples(requests, tokens, finite, reports=reports)
+        return PendingSamples(requests, tokens, finite, chosen_R=tokens_R, reports=reports)
 
 
 def finite_rows(logits_RV: Tensor) -> Tensor:

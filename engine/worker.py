@@ -222,8 +222,10 @@ class ModelRunner:
         draws = [_draw(batch.spans[row], requests) for row in rows]
         tokens, finite, *budget_parts = readback.add_joined(outputs.numbers, outputs.sizes)
         if not all(map(is_plain_greedy, draws)):
-            logits_RV = outputs.logits_RV[upload(rows, torch.int64, self._device)]
-            samples = self._sampler.queue(logits_RV.float(), draws, readback)
+            at_R = upload(rows, torch.int64, self._device)
+            samples = self._sampler.queue(outputs.logits_RV[at_R].float(), draws, readback)
+            assert samples.chosen_R is not None
+            decode.keep(samples.chosen_R, at_R)
         else:
             samples = PendingSamples([draw.request for draw in draws], tokens, finite, rows=rows)
         budget = None

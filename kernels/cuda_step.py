@@ -21,6 +21,8 @@ class PlaceArgs(ctypes.Structure):
         ("inputs", c_void_p),
         ("input_stride", c_int64),
         ("rows", c_int64),
+        ("newest", c_void_p),
+        ("token_ids", c_void_p),
         ("tables", c_void_p * 2),
         ("row_tables", c_void_p * 2),
         ("width", c_int64),
@@ -37,8 +39,9 @@ class PickArgs(ctypes.Structure):
         ("logits", c_void_p),
         ("hidden", c_void_p),
         ("counts", c_void_p),
-        ("contexts", c_void_p),
-        ("counted", c_void_p),
+        ("inputs", c_void_p),
+        ("input_stride", c_int64),
+        ("newest", c_void_p),
         ("out", c_void_p),
         ("rows", c_int64),
         ("vocabulary", c_int64),
@@ -51,6 +54,7 @@ class PickArgs(ctypes.Structure):
 def place_rows(
     library: KernelLibrary,
     inputs_8R: Tensor,
+    newest_S: Tensor,
     full_SB: Tensor,
     window_SB: Tensor,
     block_tokens: int,
@@ -62,11 +66,11 @@ def place_rows(
         KernelError: the launch failed.
     """
     sizes = {"8": INPUT_ROWS}
-    check_shapes(sizes, inputs=(inputs_8R, "8 R"), full=(full_SB, "S B"), window=(window_SB, "S B"))
+    check_shapes(sizes, full=(full_SB, "S B"), window=(window_SB, "S B"))
     check_layout(torch.int64, full=full_SB, window=window_SB)
-    if inputs_8R.dtype != torch.int64 or inputs_8R.stride(1) != 1:
-        raise ValueError("inputs must be torch.int64 in whole rows")
+    _check_inputs(sizes, inputs_8R, newest_S)
     rows, width = sizes["R"], sizes["B"]
+    token_ids_R = inputs_8R.new_empty(rows)
     slots = (inputs_8R.new_empty(rows), inputs_8R.new_empty(rows))
     tables = (inputs_8R.new_empty((rows, width)), inputs_8R.new_empty((rows, width)))
     top_p_R = inputs_8R.new_empty(rows, dtype=torch.float32)
@@ -74,6 +78,8 @@ def place_rows(
         inputs=inputs_8R.data_ptr(),
         input_stride=inputs_8R.stride(0),
         rows=rows,
+        newest=newest_S.data_ptr(),
+        token_ids=token_ids_R.data_ptr(),
         width=width,
         top_p=top_p_R.data_ptr(),
         block_tokens=block_tokens,
@@ -84,7 +90,7 @@ def place_rows(
         args.token_slots[pool] = slots[pool].data_ptr()
     if rows:
         library.launch("place_rows", args, inputs_8R)
-    return PlacedRows(slots, tables, top_p_R)
+    return PlacedRows(token_ids_R, slots, tables, top_p_R)
 
 
 def pick_tokens(
@@ -92,20 +98,14 @@ def pick_tokens(
     logits_RV: Tensor,
     hidden_RE: Tensor,
     counts_RH: Tensor | None,
-    context_R: Tensor,
-    counted_R: Tensor,
+    inputs_8R: Tensor,
+    newest_S: Tensor,
 ) -> Tensor:
     """`kernels.step_ops.pick_tokens` in one launch. Raises as `place_rows`."""
-    sizes: dict[str, int] = {}
-    check_shapes(
-        sizes,
-        logits=(logits_RV, "R V"),
-        hidden=(hidden_RE, "R E"),
-        context=(context_R, "R"),
-        counted=(counted_R, "R"),
-    )
+    sizes = {"8": INPUT_ROWS}
+    check_shapes(sizes, logits=(logits_RV, "R V"), hidden=(hidden_RE, "R E"))
     check_layout(logits_RV.dtype, logits=logits_RV, hidden=hidden_RE)
-    check_layout(torch.int64, context=context_R, counted=counted_R)
+    _check_inputs(sizes, inputs_8R, newest_S)
     rows, heads = sizes["R"], 0
     if counts_RH is not None:
         check_shapes(sizes, counts=(counts_RH, "R H"))
@@ -117,8 +117,9 @@ def pick_tokens(
         logits=logits_RV.data_ptr(),
         hidden=hidden_RE.data_ptr(),
         counts=pointer(counts_RH),
-        contexts=context_R.data_ptr(),
-        counted=counted_R.data_ptr(),
+        inputs=inputs_8R.data_ptr(),
+        input_stride=inputs_8R.stride(0),
+        newest=newest_S.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
         vocabulary=sizes["V"],
@@ -129,3 +130,11 @@ def pick_tokens(
     if rows:
         library.launch("pick_tokens", args, logits_RV)
     return out
+
+
+def _check_inputs(sizes: dict[str, int], inputs_8R: Tensor, newest_S: Tensor) -> None:
+    """Raises ValueError for what neither kernel takes."""
+    check_shapes(sizes, inputs=(inputs_8R, "8 R"), newest=(newest_S, "S"))
+    check_layout(torch.int64, newest=newest_S)
+    if inputs_8R.dtype != torch.int64 or inputs_8R.stride(1) != 1:
+        raise ValueError("inputs must be torch.int64 in whole rows")

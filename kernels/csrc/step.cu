@@ -16,12 +16,19 @@ constexpr int kPickThreads = 1024;  // at most: a thread for each piece of the l
 // Rows of `inputs`.
 enum Input { kToken, kPosition, kContext, kTableRow, kFullPage, kWindowPage, kSamples, kTopP };
 
+constexpr int64_t kNewestToken = -1;  // NEWEST_TOKEN of kernels/step_ops.py
+
+template <typename Args>
+DEVICE int64_t input_of(const Args& args, int which, int64_t row) {
+    return args.inputs[which * args.input_stride + row];
+}
+
 // A CTA for each row and pool. Rows that pad the batch share a row of the tables and put the null
 // page into it, all of them alike.
 __global__ void __launch_bounds__(kPlaceThreads)
     place_kernel(const __grid_constant__ PlaceArgs args) {
     const int64_t row = blockIdx.x, pool = blockIdx.y;
-    const auto input = [&](int which) { return args.inputs[which * args.input_stride + row]; };
+    const auto input = [&](int which) { return input_of(args, which, row); };
     const int64_t position = input(kPosition), page = input(kFullPage + static_cast<int>(pool));
     const int64_t column = position / args.block_tokens;
     int64_t* table = args.tables[pool] + input(kTableRow) * args.width;
@@ -33,6 +40,8 @@ __global__ void __launch_bounds__(kPlaceThreads)
     if (threadIdx.x != 0) return;
     args.token_slots[pool][row] = page * args.block_tokens + position % args.block_tokens;
     if (pool == 0) {
+        const int64_t token = input(kToken);
+        args.token_ids[row] = token == kNewestToken ? args.newest[input(kTableRow)] : token;
         const double* bits = reinterpret_cast<const double*>(args.inputs);
         args.top_p[row] = static_cast<float>(bits[kTopP * args.input_stride + row]);
     }
@@ -96,6 +105,7 @@ DEVICE void pick_token(const PickArgs& args, int64_t row) {
     for (int warp = 1; warp < warps; ++warp) best = better(best, of_warps[warp]);
     args.out[row] = static_cast<double>(best.at);
     args.out[args.rows + row] = failed == 0;
+    if (input_of(args, kContext, row) > 0) args.newest[input_of(args, kTableRow, row)] = best.at;
 }
 
 struct Sums {
@@ -103,8 +113,9 @@ struct Sums {
 };
 
 DEVICE void add_count(const PickArgs& args, int64_t row, int64_t head, Sums& sums) {
-    const int64_t count = args.counts[row * args.heads + head] * args.counted[row];
-    const int64_t context = args.contexts[row] > 1 ? args.contexts[row] : 1;
+    const int64_t samples = input_of(args, kSamples, row);
+    const int64_t count = args.counts[row * args.heads + head] * samples;
+    const int64_t length = input_of(args, kContext, row), context = length > 1 ? length : 1;
     sums.pairs += count > 0;
     sums.tokens += static_cast<double>(count);
     sums.fraction += static_cast<double>(count) / static_cast<double>(context);

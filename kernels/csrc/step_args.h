@@ -10,6 +10,8 @@ struct PlaceArgs {
     const int64_t* inputs;  // [8, R], rows `input_stride` apart: kernels/step_ops.py says what
     int64_t input_stride;
     int64_t rows;
+    const int64_t* newest;  // [slots] by row of the tables
+    int64_t* token_ids;     // [R]
     int64_t* tables[2];     // full and window: [slots, B]; each row's newest page is written
     int64_t* row_tables[2];  // [R, B] the rows' tables
     int64_t width;          // B
@@ -22,8 +24,9 @@ struct PickArgs {
     const void* logits;  // [R, V]
     const void* hidden;  // [R, E]
     const int64_t* counts;    // [R, H] tokens that each head attended, or null
-    const int64_t* contexts;  // [R]
-    const int64_t* counted;   // [R] 0: the row's counts do not matter
+    const int64_t* inputs;    // as above
+    int64_t input_stride;
+    int64_t* newest;     // [slots] by row of the tables; written
     double* out;         // [5 R + 2 H], without counts [2 R]: kernels/step_ops.py says what
     int64_t rows;
     int64_t vocabulary;

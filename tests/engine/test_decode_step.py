@@ -181,7 +181,7 @@ def launches(
         return result
 
     assert runner._decode is not None
-    with patch.context() as inside, torch.no_grad():
+    with patch.context() as inside, torch.inference_mode():
         inside.setattr(DecoderLayer, method, counted)
         with LaunchCount(inside) as count:
             runner._decode._compute(1)
@@ -277,7 +277,7 @@ def test_buffers_hold_the_batch_and_padding() -> None:
     ]
     params = {1: SamplingParams(attention_top_p=0.25), 2: SamplingParams()}
     buffers.fill(Batch(spans), {i: Request(i, [0], p) for i, p in params.items()})
-    metadata, samples = buffers.metadata(4)
+    metadata = buffers.metadata(4)
     assert metadata.token_ids_T.tolist() == [50, 51, 0, 0]
     assert metadata.positions_T.tolist() == [35, 16, 0, 0]
     assert metadata.decode_lens_R.tolist() == [36, 17, 0, 0]
@@ -287,7 +287,7 @@ def test_buffers_hold_the_batch_and_padding() -> None:
     assert not metadata.decode_full_RB[2:].any()
     assert metadata.top_p_R[0] == 0.25
     assert metadata.top_p_R[1:].isnan().all()
-    assert samples.tolist() == [1, 0, 0, 0]
+    assert buffers._inputs[6].tolist() == [1, 0, 0, 0]
     assert full.rows([2, 0], 3).tolist() == [[4, 6, 5], [9, 7, 0]]
 
 

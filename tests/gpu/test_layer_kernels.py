@@ -156,13 +156,15 @@ def test_ends_of_a_step(
     on_gpu = [None if value is None else value.cuda() for value in given]
     got = cuda_step.pick_tokens(library, *on_gpu)  # type: ignore[arg-type]  # as given
     torch.testing.assert_close(got.cpu(), step_ops.pick_tokens(*given), rtol=1e-12, atol=0)
-    inputs_8R, *tables = inputs_of(9, 500, 64)
+    assert on_gpu[-1] is not None
+    assert torch.equal(on_gpu[-1].cpu(), given[-1])
+    inputs_8R, newest_S, *tables = inputs_of(9, 500, 64)
     tables_on_gpu = [table.cuda() for table in tables]
-    want = step_ops.place_rows(inputs_8R[:, :9], tables[0], tables[1], 64)
-    placed = cuda_step.place_rows(
-        library, inputs_8R.cuda()[:, :9], tables_on_gpu[0], tables_on_gpu[1], 64
-    )
-    for mine, its in zip((*placed[:2], tables_on_gpu), (*want[:2], tables), strict=True):
+    want = step_ops.place_rows(inputs_8R[:, :9], newest_S, tables[0], tables[1], 64)
+    there = (inputs_8R.cuda()[:, :9], newest_S.cuda(), tables_on_gpu[0], tables_on_gpu[1])
+    placed = cuda_step.place_rows(library, *there, 64)
+    assert torch.equal(placed.token_ids_R.cpu(), want.token_ids_R)
+    for mine, its in zip((*placed[1:3], tables_on_gpu), (*want[1:3], tables), strict=True):
         assert torch.equal(mine[0].cpu(), its[0])
         assert torch.equal(mine[1].cpu(), its[1])
 

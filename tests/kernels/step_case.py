@@ -7,11 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.step_ops import INPUT_ROWS, NEWEST_TOKEN, TABLE_ROW
+
 
 def inputs_of(rows: int, width: int, block: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """Inputs [8, rows + 3], of which the last of `rows` pads, and block tables of both pools."""
+    """Inputs [8, rows + 3], of which the last of `rows` pads, the newest tokens, and block tables
+    of both pools. Every other row goes on from its newest token."""
     generator = torch.Generator().manual_seed(rows + width)
     inputs = torch.randint(0, width * block, (8, rows + 3), generator=generator)
+    inputs[0, ::2] = NEWEST_TOKEN
     inputs[3] = torch.randperm(rows + 3, generator=generator)
     top_p = torch.rand(rows + 3, generator=generator, dtype=torch.float64)
     top_p[::2] = math.nan
@@ -21,7 +25,8 @@ def inputs_of(rows: int, width: int, block: int, device: str = "cpu") -> tuple[T
     full, window = (
         torch.randint(1, 1000, (rows + 4, width), generator=generator) for _ in range(2)
     )
-    return inputs.to(device), full.to(device), window.to(device)
+    newest = torch.randint(0, 1000, (rows + 4,), generator=generator)
+    return inputs.to(device), newest.to(device), full.to(device), window.to(device)
 
 
 def step_results(
@@ -34,6 +39,8 @@ def step_results(
     counts = None
     if heads is not None:
         counts = torch.randint(0, 3, (rows, heads), generator=generator) * 100
-    context = torch.arange(rows) * 300  # the first row pads
-    counted = torch.arange(rows) % 3 % 2
-    return logits, states, counts, context, counted
+    inputs = torch.zeros(INPUT_ROWS, rows, dtype=torch.int64)
+    inputs[2] = torch.arange(rows) * 300  # the first row pads
+    inputs[TABLE_ROW] = torch.randperm(rows, generator=generator) + 1
+    inputs[6] = torch.arange(rows) % 3 % 2
+    return logits, states, counts, inputs, torch.full((rows + 2,), vocabulary)

@@ -126,7 +126,9 @@ def test_a_wrong_number_of_a_layer_is_found(
     ("kernel", "field"),
     [
         *(("place_rows", f) for f in ("tables 0", "row_tables 1", "token_slots 1", "top_p")),
+        ("place_rows", "token_ids"),
         ("pick_tokens", "out"),
+        ("pick_tokens", "newest"),
     ],
 )
 def test_a_wrong_number_of_a_steps_ends_is_found(
