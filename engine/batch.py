@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Rule = Literal["prefill", "decode"]
+
+NEWEST_TOKEN = -1  # in place of an id: what the step before, not read yet, chooses in that slot
 
 
 class Span(NamedTuple):
@@ -22,7 +25,7 @@ class Span(NamedTuple):
     request_id: int
     slot: int  # row of the worker's persistent tables, below max_num_seqs
     start: int  # first position
-    tokens: list[int]  # ids at positions start, start + 1, ...
+    tokens: list[int]  # ids at positions start, start + 1, ...; or NEWEST_TOKEN alone
     rule: Rule
     full_blocks: list[int]
     window_blocks: list[int]
@@ -49,3 +52,14 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(span.tokens) for span in self.spans)
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Of all spans, each once."""
+        return list(dict.fromkeys(span.request_id for span in self.spans))
+
+    def without(self, request_ids: Collection[int]) -> Batch:
+        """The same but for the spans of some requests."""
+        if not request_ids:
+            return self
+        return Batch([span for span in self.spans if span.request_id not in request_ids])

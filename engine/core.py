@@ -12,7 +12,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Protocol
 
 from engine.batch import Batch
@@ -24,6 +25,7 @@ from engine.errors import (
     RequestError,
     StepMemoryError,
 )
+from engine.flight import Flight, leaving, note_of
 from engine.ipc import EngineChannel
 from engine.launch import die_with_parent, read_launch
 from engine.load_snapshot import with_load
@@ -72,6 +74,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         note: Callable[[StepNote | None], None] = lambda _: None,
         dropped_lines: Callable[[], int] = int,
+        look_ahead: bool | None = None,
     ) -> None:
         """
         Args:
@@ -79,8 +82,10 @@ class EngineCore:
             runner: computes it.
             channel: where messages come from and go to.
             clock: monotonic seconds, the front end's clock.
-            note: told of each step before it is computed, and None after it.
+            note: told of each step before it is computed, and None when none is.
             dropped_lines: tells how many log lines of this process were lost.
+            look_ahead: start steps before the one before is read (`engine.look_ahead`); None: if
+                the runner overlaps.
         """
         self._dropped_lines = dropped_lines
         self._scheduler = scheduler
@@ -93,6 +98,10 @@ class EngineCore:
         self._trackers: dict[int, RequestTracker] = {}
         self._updates: list[RequestUpdate] = []
         self._accounts = StepAccounts(self._info.reads)
+        self._looks_ahead = runner.overlaps if look_ahead is None else look_ahead
+        self._flight: Flight | None = (
+            None  # the step that is under way; a second one while it is read
+        )
         self._rested = False
         self._stopping = False
 
@@ -103,17 +112,22 @@ class EngineCore:
 
     def turn(self) -> None:
         """Take the messages that are there, then compute one step or rest."""
-        for message in self._channel.receive(0.0 if self._requests else IDLE_SECONDS):
+        for message in self._channel.receive(0.0 if self._has_work else IDLE_SECONDS):
             self._accept(message)
         self._expire()
-        if self._requests:
+        if self._has_work:
             self._rested = False
             self._compute()
         elif not self._rested:
             self._scheduler.check_integrity()
             self._rested = True
         self._emit()
-        self._note(None)
+        flight = self._flight
+        self._note(None if flight is None else note_of(flight.batch, flight.began))
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._requests) or self._flight is not None
 
     def _accept(self, message: ToEngine) -> None:
         if isinstance(message, Add):
@@ -121,7 +135,6 @@ class EngineCore:
         elif isinstance(message, Abort):
             for request_id in message.request_ids:
                 if request_id in self._requests:
-                    self._scheduler.abort(request_id)
                     self._forget(request_id)
         elif isinstance(message, Shutdown):
             self._stopping = True
@@ -162,38 +175,87 @@ class EngineCore:
                 self._end(request.request_id, "deadline", now)
 
     def _compute(self) -> None:
-        """One step: schedule, execute, account."""
-        batch = self._scheduler.schedule()
-        assert batch.spans, "the scheduler has work and found none"
-        started = self._stamp(batch)
-        ids = list(dict.fromkeys(span.request_id for span in batch.spans))
-        self._note(StepNote(started, batch.num_tokens, ids))
-        foreseen = self._scheduler.foresee(batch)
+        """Read one step, with the step after it under way already where that can be foreseen."""
+        if self._flight is None:
+            self._flight = self._begin()
+        flight = self._flight
+        if flight is None:
+            return
+        following = self._look_ahead(flight)
         try:
-            result = self._runner.start(batch, self._requests).finish()
+            result = flight.pending.finish()
         except StepMemoryError as error:
-            self._shrink(batch, error)
+            self._give_up(flight, following, error)
             return
         now = self._clock()
-        self._scheduler.learn(batch, now - started)
-        self._accounts.count_step(batch, result, now - started, foreseen)
-        failed = self._fail(batch, result, now)
+        self._flight = following
+        if following is not None:
+            following.began = now
+        self._account(flight, result, now)
+
+    def _begin(self) -> Flight | None:
+        """Start the step that is due, with nothing under way; None if there is no memory for it."""
+        batch = self._scheduler.schedule()
+        assert batch.spans, "the scheduler has work and found none"
+        began = self._stamp(batch)
+        self._note(note_of(batch, began))
+        return self._launch(batch, began)
+
+    def _look_ahead(self, flight: Flight) -> Flight | None:
+        """Start the step after one that is under way; None if it is to wait for the results.
+
+        The note stays that of the older step, which has all requests of this one.
+        """
+        if not self._looks_ahead or self._stopping or flight.ended:
+            return None
+        leave = leaving(flight.batch, self._trackers)
+        batch = None if leave is None else self._scheduler.follow(flight.batch, leave)
+        return None if batch is None else self._launch(batch, self._clock())
+
+    def _launch(self, batch: Batch, began: float) -> Flight | None:
+        foreseen = self._scheduler.foresee(batch)
+        try:
+            pending = self._runner.start(batch, self._requests)
+        except StepMemoryError as error:
+            self._shrink(batch, error)
+            return None
+        return Flight(batch, pending, foreseen, began)
+
+    def _give_up(self, flight: Flight, following: Flight | None, error: StepMemoryError) -> None:
+        """A step found no memory after its start: neither it counts nor what went on from it."""
+        if following is not None:
+            with suppress(StepMemoryError):
+                following.pending.finish()
+        self._flight = None
+        self._release(flight.ended)
+        self._shrink(flight.batch, error)
+
+    def _account(self, flight: Flight, result: StepResult, now: float) -> None:
+        """Take over what a step brought for the requests that have not ended meanwhile."""
+        seconds = now - flight.began
+        self._scheduler.learn(flight.batch, seconds)
+        self._release(flight.ended)
+        batch, result = flight.batch.without(flight.ended), result.without(flight.ended)
+        if not batch.spans:
+            return
+        self._accounts.count_step(batch, result, seconds, flight.foreseen)
+        failed = self._fail(result, now)
         tokens = {
             request_id: sample.token
             for request_id, sample in result.samples.items()
             if request_id not in failed and sample.token is not None
         }
-        self._scheduler.update(batch, tokens)
-        for request_id in ids:
-            if request_id not in failed:
-                self._advance(request_id, result, tokens.get(request_id), now)
+        well = batch.without(failed)
+        self._scheduler.update(well, tokens)
+        for request_id in well.request_ids:
+            self._advance(request_id, result, tokens.get(request_id), now)
 
     def _shrink(self, batch: Batch, error: StepMemoryError) -> None:
         """A step found no memory: the next one holds less, without the request that is at fault."""
         at_fault = self._scheduler.shrink(batch)
         self._accounts.count_memory_retry()
         logger.warning("a step of %d tokens found no memory: %s", batch.num_tokens, error)
-        if at_fault is not None:
+        if at_fault in self._requests:
             logger.error("request %d finds no memory although it is alone", at_fault)
             self._end(at_fault, "error", self._clock())
 
@@ -206,7 +268,7 @@ class EngineCore:
                 request.first_scheduled = now
         return now
 
-    def _fail(self, batch: Batch, result: StepResult, now: float) -> set[int]:
+    def _fail(self, result: StepResult, now: float) -> set[int]:
         """End the requests whose values were not finite, before their pages can be shared."""
         failed = result.failed | {r for r, sample in result.samples.items() if sample.token is None}
         for request_id in failed:
@@ -217,7 +279,6 @@ class EngineCore:
     def _end(self, request_id: int, reason: FinishReason, now: float) -> None:
         """Cut a request off: its last update, its pages, its state."""
         self._updates.append(self._trackers[request_id].cut_off(reason, now))
-        self._scheduler.abort(request_id)
         self._forget(request_id)
 
     def _advance(self, request_id: int, result: StepResult, token: int | None, now: float) -> None:
@@ -236,12 +297,21 @@ class EngineCore:
             finish = tracker.finish_of(token)
         self._updates.append(tracker.update(result, token, finish, now))
         if finish is not None:
-            self._scheduler.finish(request_id)
             self._forget(request_id)
 
     def _forget(self, request_id: int) -> None:
+        """A request ended. Its pages stay its own while a step that writes to them is under way."""
         del self._requests[request_id], self._trackers[request_id]
-        self._runner.forget(request_id)
+        if self._flight is not None and self._flight.holds(request_id):
+            self._flight.ended.add(request_id)
+        else:
+            self._release([request_id])
+
+    def _release(self, request_ids: Iterable[int]) -> None:
+        """Give back what requests hold that have ended."""
+        for request_id in request_ids:
+            self._scheduler.finish(request_id)
+            self._runner.forget(request_id)
 
     def _emit(self) -> None:
         stats = with_load(self._accounts.stats, self._scheduler, self._requests.values())

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import NEWEST_TOKEN, Batch
 from engine.model.batch_tensors import AttentionMetadata, BlockTables
 from engine.request import Request
 from kernels import cuda_step, step_ops
@@ -54,6 +54,7 @@ class DecodeBuffers:
             full, window: tables of both pools, on the device, shared with the other steps.
             library: None: the PyTorch ops read the buffer.
         """
+        assert NEWEST_TOKEN == step_ops.NEWEST_TOKEN, "tokens go to the device as they are"
         self._library = library
         self._tables = (full, window)
         self._block_tokens = block_tokens

@@ -101,8 +101,9 @@ class Stats(msgspec.Struct, kw_only=True):
     generated_tokens: int = 0  # sampled, since start
     layer_attended_fraction: dict[int, float] = {}  # layer -> moving mean over decode steps
     # Where the time goes: steps since start by what they computed, and the seconds in them, from
-    # the call of the runner to its results. Decode: one new token of each sequence and nothing
-    # else; prefill: chunks of prompts, or of output that is replayed; mixed: both together.
+    # the call of the runner, or the results of the step before where those came later, to its
+    # results. Decode: one new token of each sequence and nothing else; prefill: chunks of prompts,
+    # or of output that is replayed; mixed: both together.
     decode_steps: int = 0
     decode_seconds: float = 0.0
     prefill_steps: int = 0

@@ -26,11 +26,12 @@ runs it may try as often as it fails, since nothing but pages is taken before `u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from engine.batch import Batch, Span
 from engine.errors import RequestError
 from engine.kv_pools import KvPools
+from engine.look_ahead import next_rows
 from engine.pacing import NO_LIMIT, Pacer, Room
 from engine.prefix_leaders import PrefixLeaders
 from engine.request import Request
@@ -132,6 +133,22 @@ class Scheduler:
         prefills = [span for span in self._spans.values() if span.rule == "prefill"]
         return Batch(decodes + prefills)
 
+    def follow(self, batch: Batch, leaving: Collection[int]) -> Batch | None:
+        """The step after one that is still to be read, where that is certain but for the tokens.
+
+        None where it depends on what is read: where a step of all running requests would not be
+        one new token of each, or somebody may be admitted, preempted, or short of pages. Otherwise
+        pages are taken, and nothing is given back.
+
+        Args:
+            batch: what is under way; all of it is new tokens.
+            leaving: requests that end with it.
+        """
+        if self._limits.active or len(batch.spans) < len(self._running) or self._may_admit(leaving):
+            return None
+        rows = batch.without(leaving).spans
+        return next_rows(rows, [self._requests[span.request_id] for span in rows], self.pools)
+
     def update(self, batch: Batch, tokens: Mapping[int, int]) -> None:
         """Take over the results of a step: computed positions, then sampled tokens by request id.
 
@@ -162,7 +179,7 @@ class Scheduler:
         return self._pacer.foresee(batch.spans)
 
     def learn(self, batch: Batch, seconds: float) -> None:
-        """Take over how long a step took, from the call of the runner to its results."""
+        """Take over how long a step took (`engine.messages.Stats` says from when to when)."""
         self._pacer.learn(batch.spans, seconds)
 
     def check_integrity(self) -> None:
@@ -259,6 +276,14 @@ class Scheduler:
                 self._waiting.appendleft(request)
                 break
         self._waiting.extendleft(reversed(passed))
+
+    def _may_admit(self, leaving: Collection[int]) -> bool:
+        """Whether one that waits may get a slot after this step."""
+        if not self._waiting or leaving:
+            return bool(self._waiting)
+        head = self._waiting[0]
+        held = self._leaders.held_blocks(head, self._running)
+        return bool(self._free_slots) and self._has_room(head, held)
 
     def _start(self, request: Request) -> bool:
         """Give the request a slot and the pages that it can share; False if there is no room."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -33,6 +33,18 @@ class StepResult:
     attended: dict[int, Attended] = field(default_factory=dict)
     layer_attended_fraction: dict[int, float] = field(default_factory=dict)  # by layer, this step
 
+    def without(self, request_ids: Collection[int]) -> StepResult:
+        """The same but for what some requests got. Means over all requests are left out then."""
+        if not request_ids:
+            return self
+        kept = {
+            name: {
+                key: value for key, value in getattr(self, name).items() if key not in request_ids
+            }
+            for name in ("samples", "prompt_logprobs", "attended")
+        }
+        return StepResult(**kept, failed=self.failed.difference(request_ids))
+
 
 class PendingStep(Protocol):
     """A step that was started."""
@@ -43,13 +55,20 @@ class PendingStep(Protocol):
 
 
 class Runner(Protocol):
-    """Computes batches, one after another. One per engine process."""
+    """Computes batches in the order in which they are started. One per engine process."""
 
     @property
     def info(self) -> EngineInfo: ...
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `start` returns before the step is computed, and takes `NEWEST_TOKEN`."""
+        ...
+
     def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
         """Begin to store KV of all spans, and to sample where a span says so.
+
+        At most one step is under way, if this one goes on from its tokens, else none.
 
         Args:
             requests: by id, those of the batch at least; read before this returns.

@@ -39,11 +39,15 @@ class RequestTracker:
         """Whether the request ends with its prompt (echo without output)."""
         return self.request.params.max_tokens == 0
 
+    def ends_at(self, total: int) -> bool:
+        """Whether the request is as long as it may be with `total` tokens, prompt and generated."""
+        return total >= self._max_total
+
     def finish_of(self, token: int) -> FinishReason | None:
         """Whether the request ends with `token`, the newest one of `request.output`."""
         if token in self._stop_ids:
             return "stop"
-        return "length" if self.request.total >= self._max_total else None
+        return "length" if self.ends_at(self.request.total) else None
 
     def count_attended(self, step: Attended) -> None:
         self._attended = Attended(

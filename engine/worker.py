@@ -119,6 +119,11 @@ class ModelRunner:
         self._decode = None if kernels is None else self._decode_step(cuda_graphs)
 
     @property
+    def overlaps(self) -> bool:
+        """On a GPU, steps of decode tokens. On a CPU `start` computes: tokens would come late."""
+        return self._decode is not None and self._device.type == "cuda"
+
+    @property
     def decodes_with(self) -> Literal["PyTorch ops", "CUDA kernels", "CUDA graphs"]:
         """What a step of decode tokens is made of."""
         if self._decode is None:
@@ -237,7 +242,7 @@ class ModelRunner:
     def _start_mixed(
         self, batch: Batch, requests: Mapping[int, Request], readback: Readback
     ) -> _PendingStep:
-        """Any spans; logits only of the rows that sample."""
+        """Any spans whose tokens are known; logits only of the rows that sample."""
         metadata = self._tensors.build(batch, requests)
         attention = PagedAttention(self._layers, metadata)
         hidden_TE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -23,10 +24,10 @@ def build(config: EngineConfig) -> EngineParts:
         toy_info(full_pages=250, window_pages=60, max_num_seqs=6), max_model_len=700
     )
 
-    def work(batch: Batch) -> None:
-        time.sleep(STEP_SECONDS + TOKEN_SECONDS * batch.num_tokens)
+    def work(batch: Batch) -> Callable[[], None]:
+        return lambda: time.sleep(STEP_SECONDS + TOKEN_SECONDS * batch.num_tokens)
 
-    runner = SimulatedRunner(info, before=work, after=lambda: None)
+    runner = SimulatedRunner(info, work)
     return EngineParts(toy_scheduler(info, max_batch_tokens=32), runner)
 
 

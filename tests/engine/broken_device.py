@@ -43,6 +43,10 @@ class BreakingRunner:
     def info(self) -> EngineInfo:
         return self._runner.info
 
+    @property
+    def overlaps(self) -> bool:
+        return self._runner.overlaps
+
     def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
         self._decode_steps += all(span.rule == "decode" for span in batch.spans)
         if self._decode_steps == FAULTY_STEP and self._marker.exists():

@@ -60,7 +60,8 @@ def build(config: EngineConfig) -> EngineParts:
     if config.model == "broken kernels":  # as if it ran on a GPU whose fast paths have faults
         info = msgspec.structs.replace(info, device="cuda:0")
         broken = [NO_GRAPHS] * config.cuda_graphs + [NO_KERNELS] * (config.kernels != "torch")
-    return EngineParts(toy_scheduler(info), FakeRunner(info, step_seconds, broken))
+    runner = FakeRunner(info, step_seconds, broken, overlaps=True)
+    return EngineParts(toy_scheduler(info), runner)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.batch import Batch, Span
+from engine.batch import NEWEST_TOKEN, Batch, Span
 from engine.counter_rng import uniform
 from engine.errors import StepMemoryError
 from engine.kv_pools import KvPools
 from engine.messages import Attended, EngineInfo, ReadBytes, TokenLogprobs
 from engine.request import Request
 from engine.scheduler import Scheduler
-from engine.step import Sample, StepResult
+from engine.step import PendingStep, Sample, StepResult
 
 VOCAB = 100
 WINDOW, SINKS = 8, 2  # tokens
@@ -97,44 +97,59 @@ def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """Implements `engine.step.PendingStep`."""
+    """Implements `engine.step.PendingStep`: computed, but its results come later."""
 
     result: StepResult
+    ready: float = 0.0  # seconds of the monotonic clock
 
     def finish(self) -> StepResult:
+        if (
+            wait := self.ready - time.monotonic()
+        ) > 0:  # even a sleep of nothing gives the core away
+            time.sleep(wait)
         return self.result
 
 
 class FakeRunner:
-    """Implements `engine.step.Runner`."""
+    """Implements `engine.step.Runner`. Steps are computed when they are started, in order, as on a
+    stream of a device, which keeps the newest token of each slot."""
 
     def __init__(
-        self, info: EngineInfo, step_seconds: float = 0.0, broken: Sequence[int] = ()
+        self,
+        info: EngineInfo,
+        step_seconds: float = 0.0,
+        broken: Sequence[int] = (),
+        *,
+        overlaps: bool = False,
     ) -> None:
         """
         Args:
             info: what the front end is told.
             step_seconds: real time that each step takes, so that a test can act during it.
             broken: tokens that make a step raise, beside those that always do.
+            overlaps: that steps may be started before the one before is read.
         """
         self.info = info
+        self.overlaps = overlaps
         self._step_seconds = step_seconds
+        self._ready = 0.0  # when the newest step is done
         self._raises = {RAISE, *broken}
         self.forgotten: list[int] = []
         self.memory: int | None = None  # tokens that a step may hold
         self.steps: list[Batch] = []
-        self._full: dict[int, int] = {}  # slot -> token
+        self._full: dict[int, int] = {}  # slot of the cache -> token
         self._windowed: dict[int, int] = {}
+        self._newest: dict[int, int] = {}  # slot of a sequence -> token
 
-    def start(self, batch: Batch, requests: Mapping[int, Request]) -> FinishedStep:
-        """Computes it at once."""
-        return FinishedStep(self.compute(batch, requests))
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
+        if self._step_seconds:
+            self._ready = max(self._ready, time.monotonic()) + self._step_seconds
+        return FinishedStep(self.compute(batch, requests), self._ready)
 
     def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        self._claim_memory(batch)
         self.steps.append(batch)
-        if self._step_seconds:  # even a sleep of nothing gives the core away
-            time.sleep(self._step_seconds)
+        batch = Batch([self._with_tokens(span) for span in batch.spans])
+        self._claim_memory(batch)
         result = StepResult()
         for span in batch.spans:
             self._store(span)
@@ -143,7 +158,9 @@ class FakeRunner:
             self._check_window(span, requests[span.request_id])
             if span.sample:
                 request = requests[span.request_id]
-                result.samples[span.request_id] = self._sample(span, request)
+                sample = self._sample(span, request)
+                result.samples[span.request_id] = sample
+                self._newest[span.slot] = 0 if sample.token is None else sample.token
             if span.rule == "decode" and span.sample:
                 result.attended[span.request_id] = Attended(1, span.stop // 2, 0.5)
                 result.layer_attended_fraction[0] = 0.5
@@ -154,6 +171,10 @@ class FakeRunner:
 
     def forget(self, request_id: int) -> None:
         self.forgotten.append(request_id)
+
+    def _with_tokens(self, span: Span) -> Span:
+        known = span.tokens != [NEWEST_TOKEN]
+        return span if known else span._replace(tokens=[self._newest[span.slot]])
 
     def _claim_memory(self, batch: Batch) -> None:
         """Fail where there is none, half-way, as a real step does."""
@@ -174,7 +195,7 @@ class FakeRunner:
             return Sample(None)
         params, token = request.params, toy_next(tokens)
         if params.temperature > 0:
-            token = toy_draw(tokens, params.seed, len(request.output))
+            token = toy_draw(tokens, params.seed, span.stop - request.prompt_len)
         if params.logprobs is None:
             return Sample(token)
         tops = [(token + place) % EOS for place in range(params.logprobs)]
@@ -183,7 +204,7 @@ class FakeRunner:
 
     def _check_window(self, span: Span, request: Request) -> None:
         """Every token that the window rule lets this span see must still be there."""
-        sequence = request.tokens(0, span.stop)
+        sequence = request.tokens(0, span.start) + span.tokens
         first = max(span.start - WINDOW + 1, 0)
         for position in {*range(min(SINKS, span.stop)), *range(first, span.stop)}:
             slot = self._slot(span.window_blocks, position)

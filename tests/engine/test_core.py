@@ -14,6 +14,7 @@ from engine.core import EngineCore
 from engine.messages import Abort, Add, Attended, Shutdown
 from engine.messages import RequestUpdate as Update
 from engine.request import Request, SamplingParams
+from engine.step import Sample
 from tests.engine.fake_channel import FakeChannel
 from tests.engine.fake_runner import (
     EOS,
@@ -30,6 +31,8 @@ from tests.engine.fake_runner import (
 class Bench:
     """An EngineCore with everything around it faked but the scheduler."""
 
+    look_ahead = False
+
     def __init__(self, *, clock_start: float = 100.0, **options: Any) -> None:
         info_options = {k: options.pop(k) for k in ("full_pages", "window_pages") if k in options}
         self.now = clock_start
@@ -37,7 +40,11 @@ class Bench:
         self.channel = FakeChannel()
         self.runner = FakeRunner(self.info)
         self.scheduler = toy_scheduler(self.info, **options)
-        self.core = EngineCore(self.scheduler, self.runner, self.channel, clock=self.tick)
+        self.core = self.core_of(self.runner)
+
+    def core_of(self, runner: FakeRunner) -> EngineCore:
+        channel, ahead = self.channel, self.look_ahead
+        return EngineCore(self.scheduler, runner, channel, clock=self.tick, look_ahead=ahead)
 
     def tick(self) -> float:
         self.now += 1.0
@@ -93,6 +100,13 @@ class Bench:
             True
         ]
         return updates[-1]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["step by step", "ahead"])
+def look_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """All of this holds whether or not steps are started before the one before is read."""
+    monkeypatch.setattr(Bench, "look_ahead", request.param)
+    return bool(request.param)
 
 
 def random_prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
@@ -162,15 +176,12 @@ def test_stop_ids_end_a_request_and_are_reported() -> None:
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_end_of_sequence_stops_unless_ignored(ignore_eos: bool) -> None:
     class Ender(FakeRunner):
-        def compute(self, batch: Any, requests: Any) -> Any:
-            result = super().compute(batch, requests)
-            for request_id, sample in result.samples.items():
-                result.samples[request_id] = type(sample)(EOS, None)
-            return result
+        def _sample(self, *_: Any) -> Sample:
+            return Sample(EOS)
 
     bench = Bench()
     runner = Ender(bench.info)
-    bench.core = EngineCore(bench.scheduler, runner, bench.channel, clock=bench.tick)
+    bench.core = bench.core_of(runner)
     bench.add(1, [1], max_tokens=4, ignore_eos=ignore_eos)
     bench.until_idle()
     assert bench.tokens(1) == [EOS] * (4 if ignore_eos else 1)
@@ -273,16 +284,22 @@ def test_B83_a_deadline_that_is_over_at_arrival_costs_no_step() -> None:
     assert not bench.runner.steps
 
 
-def test_seconds_are_told_by_what_a_step_computed() -> None:
+def test_seconds_are_told_by_what_a_step_computed(look_ahead: bool) -> None:
+    """From the start of a step, or from the results of the one before if it was started earlier.
+
+    The clock goes on by one whenever it is looked at, so a start in between shows.
+    """
     bench = Bench(max_batch_tokens=8)
     bench.add(1, [1] * 16, max_tokens=4)  # two prefill steps, then three decode steps alone
     bench.turns(4)
-    bench.add(2, [2] * 15, max_tokens=2)  # beside the last of them 7 tokens, then 8
+    bench.add(2, [2] * 15, max_tokens=2)  # 7 tokens beside the last of them, unless it is under way
     bench.until_idle()
     stats = bench.channel.reports[-1].stats
-    assert (stats.prefill_steps, stats.mixed_steps, stats.decode_steps) == (3, 1, 3)
-    assert (stats.prefill_seconds, stats.mixed_seconds, stats.decode_seconds) == (3.0, 1.0, 3.0)
-    assert stats.step == 7
+    steps = stats.prefill_steps, stats.mixed_steps, stats.decode_steps
+    seconds = stats.prefill_seconds, stats.mixed_seconds, stats.decode_seconds
+    assert steps == ((4, 0, 4) if look_ahead else (3, 1, 3))
+    assert seconds == ((4.0, 0.0, 2 + 2 + 1 + 1) if look_ahead else (3.0, 1.0, 3.0))
+    assert stats.step == sum(steps)
     assert stats.step_seconds == 1.0
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch import Batch, Span
+from engine.batch import NEWEST_TOKEN, Batch, Span
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decode_buffers import DecodeBuffers
 from engine.decode_step import DecodeStep, Eager, Step, padded_sizes
 from engine.loading import load_engine_parts
+from engine.look_ahead import next_rows
 from engine.messages import Add, Attended, TokenLogprobs
 from engine.model.batch_tensors import BlockTables
 from engine.model.decoder import DecoderLayer
@@ -85,10 +86,12 @@ def generate(
     parts: EngineParts,
     requests: list[tuple[list[int], SamplingParams]],
     on_logprobs: Callable[[int, list[TokenLogprobs]], None] = lambda _, __: None,
+    *,
+    look_ahead: bool | None = None,
 ) -> list[Answer]:
     """Tokens, finish reason and token budget of each request, all computed together."""
     channel = FakeChannel()
-    core = EngineCore(parts.scheduler, parts.runner, channel)
+    core = EngineCore(parts.scheduler, parts.runner, channel, look_ahead=look_ahead)
     for request_id, (prompt, params) in enumerate(requests):
         ids = array("i", prompt).tobytes()
         channel.inbox.append(Add(request_id=request_id, params=params, prompt=ids, arrival=0.0))
@@ -105,6 +108,8 @@ def generate(
                     update.attended or attended,
                 )
         channel.reports.clear()
+    core.turn()  # a step may be under way for requests that have ended
+    assert parts.scheduler.num_running == 0
     parts.scheduler.check_integrity()
     return [answers[i] for i in range(len(requests))]
 
@@ -141,12 +146,32 @@ def test_a_request_with_the_id_of_an_ended_one_reads_its_own_pages(folder: Path)
         same(generate(parts, [request]), generate(load(folder), [request]))
 
 
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Engines start steps before the one before is read, as on a GPU; the sizes of these steps."""
+    sizes: list[int] = []
+
+    def follow(*args: Any) -> Batch | None:
+        batch = next_rows(*args)
+        sizes.extend([] if batch is None else [len(batch.spans)])
+        return batch
+
+    monkeypatch.setattr("engine.scheduler.next_rows", follow)
+    monkeypatch.setattr(ModelRunner, "overlaps", property(lambda runner: bool(runner._decode)))
+    return sizes
+
+
 @needs_compiler
-@pytest.mark.parametrize("requests", [GREEDY, MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(("requests", "least"), [(GREEDY, 20), (MIXED, 4)], ids=["greedy", "mixed"])
 def test_tokens_and_budget_equal_those_of_the_ops(
-    folder: Path, backend: CountingBackend, requests: list[tuple[list[int], SamplingParams]]
+    folder: Path,
+    backend: CountingBackend,
+    ahead: list[int],
+    requests: list[tuple[list[int], SamplingParams]],
+    least: int,
 ) -> None:
     got = generate(load(folder), requests)
+    assert len(ahead) > least, "steps are started ahead, but where a penalty counts tokens"
     assert sum(backend.replays.values()) > 25, "decode steps took the fixed buffers"
     assert len(+backend.replays) > 2, "of several sizes"
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +206,7 @@ def launches(
         return result
 
     assert runner._decode is not None
-    with patch.context() as inside, torch.inference_mode():
+    with patch.context() as inside, torch.no_grad():
         inside.setattr(DecoderLayer, method, counted)
         with LaunchCount(inside) as count:
             runner._decode._compute(1)
@@ -204,7 +229,8 @@ def test_launches_of_a_step(
     assert ends == turning | given | {"add_norm": 1, "mm": 1, "cat": 1, "pick_tokens": 1}
     runner._decoder.kernels = runner._layers.layer_kernels = None
     assert runner._decode is not None
-    runner._decode._buffers._library = None
+    buffers = runner._decode._buffers
+    buffers._library, buffers._newest_S = None, buffers._newest_S.clone()  # no inference tensor
     plain, plain_ends = launches(runner, monkeypatch, "forward")
     print(f"around the layers: {plain_ends.total()} by PyTorch ops, {ends.total()} fused")
     for before, after in zip(plain, fused, strict=True):
@@ -213,8 +239,42 @@ def test_launches_of_a_step(
 
 
 @needs_compiler
+def test_steps_ahead_are_for_nothing_where_a_request_ends_by_surprise(
+    folder: Path, backend: CountingBackend, ahead: list[int]
+) -> None:
+    """By a stop id: its tokens and its token budget, and all others', are those of step by step."""
+    sampled: dict[str, Any] = {
+        "temperature": 0.9,
+        "max_tokens": 24,
+        "ignore_eos": True,
+        "logprobs": 2,
+    }
+    params = [
+        greedy(24, stop_token_ids=(5, 18, 33)),
+        greedy(30),
+        SamplingParams(seed=3, top_p=0.8, stop_token_ids=tuple(range(0, 60, 7)), **sampled),
+        SamplingParams(seed=4, min_tokens=6, stop_token_ids=tuple(range(20)), **sampled),
+    ]
+    requests = list(zip(PROMPTS, params, strict=True))
+    logprobs: list[list[Any]] = [[], []]
+
+    def keep(request_id: int, entries: list[TokenLogprobs]) -> None:
+        told.extend((request_id, entry.token_id, entry.logprob) for entry in entries)
+
+    told = logprobs[0]
+    want = generate(load(folder), requests, keep, look_ahead=False)
+    assert not ahead
+    told = logprobs[1]
+    got = generate(load(folder), requests, keep)
+    assert [reason for _, reason, _ in want].count("stop") >= 2
+    assert len(ahead) > 15
+    same(got, want)
+    assert sorted(logprobs[0]) == sorted(logprobs[1])
+
+
+@needs_compiler
 def test_preemption_and_taken_over_slots_change_nothing(
-    folder: Path, backend: CountingBackend
+    folder: Path, backend: CountingBackend, ahead: list[int]
 ) -> None:
     """Tables are brought up to date by the device itself, in slots that change their owners."""
     prompts = [PROMPTS[0], PROMPTS[0][::-1], *PROMPTS[:0:-1]]
@@ -228,7 +288,11 @@ def test_preemption_and_taken_over_slots_change_nothing(
 
 
 @needs_compiler
-def test_f07_a_row_that_is_not_finite_fails_alone(folder: Path, backend: CountingBackend) -> None:
+@pytest.mark.parametrize("look_ahead", [False, True], ids=["step by step", "ahead"])
+def test_f07_a_row_that_is_not_finite_fails_alone(
+    folder: Path, backend: CountingBackend, look_ahead: bool
+) -> None:
+    """Also where the next step is under way: what it stores for the failed row is wiped, too."""
     requests = [(PROMPTS[0], greedy(12)), (PROMPTS[1], greedy(12)), (PROMPTS[3], greedy(12))]
     expected = generate(load(folder), requests)
     parts = load(folder)
@@ -236,7 +300,8 @@ def test_f07_a_row_that_is_not_finite_fails_alone(folder: Path, backend: Countin
     with torch.no_grad():
         parts.runner._decoder.embedding.weight[POISONED] = torch.nan
     spoiled = greedy(12, logit_bias={POISONED: 1000.0})  # the next decode step reads the bad row
-    got = generate(parts, [requests[0], (PROMPTS[1], spoiled), requests[2]])
+    beside = [requests[0], (PROMPTS[1], spoiled), requests[2]]
+    got = generate(parts, beside, look_ahead=look_ahead)
     assert got[1][:2] == ([POISONED], "error")
     assert [got[0], got[2]] == [expected[0], expected[2]]
     for layer in parts.runner._cache.layers:
@@ -289,6 +354,37 @@ def test_buffers_hold_the_batch_and_padding() -> None:
     assert metadata.top_p_R[1:].isnan().all()
     assert buffers._inputs[6].tolist() == [1, 0, 0, 0]
     assert full.rows([2, 0], 3).tolist() == [[4, 6, 5], [9, 7, 0]]
+
+
+def test_a_row_goes_on_from_what_the_step_before_chose_in_its_slot() -> None:
+    """Whichever rows the two steps have it in; another token may have been drawn meanwhile."""
+    buffers, _, _ = buffers_of(4)
+    requests = {i: Request(i, [0], SamplingParams()) for i in (1, 2, 3)}
+
+    def fill(*rows: tuple[int, int, int]) -> None:
+        spans = [
+            Span(i, slot, 16, [token], "decode", [1, 2], [1, 2], True) for i, slot, token in rows
+        ]
+        buffers.fill(Batch(spans), requests)
+
+    fill((1, 2, 50), (2, 0, 51), (3, 3, 52))
+    logits = torch.zeros(4, 60)
+    logits[range(4), [7, 8, 9, 10]] = 1.0
+    buffers.pick_tokens(logits, torch.zeros(4, 8), None)
+    buffers.keep(torch.tensor([20]), torch.tensor([2]))
+    fill((3, 3, NEWEST_TOKEN), (1, 2, NEWEST_TOKEN), (2, 0, 53))
+    assert buffers.metadata(4).token_ids_T.tolist() == [20, 7, 53, 0]
+
+
+def test_a_copy_that_is_under_way_is_not_written_over() -> None:
+    """The inputs of two steps in a row leave from different memory."""
+    buffers, _, _ = buffers_of(1)
+    request = {1: Request(1, [0], SamplingParams())}
+    sources = []
+    for token in (50, 51, 52):
+        buffers.fill(Batch([Span(1, 0, 16, [token], "decode", [1, 2], [], True)]), request)
+        sources.append(buffers._host)
+        assert [source[0].item() for source in sources[-2:]] == [token - 1, token][-len(sources) :]
 
 
 def test_only_the_newest_page_is_left_to_the_device() -> None:

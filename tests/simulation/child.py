@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 from engine.batch import Batch
 from engine.child_protocol import ChildEndedError
@@ -72,6 +74,7 @@ class SimulatedChild:
         self._rng = random.Random(scenario.seed * 1009 + number)
         self._loop = asyncio.get_running_loop()
         self._ahead = 0.0  # seconds that the turn under way has taken
+        self._device_free = 0.0  # when the newest step is done
         self._turns = -1  # with work
         self._to_engine: Wire = deque()
         self._reports: Wire = deque()
@@ -94,12 +97,17 @@ class SimulatedChild:
             max_batch_tokens=scenario.max_batch_tokens,
             max_step_seconds=scenario.max_step_seconds,
         )
-        runner = SimulatedRunner(self.info, self._before_execute, self._after_execute)
+        runner = SimulatedRunner(self.info, self._before_execute)
         runner.memory = scenario.memory
-        self._note: StepNote | None = None
-        self._step_ends = True
+        self._note: StepNote | None = None  # as the front end sees it
+        self._noted: StepNote | None = None
         self._core = self.make_core(
-            self.scheduler, runner, _CoreChannel(self), self._core_clock, self._take_note
+            self.scheduler,
+            runner,
+            _CoreChannel(self),
+            self._core_clock,
+            self._take_note,
+            look_ahead=scenario.look_ahead,
         )
         self._task = asyncio.ensure_future(self._live())
         history.note("engine %d: starts as %s", number, self._life)
@@ -160,7 +168,7 @@ class SimulatedChild:
                 self._core.turn()
                 await asyncio.sleep(self._ahead)
                 self._ahead = 0.0
-                self._note = None
+                self._note = self._noted
         except HungError:
             self._history.note("engine %d: hangs", self.pid)
             await asyncio.get_running_loop().create_future()
@@ -205,8 +213,7 @@ class SimulatedChild:
         while len(self._reports) > keep:
             self._reports.pop()
         self._ended = how
-        if self._step_ends:
-            self._note = None
+        self._note = self._noted
         self._history.note("engine %d: %s; %d reports lost", self.pid, how, lost)
         self._arrived.wake()
 
@@ -214,10 +221,10 @@ class SimulatedChild:
         return self._loop.time() + self._ahead
 
     def _take_note(self, note: StepNote | None) -> None:
-        """The step stays noted until the time that it takes has passed."""
+        """A step stays noted until the time that it takes has passed."""
+        self._noted = note
         if note is not None:
             self._note = note
-        self._step_ends = note is None
 
     def inbox(self) -> list[ToEngine]:
         """Messages that have arrived; a turn begins."""
@@ -266,16 +273,20 @@ class SimulatedChild:
         except FrameError as error:
             raise ChildEndedError(f"engine sent a bad frame: {error}") from error
 
-    def _before_execute(self, batch: Batch) -> None:
+    def _before_execute(self, batch: Batch) -> Callable[[], None]:
+        """The device takes steps one after another; its faults show when one is started."""
         scenario = self._scenario
-        self._ahead += scenario.step_seconds + scenario.token_seconds * batch.num_tokens
+        seconds = scenario.step_seconds + scenario.token_seconds * batch.num_tokens
         if self._life.slow is not None and self._life.slow[0] == self._turns:
-            self._ahead += self._life.slow[1]
+            seconds += self._life.slow[1]
+        self._device_free = max(self._device_free, self._core_clock()) + seconds
         self._crash_at("before execute")
         if self._life.hang == self._turns:
             raise HungError
+        return partial(self._after_execute, self._device_free)
 
-    def _after_execute(self) -> None:
+    def _after_execute(self, done: float) -> None:
+        self._ahead = max(self._ahead, done - self._loop.time())
         self._crash_at("after execute")
 
     def _crash_at(self, point: CrashPoint) -> None:

@@ -69,6 +69,7 @@ class Scenario:
     drain: tuple[float, float] | None = None  # when, and for how many seconds
     interrupted_load: float | None = None  # seconds after which the first start is given up
     policy: SupervisionPolicy = field(default_factory=SupervisionPolicy)
+    look_ahead: bool = True  # steps are started before the one before is read
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -110,6 +111,7 @@ def draw_scenario(seed: int) -> Scenario:
             max_resumes=3,
             poison_seconds=30.0,
         ),
+        look_ahead=rng.random() < 0.75,
     )
 
 

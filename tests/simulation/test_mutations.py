@@ -6,7 +6,7 @@ the suite runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -131,6 +131,34 @@ class IdleChild(SimulatedChild):
     make_scheduler = IdleScheduler
 
 
+class StaleScheduler(Scheduler):
+    """A row that is started ahead goes on from the newest token that the host knows."""
+
+    def follow(self, batch: Batch, leaving: Collection[int]) -> Batch | None:
+        ahead = super().follow(batch, leaving)
+        if ahead is None:
+            return None
+        tokens = {span.request_id: span.tokens for span in batch.spans}
+        return Batch([span._replace(tokens=tokens[span.request_id]) for span in ahead.spans])
+
+
+class StaleChild(SimulatedChild):
+    make_scheduler = StaleScheduler
+
+
+class ForgetfulCore(EngineCore):
+    """The row of a request that has ended counts after all."""
+
+    def _forget(self, request_id: int) -> None:
+        super()._forget(request_id)
+        if self._flight is not None:
+            self._flight.ended.clear()
+
+
+class ForgetfulChild(SimulatedChild):
+    make_core = ForgetfulCore
+
+
 class LeakingPools(KvPools):
     """The last page of a request is not given back."""
 
@@ -224,6 +252,7 @@ def pools_of(kind: type[KvPools]) -> Parts:
 CHILDREN = (
     *(ResendingChild, LosingChild, SwappingChild, ForgetfulReplay, ReplayShort, ReplayOtherSeed),
     *(ReplayWithoutProgress, DeafChild, SkippingChild, IdleChild),
+    *(StaleChild, ForgetfulChild),
 )
 POOLS = (LeakingPools, EarlySharingPools, NarrowPools, UnevenPools)
 SUPERVISORS = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine.batch import Batch, Span
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.request import FinishReason, Request, SamplingParams
-from engine.step import Sample, StepResult
+from engine.step import PendingStep, Sample, StepResult
 from tests.engine.fake_runner import EOS, HANG, KILL, NO_MEMORY, NOT_FINITE, RAISE, FakeRunner
 
 POISON = {
@@ -75,24 +75,30 @@ def toy_answer(prompt: Sequence[int], params: SamplingParams, max_model_len: int
     return Expected(tokens, logprobs, "length")
 
 
+@dataclass(frozen=True, slots=True)
+class _ObservedStep:
+    step: PendingStep
+    after: Callable[[], None]
+
+    def finish(self) -> StepResult:
+        result = self.step.finish()
+        self.after()
+        return result
+
+
 class SimulatedRunner(FakeRunner):
     """Implements `engine.step.Runner`; faults of a step are exceptions that end or hang it.
 
-    `before` and `after` are called around the work of every step and may raise.
+    `before` is called when a step is started, what it gives when the step is read; both may raise.
     """
 
-    def __init__(
-        self, info: EngineInfo, before: Callable[[Batch], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, info: EngineInfo, before: Callable[[Batch], Callable[[], None]]) -> None:
         super().__init__(info)
         self._before = before
-        self._after = after
 
-    def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        self._before(batch)
-        result = super().compute(batch, requests)
-        self._after()
-        return result
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
+        after = self._before(batch)
+        return _ObservedStep(super().start(batch, requests), after)
 
     def _sample(self, span: Span, request: Request) -> Sample:
         tokens = [self._full[self._slot(span.full_blocks, i)] for i in range(span.stop)]

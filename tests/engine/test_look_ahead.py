@@ -1,0 +1,283 @@
+"""Steps that are started before the one before is read: when they are, and what must not change.
+
+That everything else holds with them too is asserted where it is tested (`test_core`,
+`test_decode_step`, `tests/simulation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from engine.batch import NEWEST_TOKEN, Batch
+from engine.errors import StepMemoryError
+from engine.kv_pools import KvPools
+from engine.messages import Abort, Shutdown
+from engine.request import Request
+from engine.step import PendingStep, Sample, StepResult
+from engine.step_note import StepNote
+from tests.engine.fake_runner import FakeRunner, toy_generate
+from tests.engine.test_core import Bench
+
+
+class AheadBench(Bench):
+    look_ahead = True
+
+    @property
+    def ahead(self) -> list[Batch]:
+        """The steps that were started before the one before was read."""
+        return [s for s in self.runner.steps if all(x.tokens == [NEWEST_TOKEN] for x in s.spans)]
+
+    def run_with(self, runner: FakeRunner) -> None:
+        """Go on with another runner."""
+        self.runner = runner
+        self.core = self.core_of(runner)
+
+    def watch(self, request_id: int, act: Callable[[], None]) -> None:
+        """Do something as soon as the end of a request has been told."""
+        while not any(u.finish_reason for u in self.updates(request_id)):
+            self.turns(1)
+        act()
+
+
+def used(bench: Bench) -> tuple[int, int]:
+    return bench.scheduler.pools.full.used, bench.scheduler.pools.window.used
+
+
+def test_all_but_the_first_step_of_rows_are_started_ahead() -> None:
+    bench = AheadBench()
+    bench.add(1, [1, 2, 3], max_tokens=9)
+    bench.until_idle()
+    assert bench.tokens(1) == toy_generate([1, 2, 3], 9)
+    assert len(bench.runner.steps) == 9, "nothing is computed past the end, which is known"
+    assert len(bench.ahead) == 9 - 2, "but for the prompt, and the first row behind it"
+
+
+def test_only_devices_that_overlap_are_given_steps_ahead() -> None:
+    """Elsewhere a token would be told only after the next one was computed."""
+    for overlaps in (False, True):
+        bench = AheadBench()
+        bench.look_ahead = None  # type: ignore[assignment]  # what the loop does by itself
+        bench.run_with(FakeRunner(bench.info, overlaps=overlaps))
+        bench.add(1, [1, 2, 3], max_tokens=9)
+        bench.until_idle()
+        assert bool(bench.ahead) == overlaps
+
+
+def test_a_row_that_ends_by_its_length_has_none_in_the_next_step() -> None:
+    bench = AheadBench()
+    for request_id, count in ((1, 5), (2, 9), (3, 7)):
+        bench.add(request_id, [request_id], max_tokens=count)
+    bench.until_idle()
+    assert [len(batch.spans) for batch in bench.ahead] == [3, 3, 3, 2, 2, 1, 1]
+    for request_id, count in ((1, 5), (2, 9), (3, 7)):
+        assert bench.tokens(request_id) == toy_generate([request_id], count)
+
+
+def test_the_row_of_a_request_that_ended_counts_for_nothing() -> None:
+    """The stop id shows when the next step is under way: accounts are those of step by step."""
+    answer = toy_generate([1, 2, 4], 9)
+    totals = []
+    for look_ahead in (False, True):
+        bench = AheadBench()
+        bench.look_ahead = look_ahead
+        bench.run_with(FakeRunner(bench.info))
+        bench.add(1, [1, 2, 4], max_tokens=50, stop_token_ids=(answer[6],))
+        bench.add(2, [5], max_tokens=12)
+        bench.until_idle()
+        stats = bench.channel.reports[-1].stats
+        sums = stats.generated_tokens, stats.attended_tokens, stats.read_dense_bytes
+        totals.append((sums, bench.last(1).attended, bench.last(2).attended))
+        assert bench.tokens(1) == answer[: answer.index(answer[6]) + 1]
+        assert bench.last(1).finish_reason == "stop"
+        assert bench.tokens(2) == toy_generate([5], 12)
+    assert totals[0] == totals[1]
+    rows = sum(len(batch.spans) for batch in bench.ahead)
+    assert rows > stats.decode_steps, "one row too many was computed"
+
+
+def test_the_end_is_told_at_once_and_pages_go_back_when_nothing_writes_to_them() -> None:
+    answer = toy_generate([1, 2, 4], 7)
+    bench = AheadBench()
+    bench.add(1, [1, 2, 4], max_tokens=50, stop_token_ids=(answer[6],))
+
+    def look() -> None:
+        assert min(used(bench)) > 0, "a step with a row of it is under way"
+        assert bench.runner.forgotten == []
+        bench.turns(1)
+        assert used(bench) == (0, 0)
+        assert bench.runner.forgotten == [1]
+        assert len(bench.runner.steps) == 8, "none is started behind such a step"
+
+    bench.watch(1, look)
+    bench.until_idle()
+    assert bench.channel.reports[-1].stats.decode_steps == 6
+
+
+@pytest.mark.parametrize("turns", range(2, 9))
+def test_a_request_that_leaves_while_its_row_is_under_way(turns: int) -> None:
+    bench = AheadBench()
+    for request_id in (1, 2):
+        bench.add(request_id, [request_id] * 3, max_tokens=20)
+    bench.turns(turns)
+    told = len(bench.tokens(1))
+    bench.channel.inbox.append(Abort([1]))
+    bench.turns(1)
+    assert len(bench.tokens(1)) == told, "what was under way is not told"
+    assert bench.runner.forgotten == [1], "its step was read in that turn"
+    bench.add(3, [3] * 9, max_tokens=9)
+    bench.until_idle()
+    assert bench.tokens(2) == toy_generate([2] * 3, 20)
+    assert bench.tokens(3) == toy_generate([3] * 9, 9)
+
+
+def test_who_waits_for_a_slot_is_not_passed_by() -> None:
+    """With a free slot or a row that ends now, the results are read first. Behind rows that go on,
+    the queue waits anyway."""
+    bench = AheadBench()
+    for request_id in range(5):
+        bench.add(request_id, [request_id], max_tokens=8 + 2 * request_id)
+    bench.turns(2)
+    assert bench.scheduler.num_waiting == 1
+    before = len(bench.ahead)
+    bench.turns(3)
+    assert len(bench.ahead) > before, "four slots are taken, and all of the rows go on"
+    while bench.scheduler.num_waiting:
+        bench.turns(1)
+    place = next(i for i, s in enumerate(bench.runner.steps) if 4 in s.request_ids)
+    last = max(i for i, s in enumerate(bench.runner.steps) if 0 in s.request_ids)
+    assert place == last + 1, "in the first step after the one that made room"
+    bench.until_idle()
+    assert bench.tokens(4) == toy_generate([4], 16)
+
+
+def test_a_new_request_waits_for_no_step_that_was_not_started() -> None:
+    bench = AheadBench()
+    bench.add(1, [1], max_tokens=30)
+    bench.turns(4)
+    started = len(bench.runner.steps)
+    bench.add(2, [2], max_tokens=3)
+    bench.turns(2)
+    assert bench.runner.steps[started].request_ids == [1, 2]
+
+
+def test_penalties_are_computed_step_by_step() -> None:
+    bench = AheadBench()
+    bench.add(1, [1, 2], max_tokens=9, presence_penalty=0.5)
+    bench.add(2, [3], max_tokens=14)
+    bench.until_idle()
+    assert all(batch.request_ids == [2] for batch in bench.ahead)
+    assert len(bench.ahead) == 14 - 9 - 1
+
+
+def test_no_page_is_taken_from_anybody_for_a_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lacking is found by preemption, which comes with results only."""
+    bench = AheadBench(full_pages=20, window_pages=20)
+    for request_id in range(4):
+        bench.add(request_id, [request_id] * 12, max_tokens=25)
+    under_way = False
+    real = KvPools.release
+
+    def release(pools: KvPools, request: Request) -> None:
+        flight = bench.core._flight
+        assert flight is None or not flight.holds(request.request_id)
+        real(pools, request)
+
+    monkeypatch.setattr(KvPools, "release", release)
+    for _ in range(200):
+        bench.turns(1)
+        under_way |= bench.core._flight is not None
+    bench.until_idle()
+    assert under_way
+    assert bench.channel.reports[-1].stats.preemptions > 0
+    for request_id in range(4):
+        assert bench.tokens(request_id) == toy_generate([request_id] * 12, 25)
+
+
+class Failing(FakeRunner):
+    """Finds no memory for some steps, either at their start or when they are read."""
+
+    def __init__(self, *args: Any, at: int, reading: bool) -> None:
+        super().__init__(*args)
+        self._at = at
+        self._reading = reading
+        self._calls = 0
+
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
+        self._calls += 1
+        step = super().start(batch, requests)
+        if self._calls % self._at:
+            return step
+        if self._reading:
+            return Unreadable()
+        raise StepMemoryError("out of memory")
+
+
+class Unreadable:
+    def finish(self) -> StepResult:
+        raise StepMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("reading", [False, True], ids=["at its start", "when it is read"])
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_F05_a_step_ahead_that_finds_no_memory_is_computed_again(at: int, reading: bool) -> None:
+    bench = AheadBench()
+    bench.run_with(Failing(bench.info, at=at, reading=reading))
+    stop = toy_generate([7] * 5, 9)[8]
+    bench.add(1, [7] * 5, max_tokens=40, stop_token_ids=(stop,))
+    for request_id in (2, 3):
+        bench.add(request_id, [request_id] * 5, max_tokens=15 * request_id)
+    bench.until_idle()
+    assert bench.tokens(1) == toy_generate([7] * 5, 9)
+    for request_id in (2, 3):
+        assert bench.tokens(request_id) == toy_generate([request_id] * 5, 15 * request_id)
+    assert bench.channel.reports[-1].stats.memory_retries > 2
+    assert bench.ahead
+
+
+def test_F07_a_row_that_fails_while_its_next_is_under_way_ends_alone() -> None:
+    class Spoiled(FakeRunner):
+        def _sample(self, span: Any, request: Request) -> Sample:
+            if request.request_id == 1 and span.stop >= 9:
+                return Sample(None)
+            return super()._sample(span, request)
+
+    bench = AheadBench()
+    bench.run_with(Spoiled(bench.info))
+    for request_id in (1, 2):
+        bench.add(request_id, [request_id] * 5, max_tokens=20)
+    bench.until_idle()
+    assert bench.last(1).finish_reason == "error"
+    assert bench.tokens(1) == toy_generate([1] * 5, 4)
+    assert bench.tokens(2) == toy_generate([2] * 5, 20)
+
+
+def test_f03_the_note_stays_while_a_step_is_under_way() -> None:
+    """Between turns too: a process that is lost then is lost with these requests."""
+    bench = AheadBench()
+    notes: list[StepNote | None] = []
+    bench.core._note = notes.append
+    stop = toy_generate([1] * 3, 6)[5]
+    bench.add(1, [1] * 3, max_tokens=40, stop_token_ids=(stop,))
+    bench.add(2, [2] * 3, max_tokens=4)
+    bench.until_idle()
+    told = [None if note is None else note.request_ids for note in notes]
+    both = [1, 2]
+    assert told[:2] == [both, None], "the prompts"
+    assert told[2:6] == [both, both, both, [1]], "row after row, the second one without a start"
+    assert told[6:8] == [[1], [1]], "and a row for nothing"
+    assert not any(told[8:])
+    began = [note.began for note in notes if note is not None]
+    assert began == sorted(began)
+
+
+def test_a_shutdown_starts_nothing_more() -> None:
+    bench = AheadBench()
+    bench.add(1, [1], max_tokens=50)
+    bench.turns(5)
+    started = len(bench.runner.steps)
+    bench.channel.inbox.append(Shutdown())
+    bench.core.run()
+    assert len(bench.runner.steps) == started
