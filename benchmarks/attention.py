@@ -33,8 +33,9 @@ from benchmarks.attention_layer import BLOCK, WINDOW
 from benchmarks.attention_table import decode_table, plot, prefill_table, targets_table
 from benchmarks.attention_targets import judge
 from benchmarks.device_times import copy_bandwidths, product_flops
-from benchmarks.flashinfer_peer import FlashInfer, PeerError
+from benchmarks.flashinfer_peer import FlashInfer
 from benchmarks.hardware import describe_hardware
+from benchmarks.peer_check import PeerError
 from benchmarks.prefill_figures import prefill_record
 from kernels._build import KernelBuildError, default_cache, find_library
 from kernels._launch import KernelError, KernelLibrary

@@ -12,6 +12,7 @@ from benchmarks.attention_layer import DIM, HEADS, KV_HEADS, WINDOW
 from benchmarks.attention_prefill import PrefillCase, attended_pairs
 from benchmarks.device_times import time_of, unless_refused
 from benchmarks.flashinfer_peer import FlashInfer
+from benchmarks.peer_check import compare_last_token
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 WINDOW_HEADS = 28  # for FlashInfer, in equal groups; ours are 27
@@ -33,11 +34,13 @@ def torch_milliseconds(tokens: int) -> dict[str, float]:
 
 def paged_milliseconds(case: PrefillCase, peer: FlashInfer) -> dict[str, float]:
     """FlashInfer's attention of all heads, over the pages that ours reads."""
-    found: dict[str, float] = {}
-    inputs = (case.q_THD, case.out_THD, (case.k_cache, case.v_cache), case.tables_SB[0])
+    heads, cache = (case.q_THD, case.out_THD), (case.k_cache, case.v_cache)
+    pages = case.tables_SB[0]
     with unless_refused(peer.name):
-        found[peer.name] = time_of(peer.prefill_call(*inputs))
-    return found
+        took = time_of(peer.prefill_call(*heads, cache, pages))
+        compare_last_token(case.out_THD, case.q_THD, cache, pages)
+        return {peer.name: took}
+    return {}
 
 
 def window_peer(case: PrefillCase, peer: FlashInfer) -> dict[str, float]:

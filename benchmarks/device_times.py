@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks.peer_check import PeerError
 from kernels._launch import KernelError
 
 SHORT_MS = 300.0  # calls up to here are repeated five times
@@ -47,10 +48,10 @@ def time_of(call: Callable[[], object]) -> float:
 
 @contextmanager
 def unless_refused(name: str) -> Iterator[None]:
-    """What a kernel or library refuses to do here ends the block with a line on standard error."""
+    """What a kernel or library refuses here, or gets wrong, ends the block with a line."""
     try:
         yield
-    except (RuntimeError, KernelError, ValueError) as error:
+    except (RuntimeError, KernelError, PeerError, ValueError) as error:
         print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 

@@ -30,22 +30,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_layer import BLOCK, DIM, HEADS, KV_HEADS
+from benchmarks.peer_check import PeerError, compare
 
 WORKSPACE_BYTES = 2**27  # what its documentation recommends
 LAYOUT = "HND"  # pages as ours: heads, then tokens
 CHECKED_TOKENS, CHECKED_WINDOW, CHECKED_ROWS = 5 * BLOCK, 2 * BLOCK + 1, 3
-EXCUSED = 4.0  # times the error of bfloat16: whether it is attention is asked, not how exact
 FULL, WINDOWED = ("fa3", False), ("fa3", True)  # template, and whether it masks a window
 DECODE = ("fa2", False)
 
 Call = Callable[[], object]
-
-
-class PeerError(Exception):
-    """FlashInfer cannot be measured here; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +57,8 @@ class FlashInfer:
         """Import, build and check.
 
         Raises:
-            PeerError: not installed, no compiler, a build that failed, or other answers than
-                attention's.
+            PeerError: not installed, no compiler, a build that failed, or answers that are not
+                those of attention.
         """
         start = time.monotonic()
         try:
@@ -163,7 +158,7 @@ class FlashInfer:
         found = call()
         assert isinstance(found, Tensor)
         k_RNCD, v_RNCD = (part[pages_RB].transpose(1, 2).flatten(2, 3) for part in cache)
-        _compare("decode", found[:, :, None], q_RHD[:, :, None], k_RNCD, v_RNCD, None)
+        compare("decode", found[:, :, None], q_RHD[:, :, None], k_RNCD, v_RNCD)
         tokens = CHECKED_TOKENS - 5
         q_THD = random(tokens, HEADS, DIM)
         k_1NCD, v_1NCD = (part[:1, :, :tokens] for part in (k_RNCD, v_RNCD))
@@ -174,7 +169,7 @@ class FlashInfer:
             age = age[:, None] - age
             seen = (age >= 0) & (age < (window or tokens))
             what = "prefill" if window is None else "windowed prefill"
-            _compare(what, _heads_first(out), _heads_first(q_THD), k_1NCD, v_1NCD, seen)
+            compare(what, _heads_first(out), _heads_first(q_THD), k_1NCD, v_1NCD, seen)
 
     def _workspace(self) -> Tensor:
         return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
@@ -203,18 +198,6 @@ def _one_line(error: Exception) -> str:
 
 def _heads_first(x_THD: Tensor) -> Tensor:
     return x_THD.transpose(0, 1)[None]
-
-
-def _compare(
-    what: str, found: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
-) -> None:
-    """Shapes [rows, heads, tokens, head_dim]; raises PeerError."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    truth = scaled_dot_product_attention(q.float(), k.float(), v.float(), seen)
-    twin = scaled_dot_product_attention(q, k, v, seen)
-    error, excused = ((x.float() - truth).abs().max() for x in (found, twin))
-    if not error <= EXCUSED * excused:  # NaN is no answer either
-        raise PeerError(f"{what} is off by {error:.2g}, bfloat16 by {excused:.2g}")
 
 
 def main() -> None:

@@ -72,12 +72,13 @@ class Check:
     def _run(self, step: Step) -> None:
         """One step; in another way if it failed, or at once if what it needs is not there."""
         wanted = (Attempt(), *step.again)
+        earlier = None
         for attempt in wanted[1:] if step.needs_build and not self.has_build else wanted:
             if self.left < LEAST_SECONDS:
                 self.report["left_out"].append(step.name)
                 return
             found = self._attempt(step, attempt)
-            self._keep(step, found)
+            earlier = self._keep(step, found, earlier)
             if found["status"] == 0 or found["stopped"]:
                 return
 
@@ -108,20 +109,24 @@ class Check:
             (self.folder / step.file).unlink(missing_ok=True)
         return run_step(step, attempt, min(step.seconds, self.left), self.folder)
 
-    def _keep(self, step: Step, found: dict[str, Any]) -> None:
-        """The step's own file, with where its figures are from, and its part of the report."""
+    def _keep(self, step: Step, found: dict[str, Any], earlier: Any) -> Any:
+        """The step's own file, with where its figures are from, and its part of the report.
+
+        earlier: what this returned for an attempt that failed; it stays beside what came later.
+        """
         path = self.folder / step.file
-        if step.file:
-            figures = found.pop("result")
-            if path.exists():
-                figures = json.loads(path.read_text())
-            if figures is not None:
-                origin = {"date": self.report["date"], "commit": self.commit}
-                origin |= {name: found[name] for name in ("command", "status", "seconds")}
-                path.write_text(json.dumps(origin | {"figures": figures}) + "\n")
-                known = self.report.get("hardware")
-                self.report["hardware"] = known or figures.get("hardware")
+        figures = found.pop("result") if step.file else None
+        if step.file and path.exists():
+            figures = json.loads(path.read_text())
         self._note(found)
+        if figures is None:
+            return None
+        kept = {"date": self.report["date"], "commit": self.commit}
+        kept |= {name: found[name] for name in ("command", "status", "seconds")}
+        kept |= {"figures": figures} | ({"earlier_attempt": earlier} if earlier else {})
+        path.write_text(json.dumps(kept) + "\n")
+        self.report["hardware"] = self.report.get("hardware") or figures.get("hardware")
+        return kept
 
     def _note(self, found: dict[str, Any]) -> None:
         self.report["steps"].append(found)

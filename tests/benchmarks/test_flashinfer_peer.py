@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.flashinfer_peer import FlashInfer, PeerError
+from benchmarks.flashinfer_peer import FlashInfer
+from benchmarks.peer_check import PeerError, compare_last_token
 from tests.benchmarks import fake_flashinfer
 
 CPU = torch.device("cpu")
@@ -87,6 +88,29 @@ def test_what_computes_something_else_is_no_peer(
     install(monkeypatch, prefill)
     with pytest.raises(PeerError, match=what):
         FlashInfer.make(CPU)
+
+
+@pytest.mark.parametrize("forgotten", [0, 1, 64])
+def test_a_long_prompt_is_judged_by_its_last_token(forgotten: int) -> None:
+    """A kernel whose numbers run over computes something else at some length only."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    tokens, pages = 300, torch.tensor([3, 0, 4, 1, 2])
+    q_THD, cache = random(tokens, 4, 16), (random(5, 2, 64, 16), random(5, 2, 64, 16))
+    k_NCD, v_NCD = (part[pages].transpose(0, 1).flatten(1, 2)[:, :tokens] for part in cache)
+    out_THD = torch.zeros_like(q_THD)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        q_THD[-1].view(2, 2, 16), k_NCD[:, forgotten:], v_NCD[:, forgotten:]
+    )
+    out_THD[-1] = found.reshape(4, 16)
+    if not forgotten:
+        compare_last_token(out_THD, q_THD, cache, pages)
+        return
+    with pytest.raises(PeerError, match=r"^prefill of 300 tokens is off by"):
+        compare_last_token(out_THD, q_THD, cache, pages)
 
 
 def fails(specs: object) -> None:

@@ -64,6 +64,8 @@ def test_figures_lie_in_files_with_where_they_are_from(tmp_path: Path) -> None:
     assert printed["commit"] == left["commit"] == "abc"
     assert left["figures"]["rows"] == ["--no-peer"]
     assert left["command"].endswith("leaves.json --no-peer")
+    assert left["earlier_attempt"]["figures"]["rows"] == []
+    assert left["earlier_attempt"]["status"] == 1
     assert report["hardware"] == {"gpu": "H"}
     names = [(step["name"], step["status"]) for step in report["steps"]]
     assert names == [("prints", 0), ("built", 0), ("leaves", 1), ("leaves", 0)]
