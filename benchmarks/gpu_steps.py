@@ -82,8 +82,8 @@ STEPS = (
     _attention("prefill", 240, LENGTHS),
     _figures("engine_decode", 75, "engine_decode"),
     _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
-    _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
     _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
+    _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
 )
 
 
