@@ -21,6 +21,10 @@ register_profiles()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a test process per core, so a thread per process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A call such as httpx.get makes a client, which reads all of the system's certificates: ten times
+# the work of a request. Nothing here speaks TLS, so they are looked for where there are none.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 # Triton decides when a kernel is defined: interpreted on the CPU, compiled where there is a GPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -82,5 +86,5 @@ def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The simulation's seeds: the same ones in every run of the suite, others and more by night."""
     group = parser.getgroup("simulation")
-    group.addoption("--simulation-seeds", type=int, default=2000, help="seeds to run")
+    group.addoption("--simulation-seeds", type=int, default=1000, help="seeds to run")
     group.addoption("--simulation-first", type=int, default=0, help="the first seed")

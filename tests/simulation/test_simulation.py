@@ -11,7 +11,7 @@ from tests.simulation.loop import Signal, StuckError, run_simulated
 from tests.simulation.scenario import CRASH_POINTS, draw_scenario
 from tests.simulation.simulation import simulate
 
-CHUNKS = 10  # tests that the seeds are divided into, so that none of them lasts long
+CHUNKS = 5  # tests that the seeds are divided into, so that none of them lasts long
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ ODD_PHASE = Phase(
     length=256, steps=1, episodes=0.5, first_rate=1.0, last_rate=1.0, batch_tokens=1000
 )
 VOCABULARY = 800
-PACKAGES = ("asyncio", "json", "unittest", "http", "logging")
+PACKAGES = ("asyncio", "json", "http", "logging")
 
 
 def text_folders() -> tuple[Path, ...]:
@@ -43,16 +44,31 @@ def text_folders() -> tuple[Path, ...]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def many_held_out() -> Iterator[None]:
-    """So that little text has something to hold out."""
+def little_text() -> Iterator[None]:
+    """Of which enough is held out, and not all of that is judged by."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("conversion.embedded.corpus.HELD_OUT_SHARE", 0.2)
+        patch.setattr("conversion.embedded.judge.LOSS_TOKENS", 2**12)
         yield
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, many_held_out: None) -> Corpus:
-    return Corpus.prepare(text_folders(), VOCABULARY, tmp_path_factory.mktemp("corpus") / "out")
+def prepared(tmp_path_factory: pytest.TempPathFactory, little_text: None) -> Path:
+    """A folder to train in, whose text was read and tokenised already."""
+    folder = tmp_path_factory.mktemp("prepared")
+    Corpus.prepare(text_folders(), VOCABULARY, folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(prepared: Path) -> Corpus:
+    return Corpus.open(prepared / "corpus")
+
+
+def copy_of(prepared: Path, folder: Path) -> Path:
+    """Likewise, to change."""
+    shutil.copytree(prepared, folder)
+    return folder
 
 
 @pytest.fixture
@@ -161,11 +177,12 @@ def test_the_rate_warms_up_and_falls_to_the_end(options: PretrainingOptions) -> 
 
 
 def test_a_stopped_training_ends_as_one_that_was_not(
-    options: PretrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: PretrainingOptions, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("conversion.embedded.trainer.CHECK_STEPS", 1)
-    assert pretrain(tmp_path / "whole", options, QUIET, documents=1)
+    assert pretrain(copy_of(prepared, tmp_path / "whole"), options, QUIET, documents=1)
     calls = 0
+    copy_of(prepared, tmp_path / "parts")
     while not pretrain(tmp_path / "parts", options, QUIET, stop_after=0.0, documents=1):
         calls += 1
     assert calls == 4  # a step a call, and one more where a phase ends
@@ -198,9 +215,9 @@ def test_two_processes_train_what_one_trains(options: PretrainingOptions, tmp_pa
 
 
 def test_the_exported_folder_serves_and_loads_in_transformers(
-    options: PretrainingOptions, tmp_path: Path
+    options: PretrainingOptions, prepared: Path, tmp_path: Path
 ) -> None:
-    pretrain(tmp_path / "out", options, QUIET, documents=1)
+    pretrain(copy_of(prepared, tmp_path / "out"), options, QUIET, documents=1)
     folder = tmp_path / "out" / "model"
     decoder = load_decoder(preflight(folder), "cpu", torch.float32)
     factory: Any = AutoModelForCausalLM
@@ -213,8 +230,10 @@ def test_the_exported_folder_serves_and_loads_in_transformers(
         assert torch.allclose(ours, model(ids[None]).logits[0], atol=1e-4)
 
 
-def test_training_goes_on_from_a_model(options: PretrainingOptions, tmp_path: Path) -> None:
-    pretrain(tmp_path / "first", options, QUIET, documents=1)
+def test_training_goes_on_from_a_model(
+    options: PretrainingOptions, prepared: Path, tmp_path: Path
+) -> None:
+    pretrain(copy_of(prepared, tmp_path / "first"), options, QUIET, documents=1)
     model = tmp_path / "first" / "model"
     still = dataclasses.replace(options, init=model, matrix_rate=0.0, other_rate=0.0)
     pretrain(tmp_path / "second", still, QUIET, documents=1)
@@ -232,10 +251,10 @@ def test_a_curriculum_is_read_from_a_file(tmp_path: Path) -> None:
 
 
 def test_another_options_state_is_refused(
-    options: PretrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: PretrainingOptions, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("conversion.embedded.trainer.CHECK_STEPS", 1)
-    pretrain(tmp_path / "out", options, QUIET, stop_after=0.0, documents=1)
+    pretrain(copy_of(prepared, tmp_path / "out"), options, QUIET, stop_after=0.0, documents=1)
     with pytest.raises(ConversionError, match="other options"):
         pretrain(tmp_path / "out", dataclasses.replace(options, clip=2.0), QUIET, documents=1)
 

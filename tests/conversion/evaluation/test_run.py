@@ -202,7 +202,7 @@ def test_a_dense_model_is_measured_alone_or_against_a_teacher(
 
 
 def test_the_same_options_give_the_same_report(sparse_folder: Path, data: Path) -> None:
-    small = options(data, tasks=("code_list", "kv"))
+    small = options(data, tasks=("code_list", "kv"), samples=1)
     first, second = (evaluate(sparse_folder, small, QUIET).cells for _ in range(2))
     assert first == second
 

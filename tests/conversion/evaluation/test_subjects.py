@@ -69,7 +69,7 @@ def test_documents_and_prompts_of_any_length_share_one_cache(folder: Path) -> No
     assert scores[0] == scores[2]
 
 
-@pytest.mark.parametrize("prompt_tokens", [64, 65, 71, 90])
+@pytest.mark.parametrize("prompt_tokens", [64, 65, 71])  # around the edges of a page of 8
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 def test_branches_are_what_each_continuation_would_be_alone(
     folder: Path, dense: bool, prompt_tokens: int

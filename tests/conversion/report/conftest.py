@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ DISTIL = DistilOptions(
     warmup_steps=1,
     validate_every=2,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures() -> Iterator[None]:
+    """A sixteenth of the dots: nobody looks at them, and they are most of the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conversion.report.plots.DOTS_PER_INCH", 38)
+        yield
 
 
 @pytest.fixture(scope="session")
