@@ -2,11 +2,12 @@
 
     python -m benchmarks.engine_decode [--streams 8] [--context 16384] [--steps 64] [--model DIR]
 
-The embedded model by default, prompts of real Python code, greedy tokens, no wire. One JSON line:
-the median step as the loop sees it, what scheduler and runner take of it, tokens per second, and on
-a GPU how many kernels and copies a step has (`launches`) and what they take when their times are
-added up (torch.profiler, in steps of their own, since profiling slows the host down).
-`step_over_kernels` is what waiting costs.
+The embedded model by default, prompts of real Python code, greedy tokens, the engine's loop without
+a wire. One JSON line: the median turn of the loop, which reads one step and tells of it
+(`step_ms`), and tokens per second. On a GPU, where steps are started before the one before is read,
+the same step by step as well; and how many kernels and copies a step has (`launches`) and what they
+take when their times are added up (torch.profiler, in steps of their own, since profiling slows the
+host down). `step_over_kernels` is what waiting costs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.hardware import describe_hardware
 from benchmarks.workload import code_prompt
-from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.embedded import embedded_model_path
 from engine.loading import load_engine_parts
-from engine.request import Request, SamplingParams
-from engine.step import EngineParts, StepResult
+from engine.messages import Abort, Add, FromEngine, Report, ToEngine
+from engine.request import SamplingParams
+from engine.step import EngineParts
 from engine.tokenizer import Tokenizer
 from engine.worker import ModelRunner
 
@@ -40,39 +43,75 @@ PROFILED_STEPS = 16
 SHOWN_KERNELS = 16
 
 
-class DecodeLoop:
-    """Streams that decode together, with the engine's scheduler and runner, in this process."""
+class Prompts:
+    """Implements `engine.core.Channel`: hands requests over, and looks at what is told of them."""
 
-    def __init__(self, parts: EngineParts, prompts: list[list[int]], max_tokens: int) -> None:
+    def __init__(self, prompts: list[list[int]], max_tokens: int, first_id: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        self.told = dict.fromkeys(range(first_id, first_id + len(prompts)), 0)  # tokens of each
+        self._inbox: list[ToEngine] = [
+            Add(request_id=i, params=params, prompt=array("i", prompt).tobytes(), arrival=0.0)
+            for i, prompt in zip(self.told, prompts, strict=True)
+        ]
+
+    def leave(self) -> None:
+        """The next turn ends all requests."""
+        self._inbox.append(Abort(list(self.told)))
+
+    def receive(self, timeout: float) -> list[ToEngine]:
+        messages, self._inbox = self._inbox, []
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        assert isinstance(message, Report)
+        for update in message.updates:
+            assert update.finish_reason is None, "a stream has all its tokens"
+            self.told[update.request_id] += len(update.tokens)
+
+
+class DecodeLoop:
+    """Streams that decode together in the engine's own loop, in this process."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        prompts: list[list[int]],
+        max_tokens: int,
+        *,
+        look_ahead: bool,
+        first_id: int = 0,
+    ) -> None:
         """Prefills all prompts; afterwards every step gives each stream a token.
 
         Args:
             max_tokens: of a stream, `stream_tokens` at least: the loop ends none.
+            look_ahead: start steps before the one before is read.
+            first_id: of the requests, all of which are new to the parts.
         """
-        self._parts = parts
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        self._requests = {i: Request(i, prompt, params) for i, prompt in enumerate(prompts)}
-        for request in self._requests.values():
-            parts.scheduler.add(request)
-        while not all(request.output for request in self._requests.values()):
-            self.step()
+        self._channel = Prompts(prompts, max_tokens, first_id)
+        self._core = EngineCore(parts.scheduler, parts.runner, self._channel, look_ahead=look_ahead)
+        while not all(self._channel.told.values()):
+            self._core.turn()
 
-    def step(self) -> tuple[float, float]:
-        """Seconds of a turn of the loop, and of the runner in it."""
-        longest = max(self._requests.values(), key=lambda request: len(request.output))
-        assert len(longest.output) < longest.params.max_tokens, "a stream has all its tokens"
+    def step(self) -> float:
+        """Seconds of a turn of the loop."""
+        before = sum(self._channel.told.values())
         start = time.perf_counter()
-        batch = self._parts.scheduler.schedule()
-        before = time.perf_counter()
-        result = self._parts.runner.start(batch, self._requests).finish()
-        after = time.perf_counter()
-        self._finish(batch, result)
-        return time.perf_counter() - start, after - before
+        self._core.turn()
+        seconds = time.perf_counter() - start
+        assert sum(self._channel.told.values()) == before + len(self._channel.told)
+        return seconds
 
-    def _finish(self, batch: Batch, result: StepResult) -> None:
-        assert not result.failed, "values that are not finite"
-        tokens = {i: sample.token for i, sample in result.samples.items()}
-        self._parts.scheduler.update(batch, {i: t for i, t in tokens.items() if t is not None})
+    def median_ms(self, steps: int) -> float:
+        """Of a turn, after some that are not counted."""
+        for _ in range(WARM_STEPS):
+            self.step()
+        return statistics.median(self.step() for _ in range(steps)) * 1e3
+
+    def end(self) -> None:
+        """Give everything back."""
+        self._channel.leave()
+        self._core.turn()
 
 
 def stream_tokens(prompt_tokens: int, streams: int, steps: int, batch_tokens: int) -> int:
@@ -91,27 +130,33 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of `steps` decode steps; times in milliseconds. `max_tokens` as in `DecodeLoop`."""
     assert isinstance(parts.runner, ModelRunner)
-    on_gpu = parts.runner.info.device.startswith("cuda")
-    loop = DecodeLoop(parts, prompts, max_tokens)
-    for _ in range(WARM_STEPS):
-        loop.step()
-    times = [loop.step() for _ in range(steps)]
-    turn, runner = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
-    figures: dict[str, Any] = {
-        "decodes_with": parts.runner.decodes_with,
-        "step_ms": round(turn, 4),
-        "runner_ms": round(runner, 4),
-        "tokens_per_second": round(len(prompts) / turn * 1e3, 1),
+    ahead: dict[str, Any] = {}
+    if parts.runner.overlaps:
+        loop = DecodeLoop(parts, prompts, max_tokens, look_ahead=True, first_id=len(prompts))
+        ahead = _speed(loop.median_ms(steps), len(prompts))
+        loop.end()
+    loop = DecodeLoop(parts, prompts, max_tokens, look_ahead=False)
+    serial = _speed(loop.median_ms(steps), len(prompts))
+    figures: dict[str, Any] = {"decodes_with": parts.runner.decodes_with}
+    kernels: dict[str, Any] = {}
+    if parts.runner.info.device.startswith("cuda"):
+        total, launches, longest = _kernel_times(loop)
+        kernels = {"launches": round(launches, 2), "kernels_ms": round(total, 4)}
+        for found in (ahead, serial):
+            if found:
+                found["step_over_kernels"] = round(found["step_ms"] / total, 3)
+        kernels["kernels"] = longest
+    loop.end()
+    if ahead:
+        return figures | ahead | {"step_by_step": serial} | kernels
+    return figures | serial | kernels
+
+
+def _speed(step_ms: float, streams: int) -> dict[str, Any]:
+    return {
+        "step_ms": round(step_ms, 4),
+        "tokens_per_second": round(streams / step_ms * 1e3, 1),
     }
-    if on_gpu:
-        total, launches, kernels = _kernel_times(loop)
-        figures |= {
-            "launches": round(launches, 2),
-            "kernels_ms": round(total, 4),
-            "step_over_kernels": round(turn / total, 3),
-            "kernels": kernels,
-        }
-    return figures
 
 
 def _kernel_times(loop: DecodeLoop) -> tuple[float, float, list[dict[str, Any]]]:
