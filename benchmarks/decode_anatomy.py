@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,31 @@ SHAPES = "1x32768,1x131072,8x32768"
 Figures = dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of a launch: fields of `DecodeArgs`, CTAs of a selection, pointers of it that are null."""
+
+    decode: dict[str, int] = field(default_factory=dict)
+    select_ctas: float = 1.0  # times those of its plan
+    without: tuple[str, ...] = ()
+
+
 class Adjusted(KernelLibrary):
-    """Launches with other numbers than were planned.
+    """Launches with other numbers than were planned."""
 
-    decode: fields of `DecodeArgs`. select_ctas: times those of the selection's plan.
-    """
-
-    def __init__(self, path: Path, decode: dict[str, int], select_ctas: float = 1.0) -> None:
+    def __init__(self, path: Path, change: Change) -> None:
         super().__init__(path)
-        self.decode, self.select_ctas = decode, select_ctas
+        self.change = change
 
     def launch_decode(self, args: DecodeArgs, like: Tensor) -> None:
-        for name, value in self.decode.items():
+        for name, value in self.change.decode.items():
             setattr(args, name, value)
         super().launch_decode(args, like)
 
     def launch_select(self, which: Any, args: SelectArgs, like: Tensor) -> None:
-        args.ctas = int(args.ctas * self.select_ctas)
+        args.ctas = int(args.ctas * self.change.select_ctas)
+        for name in self.change.without:
+            setattr(args, name, None)
         super().launch_select(which, args, like)
 
 
@@ -94,21 +103,24 @@ def settings(stack: Stack, path: Path) -> Figures:
     plan = stack.spaces[0].plan(stack.tiles)
     device = stack.layers[0].q_RHD.device
     resident = plan.ctas // torch.cuda.get_device_properties(device).multi_processor_count
-    changed: dict[str, tuple[dict[str, int], float]] = {"as planned": ({}, 1.0)}
+    changed = {"as planned": Change()}
     for count in range(1, resident):
         ctas = plan.ctas // resident * count
-        changed[f"{count} CTAs a multiprocessor"] = ({"ctas": ctas, "held_back": ctas // 3}, 1.0)
+        changed[f"{count} CTAs a multiprocessor"] = Change({"ctas": ctas, "held_back": ctas // 3})
     for part in (2, 4, 6):
-        changed[f"1 CTA in {part} for lists alone"] = ({"held_back": plan.ctas // part}, 1.0)
-    changed["no CTA for lists alone"] = ({"held_back": 0}, 1.0)
-    changed["2 warps a CTA"] = ({"warps": 2}, 1.0)
-    changed["attention after the selection"] = ({"overlap": 0}, 1.0)
+        changed[f"1 CTA in {part} for lists alone"] = Change({"held_back": plan.ctas // part})
+    changed["no CTA for lists alone"] = Change({"held_back": 0})
+    changed["2 warps a CTA"] = Change({"warps": 2})
+    changed["attention after the selection"] = Change({"overlap": 0})
     for times in (0.5, 2.0):
-        changed[f"selection by {times:g} x the CTAs"] = ({}, times)
+        changed[f"selection by {times:g} x the CTAs"] = Change(select_ctas=times)
+    # What is left out stands in the workspace from the launches before.
+    changed["selection without lists"] = Change(without=("groups",))
+    changed["scores alone"] = Change(without=("words",))
     calls = {"whole": Stack.whole, "select": Stack.select, "attention": Stack.attention}
     found: Figures = {}
-    for name, (decode, select_ctas) in changed.items():
-        use(stack, Adjusted(path, decode, select_ctas))
+    for name, change in changed.items():
+        use(stack, Adjusted(path, change))
         found[name] = {what: stack.microseconds(call) for what, call in calls.items()}
     return found
 

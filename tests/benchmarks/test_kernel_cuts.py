@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,23 @@ def test_every_cut_finds_its_place(name: str, tmp_path: Path) -> None:
         assert any(cut.new in path.read_text() for path in (tmp_path / "csrc").iterdir())
 
 
-def test_only_one_source_is_compiled_anew() -> None:
-    """A cut may lie in a header, as long as no other source has it."""
-    headers = {"strip.cuh"}  # where cuts of the kernel's own parts lie
+def included(path: Path) -> set[str]:
+    """Names of the sources that a source includes, itself and what they include among them."""
+    names = {path.name}
+    for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+        if (path.parent / name).is_file():
+            names |= included(path.parent / name)
+    return names
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_one_source_is_compiled_anew(name: str) -> None:
+    """A cut may lie in a header, as long as no other kernel includes it."""
+    text = {path.name: path.read_text() for path in SOURCES.iterdir()}
+    places = {file for file in text for cut in VARIANTS[name] if cut.old in text[file]}
+    assert places <= included(SOURCES / KERNEL)
     for path in SOURCES.glob("*.cu"):
-        if path.name != KERNEL:
-            assert not any(f'"{header}"' in path.read_text() for header in headers)
+        assert path.name == KERNEL or not places & included(path)
 
 
 @pytest.mark.parametrize("text", ["no such text", "int"])
