@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check FOLDER [--seconds 720] [--only engine_decode,decode_anatomy]
 
 Each step is a process of its own with a limit; one that fails or hangs does not stop the next, and
-some are tried a second time in another way. What a step needs to be compiled is compiled beside the
-steps before it, none of which are timed. Names after --only run in the order in which they are
+some are tried a second time in another way. FlashInfer is compiled beside the tests, never beside
+what is timed. Names after --only run in the order in which they are
 given, so that a run can be cut in two.
 
 FOLDER receives a file for every benchmark (its JSON with date, commit and command, as soon as it is
@@ -61,7 +61,7 @@ class Check:
             if any(step.needs_build for step in steps):
                 self.building = beside.submit(self._attempt, self.build, Attempt())
             for step in steps:
-                if step.needs_build:
+                if step.file:  # its figures are times, which a compiler beside it would spoil
                     self._finish_build()
                 self._run(step)
             self._finish_build()
@@ -120,7 +120,9 @@ class Check:
             figures = json.loads(path.read_text())
         self._note(found)
         if figures is None:
-            return None
+            if earlier is not None:
+                path.write_text(json.dumps(earlier) + "\n")
+            return earlier
         kept = {"date": self.report["date"], "commit": self.commit}
         kept |= {name: found[name] for name in ("command", "status", "seconds")}
         kept |= {"figures": figures} | ({"earlier_attempt": earlier} if earlier else {})

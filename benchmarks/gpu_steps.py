@@ -34,8 +34,8 @@ class Step:
 
     seconds: what it may take. file: where its figures go, "" for what has none; "{file}" among the
     arguments is its path, for a command that writes it itself. again: what is tried after a
-    failure, or at once if BUILD failed. needs_build: waits for BUILD. beside: others run meanwhile,
-    so it gives way.
+    failure, or at once if BUILD failed. needs_build: uses what BUILD makes. beside: others run
+    meanwhile, so it gives way.
     """
 
     name: str

@@ -68,7 +68,7 @@ def test_figures_lie_in_files_with_where_they_are_from(tmp_path: Path) -> None:
     assert left["earlier_attempt"]["status"] == 1
     assert report["hardware"] == {"gpu": "H"}
     names = [(step["name"], step["status"]) for step in report["steps"]]
-    assert names == [("prints", 0), ("built", 0), ("leaves", 1), ("leaves", 0)]
+    assert names == [("built", 0), ("prints", 0), ("leaves", 1), ("leaves", 0)]
     assert report["missing"] == []
     assert str(tmp_path) not in json.dumps(report)
 
@@ -79,6 +79,28 @@ def test_a_part_of_a_file_is_kept_and_named(tmp_path: Path) -> None:
     report = Check(tmp_path, "abc", 60, BUILT).run([once, absent])
     assert json.loads((tmp_path / "leaves.json").read_text())["figures"]["rows"] == []
     assert report["missing"] == ["leaves.json (in part, status 1)", "fails.json (status 3)"]
+
+
+def test_what_is_timed_waits_for_the_compiler_and_tests_do_not(tmp_path: Path) -> None:
+    ends = tmp_path / "tests-ran"
+    wait = (
+        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    )
+    builds = dataclasses.replace(BUILT, arguments=("-c", wait, str(ends)))
+    tests = Step("tests", ("-c", f"import pathlib; pathlib.Path({str(ends)!r}).touch()"), 30)
+    timed = dataclasses.replace(PRINTS, file="prints.json")
+    report = Check(tmp_path, "abc", 60, builds).run([tests, timed, LEAVES])
+    names = [step["name"] for step in report["steps"]]
+    assert names == ["tests", "built", "prints", "leaves", "leaves"]
+
+
+def test_figures_outlast_a_second_attempt_that_has_none(tmp_path: Path) -> None:
+    only_first = "import sys; sys.exit(9) if len(sys.argv) > 2 else None\n" + WRITES
+    step = dataclasses.replace(LEAVES, arguments=("-c", only_first, "{file}"))
+    report = Check(tmp_path, "abc", 60, BUILT).run([step])
+    assert [found["status"] for found in report["steps"]] == [0, 1, 9]
+    assert json.loads((tmp_path / "leaves.json").read_text())["status"] == 1
+    assert report["missing"] == ["leaves.json (in part, status 9)"]
 
 
 def test_a_failed_build_is_not_tried_again_by_those_that_need_it(tmp_path: Path) -> None:
