@@ -80,7 +80,7 @@ STEPS = (
     _tests("gpu_tests", 300, "tests/gpu", *(f"--ignore={path}" for path in TRIALS)),
     _attention("decode", 180),
     _attention("prefill", 240, LENGTHS),
-    _figures("engine_decode", 75, "engine_decode"),
+    _figures("engine_decode", 110, "engine_decode"),
     _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
     _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
     _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
