@@ -41,7 +41,7 @@ class EngineChild:
         self._incoming = asyncio.ensure_future(channel.receive())
 
     @classmethod
-    async def launch(cls, config: EngineConfig, module: str = "engine.core") -> EngineChild:
+    async def launch(cls, config: EngineConfig, module: str = "engine.child_main") -> EngineChild:
         """Start `python -m module`; output goes where ours goes. Raises EngineError.
 
         Tests name a module that puts a fake model behind the same loop.

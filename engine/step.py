@@ -62,7 +62,8 @@ class Runner(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Whether `start` returns before the step is computed, and takes `NEWEST_TOKEN`."""
+        """Whether `start` returns long before a step of decode tokens is computed; such a step may
+        come with `NEWEST_TOKEN`."""
         ...
 
     def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:

@@ -120,8 +120,9 @@ class ModelRunner:
 
     @property
     def overlaps(self) -> bool:
-        """On a GPU, steps of decode tokens. On a CPU `start` computes: tokens would come late."""
-        return self._decode is not None and self._device.type == "cuda"
+        """Where decode steps are recorded. Elsewhere `start` takes as long as a step or longer: a
+        token would only be told later."""
+        return self._decode is not None and self._decode.is_recorded
 
     @property
     def decodes_with(self) -> Literal["PyTorch ops", "CUDA kernels", "CUDA graphs"]:

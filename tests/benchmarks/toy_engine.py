@@ -9,8 +9,8 @@ from collections.abc import Callable
 import msgspec
 
 from engine.batch import Batch
+from engine.child_main import run_engine
 from engine.config import EngineConfig
-from engine.core import run_engine
 from engine.step import EngineParts
 from tests.engine.fake_runner import toy_info, toy_scheduler
 from tests.simulation.toy_model import SimulatedRunner

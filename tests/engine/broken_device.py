@@ -17,9 +17,9 @@ import torch
 
 from engine.batch import Batch
 from engine.child import EngineChild
+from engine.child_main import build_engine, run_engine
 from engine.client import Generation
 from engine.config import EngineConfig
-from engine.core import build_engine, run_engine
 from engine.messages import EngineInfo
 from engine.process import EngineProcess
 from engine.request import Request, SamplingParams

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from engine.child import EngineChild
+from engine.child_main import run_engine
 from engine.config import EngineConfig
-from engine.core import run_engine
 from engine.errors import CheckpointError, ConfigError
 from engine.step import EngineParts
 from tests.engine.fake_runner import NO_GRAPHS, NO_KERNELS, FakeRunner, toy_info, toy_scheduler

@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.child_main import build_engine
 from engine.config import EngineConfig
-from engine.core import EngineCore, build_engine
+from engine.core import EngineCore
 from engine.messages import Add, RequestUpdate, Stats
 from engine.request import SamplingParams
 from tests.engine.fake_channel import FakeChannel

@@ -291,7 +291,9 @@ def test_f23_a_killed_front_end_leaves_no_engine_behind() -> None:
 
 
 def test_an_engine_without_a_front_end_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "engine.core"], input=b"", cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.child_main"], input=b"", cwd=ROOT, check=False
+    )
     assert done.returncode == 2
     assert "started by the front end" in capfd.readouterr().err
 

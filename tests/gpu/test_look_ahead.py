@@ -28,7 +28,7 @@ pytestmark = [
 TIGHT: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "kv_cache_bytes": 2**26}
 
 
-def on_gpu(parts: EngineParts) -> EngineParts:
+def recorded(parts: EngineParts) -> EngineParts:
     assert parts.runner.overlaps
     return parts
 
@@ -39,7 +39,8 @@ def test_steps_ahead_change_no_answer(tmp_path: Path, cuda_graphs: bool) -> None
     folder = write_checkpoint(tmp_path / "model", TINY)
     inputs = [[7 + i * k % 50 for i in range(n)] for k, n in ((3, 40), (7, 3), (11, 90))]
     inputs += [prompt[::-1] for prompt in inputs]
-    compare(lambda: on_gpu(load(folder, cuda_graphs=cuda_graphs, **TIGHT)), inputs, most=60)
+    assert load(folder, cuda_graphs=cuda_graphs, **TIGHT).runner.overlaps == cuda_graphs
+    compare(lambda: load(folder, cuda_graphs=cuda_graphs, **TIGHT), inputs, most=60)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -48,7 +49,7 @@ def test_batches_are_the_same_where_nobody_ends_by_surprise(dtype: str) -> None:
     wanted = [(prompt, greedy(20 + 9 * i)) for i, prompt in enumerate(prompts())]
     want = generate(load(dtype=dtype), wanted, look_ahead=False)
     for _ in range(3):  # what two steps under way do to each other depends on the moment
-        same(generate(on_gpu(load(dtype=dtype)), wanted, look_ahead=True), want)
+        same(generate(recorded(load(dtype=dtype)), wanted, look_ahead=True), want)
 
 
 def test_long_answers_with_a_step_always_under_way() -> None:
@@ -56,14 +57,14 @@ def test_long_answers_with_a_step_always_under_way() -> None:
     wanted = [(prompt, greedy(300 + 40 * i)) for i, prompt in enumerate(prompts((600, 64, 1, 250)))]
     settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024}
     want = generate(load(**settings), wanted, look_ahead=False)
-    same(generate(on_gpu(load(**settings)), wanted, look_ahead=True), want)
+    same(generate(recorded(load(**settings)), wanted, look_ahead=True), want)
 
 
 def test_F07_what_a_step_ahead_stores_for_a_failed_row_is_wiped(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", TINY)
     inputs = [[7 + i * k % 50 for i in range(n)] for k, n in ((3, 40), (7, 3), (13, 17))]
     expected = generate(load(folder, **TIGHT), [(prompt, greedy(30)) for prompt in inputs])
-    parts = on_gpu(load(folder, **TIGHT))
+    parts = recorded(load(folder, **TIGHT))
     assert isinstance(parts.runner, ModelRunner)
     with torch.no_grad():
         parts.runner._decoder.embedding.weight[POISONED] = torch.nan
