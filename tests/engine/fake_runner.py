@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.batch import NEWEST_TOKEN, Batch, Span
@@ -101,11 +102,12 @@ class FinishedStep:
 
     result: StepResult
     ready: float = 0.0  # seconds of the monotonic clock
+    read: Callable[[], object] = int
 
     def finish(self) -> StepResult:
-        if (
-            wait := self.ready - time.monotonic()
-        ) > 0:  # even a sleep of nothing gives the core away
+        self.read()
+        wait = self.ready - time.monotonic()
+        if wait > 0:  # even a sleep of nothing gives the core away
             time.sleep(wait)
         return self.result
 
@@ -140,11 +142,15 @@ class FakeRunner:
         self._full: dict[int, int] = {}  # slot of the cache -> token
         self._windowed: dict[int, int] = {}
         self._newest: dict[int, int] = {}  # slot of a sequence -> token
+        self._writes: deque[dict[int, int]] = deque()  # of steps not read: page -> request id
 
     def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
         if self._step_seconds:
             self._ready = max(self._ready, time.monotonic()) + self._step_seconds
-        return FinishedStep(self.compute(batch, requests), self._ready)
+        self._check_under_way(batch)
+        result = self.compute(batch, requests)
+        self._writes.append({p: s.request_id for s in batch.spans for p in self._written(s)})
+        return FinishedStep(result, self._ready, self._writes.popleft)
 
     def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
         self.steps.append(batch)
@@ -171,6 +177,22 @@ class FakeRunner:
 
     def forget(self, request_id: int) -> None:
         self.forgotten.append(request_id)
+
+    def _check_under_way(self, batch: Batch) -> None:
+        """At most one step is, this one goes on from it, and its pages are still those of the same
+        requests: a real runner may have to wipe them when it is read."""
+        assert len(self._writes) <= 1
+        for writes in self._writes:
+            for span in batch.spans:
+                assert span.tokens == [NEWEST_TOKEN]
+                for page in {*span.full_blocks, *(-page for page in span.window_blocks)}:
+                    assert writes.get(page, span.request_id) == span.request_id, "taken too early"
+
+    def _written(self, span: Span) -> set[int]:
+        """Pages that a span stores to; those of the window pool as negative numbers."""
+        block = self.info.block_tokens
+        places = range(span.start // block, (span.stop - 1) // block + 1)
+        return {page for i in places for page in (span.full_blocks[i], -span.window_blocks[i])}
 
     def _with_tokens(self, span: Span) -> Span:
         known = span.tokens != [NEWEST_TOKEN]

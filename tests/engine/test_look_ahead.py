@@ -207,16 +207,20 @@ class Failing(FakeRunner):
 
     def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
         self._calls += 1
+        fails = self._calls % self._at == 0
+        if fails and not self._reading:
+            self.compute(batch, requests)  # some of it, or all
+            raise StepMemoryError("out of memory")
         step = super().start(batch, requests)
-        if self._calls % self._at:
-            return step
-        if self._reading:
-            return Unreadable()
-        raise StepMemoryError("out of memory")
+        return Unreadable(step) if fails else step
 
 
 class Unreadable:
+    def __init__(self, step: PendingStep) -> None:
+        self._step = step
+
     def finish(self) -> StepResult:
+        self._step.finish()
         raise StepMemoryError("out of memory")
 
 

@@ -18,6 +18,7 @@ from engine.batch import Batch
 from engine.child_protocol import Child
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.flight import Flight
 from engine.kv_pools import KvPools
 from engine.messages import Abort, Add, FromEngine, Progress, Report, ToEngine
 from engine.process import EngineProcess
@@ -159,6 +160,26 @@ class ForgetfulChild(SimulatedChild):
     make_core = ForgetfulCore
 
 
+class HastyCore(EngineCore):
+    """Pages go back as soon as a request ends, and the next step is started as if nothing were."""
+
+    def _forget(self, request_id: int) -> None:
+        super()._forget(request_id)
+        self._release([request_id])
+
+    def _look_ahead(self, flight: Flight) -> Flight | None:
+        ended, flight.ended = flight.ended, set()
+        flight.batch, whole = flight.batch.without(ended), flight.batch
+        try:
+            return super()._look_ahead(flight)
+        finally:
+            flight.ended, flight.batch = ended, whole
+
+
+class HastyChild(SimulatedChild):
+    make_core = HastyCore
+
+
 class LeakingPools(KvPools):
     """The last page of a request is not given back."""
 
@@ -252,7 +273,7 @@ def pools_of(kind: type[KvPools]) -> Parts:
 CHILDREN = (
     *(ResendingChild, LosingChild, SwappingChild, ForgetfulReplay, ReplayShort, ReplayOtherSeed),
     *(ReplayWithoutProgress, DeafChild, SkippingChild, IdleChild),
-    *(StaleChild, ForgetfulChild),
+    *(StaleChild, ForgetfulChild, HastyChild),
 )
 POOLS = (LeakingPools, EarlySharingPools, NarrowPools, UnevenPools)
 SUPERVISORS = (
