@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 SECRETS := docker/secrets
 SERVER := $(if $(CPU),server-cpu,server)
 
-.PHONY: serve test check docs bench up down clean
+.PHONY: serve test check style types docs bench up down clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve-ready
@@ -28,9 +28,13 @@ test: $(VENV)/.test-ready
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.test-ready
+check: style types
+
+style: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.test-ready
 	$(BIN)/mypy
 
 docs: $(VENV)/.test-ready
@@ -51,8 +55,9 @@ $(VENV)/.serve-ready: pyproject.toml constraints.txt $(VENV)/.created
 	$(INSTALL) -e .
 	@touch $@
 
+# Bytecode is made of what is imported, as it is: to make it of everything takes a minute.
 $(VENV)/.test-ready: pyproject.toml constraints.txt $(VENV)/.created
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) --no-compile -e '.[test]'
 	@touch $@ $(VENV)/.serve-ready
 
 up: $(SECRETS)/api_key $(SECRETS)/grafana_admin_password
