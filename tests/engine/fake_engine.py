@@ -10,18 +10,23 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from engine.batch import Batch
 from engine.child import EngineChild
 from engine.child_main import run_engine
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.step import EngineParts
+from engine.messages import EngineInfo
+from engine.request import Request
+from engine.step import EngineParts, PendingStep
 from tests.engine.fake_runner import NO_GRAPHS, NO_KERNELS, FakeRunner, toy_info, toy_scheduler
 
 TOY_FILE = "toy.json"
+HELD_TOKENS = 6  # of each request that is to be in the middle of its answer
 
 
 async def launch_toy(config: EngineConfig) -> EngineChild:
@@ -56,12 +61,34 @@ def build(config: EngineConfig) -> EngineParts:
         if not marker.exists():
             raise RuntimeError("CUDA error: no device")
         marker.unlink()
+    if config.model.startswith("held:"):
+        _, requests, path = config.model.split(":", 2)
+        info = toy_info()
+        return EngineParts(toy_scheduler(info), HeldRunner(info, int(requests), Path(path)))
     info, broken = toy_info(), []
     if config.model == "broken kernels":  # as if it ran on a GPU whose fast paths have faults
         info = msgspec.structs.replace(info, device="cuda:0")
         broken = [NO_GRAPHS] * config.cuda_graphs + [NO_KERNELS] * (config.kernels != "torch")
     runner = FakeRunner(info, step_seconds, broken, overlaps=True)
     return EngineParts(toy_scheduler(info), runner)
+
+
+class HeldRunner(FakeRunner):
+    """Starts no step while a file is there and so many requests are in the middle of their answers.
+
+    A test acts at that point, however long it takes to get there, and removes the file.
+    """
+
+    def __init__(self, info: EngineInfo, requests: int, file: Path) -> None:
+        super().__init__(info, overlaps=True)
+        self._requests = requests
+        self._file = file
+
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> PendingStep:
+        begun = sum(len(request.output) >= HELD_TOKENS for request in requests.values())
+        while begun >= self._requests and self._file.exists():
+            time.sleep(0.005)
+        return super().start(batch, requests)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -40,18 +41,38 @@ from tests.engine.process_bench import (
 )
 
 
-def test_f01_killed_in_decode_every_stream_goes_on() -> None:
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """While its file is there, engines wait in the middle of so many answers."""
+
+    file: Path
+
+    def model(self, requests: int) -> str:
+        return f"held:{requests}:{self.file}"
+
+    def release(self) -> None:
+        self.file.unlink()
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Hold:
+    (tmp_path / "held").touch()
+    return Hold(tmp_path / "held")
+
+
+def test_f01_killed_in_decode_every_stream_goes_on(hold: Hold) -> None:
     """Greedy, seeded with log-probabilities, echo: all as in a run that nobody disturbed."""
     echo = SamplingParams(temperature=0.0, max_tokens=30, logprobs=1, prompt_logprobs=1)
     drawn = SamplingParams(seed=5, max_tokens=80, logprobs=2)
     requests = [([1], greedy(90)), ([2, 3], drawn), (list(range(40)), echo)]
 
     async def collect(disturb: bool) -> list[RequestUpdate]:
-        async with running(model=SLOW) as engine:
+        async with running(model=hold.model(3) if disturb else "toy") as engine:
             generations = [engine.submit(prompt, params) for prompt, params in requests]
             await until(lambda: all(len(g.output) > 3 for g in generations))
             if disturb:
                 kill(engine)
+                hold.release()
                 await until(lambda: engine.state == "restarting")
                 with pytest.raises(EngineUnavailableError, match="restarting"):
                     engine.submit([1], greedy(1))
@@ -73,11 +94,12 @@ def test_f01_killed_in_decode_every_stream_goes_on() -> None:
     run(test)
 
 
-def test_f02_killed_in_prefill_before_anything_was_told() -> None:
+def test_f02_killed_in_prefill_before_anything_was_told(hold: Hold) -> None:
     async def test() -> None:
-        async with running(model=SLOW) as engine:
+        async with running(model=hold.model(0)) as engine:
             generation = engine.submit(list(range(80)), greedy(5))
             kill(engine)
+            hold.release()
             await finish(generation)
             assert generation.output == toy_generate(list(range(80)), 5)
             assert engine.recovery.resumed == 1
@@ -85,12 +107,13 @@ def test_f02_killed_in_prefill_before_anything_was_told() -> None:
     run(test)
 
 
-def test_what_is_aborted_during_the_restart_is_not_resumed() -> None:
+def test_what_is_aborted_during_the_restart_is_not_resumed(hold: Hold) -> None:
     async def test() -> None:
-        async with running(model=SLOW) as engine:
+        async with running(model=hold.model(2)) as engine:
             kept, dropped = engine.submit([1], greedy(50)), engine.submit([2], greedy(50))
             await dropped.next_update()
             kill(engine)
+            hold.release()
             await until(lambda: engine.state == "restarting")
             dropped.abort()
             await finish(kept)
@@ -100,15 +123,16 @@ def test_what_is_aborted_during_the_restart_is_not_resumed() -> None:
     run(test)
 
 
-def test_f04_a_hang_ends_in_a_restart_and_streams_go_on() -> None:
+def test_f04_a_hang_ends_in_a_restart_and_streams_go_on(hold: Hold) -> None:
     async def test() -> None:
         policy = SupervisionPolicy(silence_seconds=2.0, seconds_per_token=0.0)
-        async with running(model=SLOW, policy=policy) as engine:
+        async with running(model=hold.model(1), policy=policy) as engine:
             pid = engine.pid
             assert pid is not None
             generation = engine.submit([1], greedy(60))
             await generation.next_update()
             os.kill(pid, signal.SIGSTOP)
+            hold.release()
             await finish(generation)
             assert generation.output == toy_generate([1], 60)
             assert engine.pid != pid
@@ -238,7 +262,7 @@ def test_f24_bad_frames_are_treated_as_a_crash_and_nothing_is_lost(
     side: Callable[[str], str],
 ) -> None:
     async def test() -> None:
-        async with running(model=SLOW) as engine:
+        async with running(model="slow:0.04") as engine:  # tokens for all of it, on a busy machine
             generation = engine.submit([1], greedy(100))
             for restarts, frames in enumerate(BAD_FRAMES.values(), 1):
                 await until(lambda: engine.state == "ready")

@@ -117,9 +117,10 @@ def test_b23_stop_strings(server: LiveServer, name: str, streamed: bool) -> None
     assert reason == ("length" if name == "never" else "stop")
 
 
-def test_b23_the_engine_stops_too(server: LiveServer) -> None:
+def test_b23_the_engine_stops_too(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     script(server, "p", "abc", "x" * 200)
     before = len(server.engine.aborted)
+    monkeypatch.setattr(server.engine, "pause_after", 3)
     server.post(prompt="p", stop="b", max_tokens=200)
     server.until(lambda: len(server.engine.aborted) == before + 1)
 

@@ -158,10 +158,12 @@ def test_f10_a_broken_detokenizer_fails_the_request_alone(
 
     monkeypatch.setattr(Choice, "push", fail)
     before = len(server.engine.aborted)
+    monkeypatch.setattr(server.engine, "pause_after", 3)
     answer = server.post(prompt="a", seed=666, n=2, max_tokens=50, stream=streamed)
     assert answer.status_code == (200 if streamed else 500)
     assert "internal_error" in answer.text
     assert "secret" not in answer.text
-    assert server.post(prompt="a", seed=1, max_tokens=2).status_code == 200
     server.until(lambda: not server.engine.live)
+    server.call(server.engine.running.set)
+    assert server.post(prompt="a", seed=1, max_tokens=2).status_code == 200
     assert len(server.engine.aborted) > before
