@@ -217,6 +217,8 @@ class ForgetfulDecode:
     """A decode step that fails between filling its buffers and the launch that would have put the
     new pages into the block tables; what it could not do is then left to the other kind of step."""
 
+    is_recorded = False
+
     def __init__(self, runner: ModelRunner) -> None:
         tensors, info = runner._tensors, runner.info
         self._buffers = DecodeBuffers(
