@@ -29,18 +29,7 @@ def try_decode_kernels(
         DeviceFaultError: it broke the device for this process.
         KernelError: it could not be launched.
     """
-    sparse = model.sparse
-    kind = DecodeKind(
-        dtype=dtype,
-        head_dim=model.head_dim,
-        group=model.group_size,
-        block_tokens=block_tokens,
-        has_local=sparse is not None,
-        window=0 if sparse is None else sparse.window_tokens,
-        sinks=0 if sparse is None else sparse.sink_tokens,
-        index_dim=None if sparse is None else sparse.index_dim,
-        index_dtype=torch.int8 if index_dtype == "int8" else dtype,
-    )
+    kind = _decode_kind(model, dtype, block_tokens, index_dtype)
     with on_trial(device):
         try_decode(library, kind, device)
 
@@ -54,16 +43,10 @@ def try_layer_kernels(
     index_dtype: IndexDtype,
 ) -> None:
     """The same for the kernels around attention and at the ends of a step."""
-    sparse, moe = model.sparse, model.moe
+    moe = model.moe
     inner_sizes = [model.intermediate_size] + ([] if moe is None else [moe.intermediate_size])
     kind = LayerKind(
-        dtype=dtype,
-        head_dim=model.head_dim,
-        group=model.group_size,
-        block_tokens=block_tokens,
-        has_local=sparse is not None,
-        index_dim=None if sparse is None else sparse.index_dim,
-        index_dtype=torch.int8 if index_dtype == "int8" else dtype,
+        attention=_decode_kind(model, dtype, block_tokens, index_dtype),
         is_normed=model.qk_norm,
         hidden_size=model.hidden_size,
         inner_sizes=tuple(inner_sizes),
@@ -74,3 +57,20 @@ def try_layer_kernels(
     with on_trial(device):
         try_layers(library, kind, device)
         try_step(library, dtype, block_tokens, model.vocab_size, model.hidden_size, device)
+
+
+def _decode_kind(
+    model: ModelConfig, dtype: torch.dtype, block_tokens: int, index_dtype: IndexDtype
+) -> DecodeKind:
+    sparse = model.sparse
+    return DecodeKind(
+        dtype=dtype,
+        head_dim=model.head_dim,
+        group=model.group_size,
+        block_tokens=block_tokens,
+        has_local=sparse is not None,
+        window=0 if sparse is None else sparse.window_tokens,
+        sinks=0 if sparse is None else sparse.sink_tokens,
+        index_dim=None if sparse is None else sparse.index_dim,
+        index_dtype=torch.int8 if index_dtype == "int8" else dtype,
+    )

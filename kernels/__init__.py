@@ -10,8 +10,9 @@ On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_l
 
     cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace)
     cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
-    cuda_layer     store_qkv, add_norm, silu_mul: the layer around attention (layer_inputs; their
-                   specification is layer_reference)
+    cuda_store     store_qkv: from a layer's projection to where attention reads (layer_inputs)
+    cuda_layer     add_norm, silu_mul: between the layer's products (the specification of all
+                   three is layer_reference)
     cuda_step      place_rows, pick_tokens: the ends of a decode step (step_ops: in PyTorch)
     cuda_experts   route_experts, gate_experts, project_experts: a mixture of experts at decode
     cuda_ops       the ops of indexer and decode on the same kernels, one at a time

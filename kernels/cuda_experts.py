@@ -14,9 +14,8 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kernels._checks import check_shapes
+from kernels._checks import check_layout, check_shapes
 from kernels._launch import DATA_TYPES, KernelLibrary
-from kernels.cuda_layer import check_layout
 
 MAX_EXPERTS = 256
 MAX_CHOSEN = 32

@@ -1,9 +1,9 @@
 """The specification of what a layer does around attention: norms, RoPE, stores, gates.
 
-Every function has the signature of its twin in `kernels.cuda_layer` or `kernels.cuda_experts`
-without the library. Sums are
-float32; a value is rounded to its tensor's dtype where it is written down, and before the weight of
-a norm (as transformers does). Shapes as in `kernels.layer_inputs`; E hidden, F intermediate size.
+Every function has the signature of its twin in `kernels.cuda_store`, `cuda_layer` or `cuda_experts`
+without the library. Sums are float32; a value is rounded to its tensor's dtype where it is written
+down, and before the weight of a norm (as transformers does). Shapes as in `kernels.layer_inputs`;
+E hidden, F intermediate size.
 """
 
 from __future__ import annotations

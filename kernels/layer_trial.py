@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cuda_experts, cuda_layer, layer_reference
+from kernels import cuda_experts, cuda_layer, cuda_store, layer_reference
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool, StoredQkv
 from kernels.paged_kv import store_index_keys
 from kernels.trial import check_close, check_equal, random_numbers
+from kernels.trial_layer import DecodeKind
 
 TOKENS = 5
 PRODUCTS = 64  # outputs of an expert that are computed; sums are of the model's length
@@ -28,21 +29,13 @@ EPS = 1e-6
 class LayerKind:
     """The layers of a model.
 
-    group: query heads of a KV head.
-    has_local: some KV heads are kept in the window pool.
-    index_dtype: of stored index keys, `dtype` or int8.
+    attention: of their KV heads some are kept in the window pool if it has local heads.
     is_normed: queries and keys have a norm.
     inner_sizes: of MLPs; of experts the last one.
     experts, chosen: X and k; 0 without a mixture.
     """
 
-    dtype: torch.dtype
-    head_dim: int
-    group: int
-    block_tokens: int
-    has_local: bool
-    index_dim: int | None
-    index_dtype: torch.dtype
+    attention: DecodeKind
     is_normed: bool
     hidden_size: int
     inner_sizes: tuple[int, ...]
@@ -65,19 +58,20 @@ def try_layers(library: KernelLibrary, kind: LayerKind, device: torch.device) ->
 
 def _try_store(library: KernelLibrary, kind: LayerKind, device: torch.device) -> None:
     def store(*given: Any) -> StoredQkv:
-        return cuda_layer.store_qkv(library, *given)
+        return cuda_store.store_qkv(library, *given)
 
-    cpu, in_int8 = torch.device("cpu"), kind.index_dtype == torch.int8
-    found = _Store(kind, device, kind.dtype, stored=not in_int8).written(store)
+    own, cpu = kind.attention, torch.device("cpu")
+    in_int8 = own.index_dtype == torch.int8
+    found = _Store(kind, device, own.dtype, stored=not in_int8).written(store)
     exact = _Store(kind, cpu, torch.float32, stored=not in_int8).written(layer_reference.store_qkv)
-    twin = _Store(kind, cpu, kind.dtype, stored=not in_int8).written(layer_reference.store_qkv)
+    twin = _Store(kind, cpu, own.dtype, stored=not in_int8).written(layer_reference.store_qkv)
     for name, numbers in exact.items():
         check_close("qkv_store", found[name], numbers, twin[name])
-    if kind.index_dim is None or not in_int8:
+    if own.index_dim is None or not in_int8:
         return
     # A last digit may round a key to other steps: those of the kernel's own keys are exact.
-    written = _Store(kind, device, kind.dtype, stored=True).written(store)
-    want = _Store(kind, cpu, kind.dtype, stored=True)
+    written = _Store(kind, device, own.dtype, stored=True).written(store)
+    want = _Store(kind, cpu, own.dtype, stored=True)
     keys_TXI, index = found["ki_TXI"].cpu(), want.index
     assert index is not None
     assert index.index_cache is not None
@@ -100,7 +94,7 @@ def _with_cache(index: IndexProjections, full: StoredPool, is_int8: bool) -> Ind
 
 def _try_rows(library: KernelLibrary, kind: LayerKind, device: torch.device) -> None:
     """`add_norm` with and without a branch, `silu_mul` of every size."""
-    random = random_numbers(kind.dtype, seed=5)
+    random = random_numbers(kind.attention.dtype, seed=5)
     x_TE, branch_TE = (random(TOKENS, kind.hidden_size) for _ in range(2))
     weight_E = 1 + random(kind.hidden_size) / 4
     for branch in (branch_TE, None):
@@ -119,7 +113,7 @@ def _try_rows(library: KernelLibrary, kind: LayerKind, device: torch.device) -> 
 
 def _try_experts(library: KernelLibrary, kind: LayerKind, device: torch.device) -> None:
     """The choice among all experts; products of some, by pair (1 token) and by expert."""
-    random, chosen = random_numbers(kind.dtype, seed=6), kind.chosen
+    random, chosen = random_numbers(kind.attention.dtype, seed=6), kind.chosen
     logits_TX = 2 * random(TOKENS, kind.experts)
     found = cuda_experts.route_experts(library, logits_TX.to(device), chosen, kind.normalise)
     twin = layer_reference.route_experts(logits_TX, chosen, kind.normalise)
@@ -154,40 +148,39 @@ class _Store:
         self, kind: LayerKind, device: torch.device, dtype: torch.dtype, *, stored: bool
     ) -> None:
         """`stored`: index keys go to a cache, of int8 if the kind says so."""
-        random, dim = random_numbers(kind.dtype, seed=3), kind.head_dim
+        own = kind.attention
+        random, dim = random_numbers(own.dtype, seed=3), own.head_dim
 
         def numbers(*shape: int) -> Tensor:
             return random(*shape).to(device, dtype)
 
-        kv_rows = [1, -1, 0] if kind.has_local else [1, 0]
-        heads, pages = kind.group * len(kv_rows), 3
-        slots_T = (torch.arange(TOKENS) * 7 % (2 * kind.block_tokens) + kind.block_tokens).to(
-            device
-        )
+        kv_rows = [1, -1, 0] if own.has_local else [1, 0]
+        heads, pages = own.group * len(kv_rows), 3
+        slots_T = (torch.arange(TOKENS) * 7 % (2 * own.block_tokens) + own.block_tokens).to(device)
         angles_TF = 5 * random_numbers(torch.float32, seed=4)(TOKENS, dim // 2)
 
         def pool(rows: int) -> StoredPool:
-            shape = (pages, rows, kind.block_tokens, dim)
+            shape = (pages, rows, own.block_tokens, dim)
             k_cache, v_cache = (torch.full(shape, torch.nan).to(device, dtype) for _ in "kv")
             return StoredPool(k_cache, v_cache, slots_T)
 
         self.full = pool(2)
         self.index: IndexProjections | None = None
-        window = pool(1) if kind.has_local else None
+        window = pool(1) if own.has_local else None
         projected_TRD = numbers(TOKENS, heads + 2 * len(kv_rows), dim)
         norm = HeadNorm(1 + numbers(2 * dim) / 4, EPS) if kind.is_normed else None
-        if kind.index_dim is not None:
+        if own.index_dim is not None:
             of_heads = torch.tensor([0, heads - 1])
             self.index = IndexProjections(
-                k_proj_XID=numbers(2, kind.index_dim, dim) / 8,
-                k_head_X=(of_heads // kind.group).to(device),
-                q_proj_SID=numbers(2, kind.index_dim, dim) / 8,
+                k_proj_XID=numbers(2, own.index_dim, dim) / 8,
+                k_head_X=(of_heads // own.group).to(device),
+                q_proj_SID=numbers(2, own.index_dim, dim) / 8,
                 q_head_S=of_heads.to(device),
                 index_cache=None,
                 query_tokens=TOKENS - 1,
             )
         if self.index is not None and stored:
-            self.index = _with_cache(self.index, self.full, kind.index_dtype == torch.int8)
+            self.index = _with_cache(self.index, self.full, own.index_dtype == torch.int8)
         kv_row_N = torch.tensor(kv_rows, dtype=torch.int32, device=device)
         angles = (angles_TF.cos().to(device), angles_TF.sin().to(device))
         self._window = window

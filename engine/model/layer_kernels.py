@@ -1,4 +1,4 @@
-"""What a layer does around attention, on the CUDA kernels (`kernels.cuda_layer`).
+"""What a layer does around attention, on the CUDA kernels (`kernels.cuda_store`, `cuda_layer`).
 
 Beside its products and attention four launches of a layer are left: the store, two norms that add
 the branch before them, and the gate. A mixture of experts has three and its weighted sum. Without a
@@ -16,7 +16,7 @@ from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig, MoeConfig
 from engine.model.head_layout import LayerHeads, model_heads
 from engine.model.queries import Queries
-from kernels import cuda_experts, cuda_layer
+from kernels import cuda_experts, cuda_layer, cuda_store
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool
 
@@ -42,7 +42,7 @@ class LayerKernels:
         sizes = [config.hidden_size, config.intermediate_size]
         if config.moe is not None:
             sizes.append(config.moe.intermediate_size)
-        heads = cuda_layer.takes_heads(dtype, config.head_dim, index_dim)
+        heads = cuda_store.takes_heads(dtype, config.head_dim, index_dim)
         return heads and all(cuda_layer.takes_rows(dtype, size) for size in sizes)
 
     def add_norm(
@@ -91,7 +91,7 @@ class LayerKernels:
             full = StoredPool(cache.full_k, cache.full_v, metadata.full_slots_T)
         if heads.windowed_kv:
             window = StoredPool(cache.window_k, cache.window_v, metadata.window_slots_T)
-        stored = cuda_layer.store_qkv(
+        stored = cuda_store.store_qkv(
             self.library,
             projection.qkv_TRD,
             projection.heads,

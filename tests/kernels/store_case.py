@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cuda_layer, layer_reference
+from kernels import cuda_store, layer_reference
 from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool, StoredQkv
 from kernels.paged_kv import store_index_keys
@@ -158,7 +158,7 @@ class StoreCase:
 
     def run(self, library: KernelLibrary) -> dict[str, Tensor]:
         """What the kernel writes, by name."""
-        return self._written(lambda *given: cuda_layer.store_qkv(library, *given))
+        return self._written(lambda *given: cuda_store.store_qkv(library, *given))
 
     def specified(self) -> dict[str, Tensor]:
         """What the specification writes."""

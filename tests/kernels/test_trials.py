@@ -30,14 +30,10 @@ DECODE = DecodeKind(
     sinks=3,
     index_dim=8,
 )
+BF16_INT8 = replace(DECODE, dtype=torch.bfloat16, index_dtype=torch.int8)
+DENSE = replace(DECODE, has_local=False, index_dim=None)
 LAYERS = LayerKind(
-    dtype=torch.float32,
-    head_dim=64,
-    group=2,
-    block_tokens=16,
-    has_local=True,
-    index_dim=8,
-    index_dtype=torch.float32,
+    attention=DECODE,
     is_normed=True,
     hidden_size=64,
     inner_sizes=(96, 48),
@@ -56,9 +52,9 @@ def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
 @pytest.mark.parametrize(
     "kind",
     [
-        replace(DECODE, dtype=torch.bfloat16, index_dtype=torch.int8),
+        BF16_INT8,
         replace(DECODE, dtype=torch.bfloat16, index_dim=None, group=1),
-        replace(DECODE, has_local=False, index_dim=None),
+        DENSE,
     ],
     ids=["bf16-int8", "no-index", "dense-f32"],
 )
@@ -71,14 +67,14 @@ def test_good_decode_kernels_pass(library: KernelLibrary, kind: DecodeKind) -> N
     "kind",
     [
         LAYERS,
-        replace(LAYERS, dtype=torch.bfloat16, index_dtype=torch.int8, head_dim=128, index_dim=16),
-        replace(LAYERS, index_dim=None, experts=0, is_normed=False, has_local=False),
+        replace(LAYERS, attention=replace(BF16_INT8, head_dim=128, index_dim=16)),
+        replace(LAYERS, attention=DENSE, experts=0, is_normed=False),
     ],
     ids=["f32", "bf16-int8", "dense"],
 )
 def test_good_layer_kernels_pass(library: KernelLibrary, kind: LayerKind) -> None:
     try_layers(library, kind, CPU)
-    try_step(library, kind.dtype, kind.block_tokens, 501, kind.hidden_size, CPU)
+    try_step(library, kind.attention.dtype, kind.attention.block_tokens, 501, kind.hidden_size, CPU)
 
 
 @needs_compiler
@@ -117,8 +113,9 @@ def test_a_wrong_number_of_a_layer_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     break_kernel(monkeypatch, library, kernel, field)
+    kind = replace(LAYERS, attention=replace(DECODE, index_dtype=index_dtype))
     with pytest.raises(TrialError, match=f"^{kernel} gives wrong results"):
-        try_layers(library, replace(LAYERS, index_dtype=index_dtype), CPU)
+        try_layers(library, kind, CPU)
 
 
 @needs_compiler
