@@ -37,47 +37,52 @@ def complete(server: ServerProcess, prompt: Any, **fields: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[FactDocument]:
-    """16K tokens of real Python source each, with four facts in it."""
+def document() -> FactDocument:
+    """16K tokens of real Python source, with eight facts in it."""
     tokenizer = Tokenizer.from_file(str(embedded_model_path() / "tokenizer.json"))
-    source = TextSource.find(None)
-    return fact_documents(
-        source, tokenizer, kind="constant", count=2, facts=4, tokens=16_000, seed=3
+    (made,) = fact_documents(
+        TextSource.find(None),
+        tokenizer,
+        kind="constant",
+        count=1,
+        facts=8,
+        tokens=16_000,
+        seed=3,
     )
+    return made
 
 
 def test_planted_facts_are_answered_over_16k_tokens(
-    server: ServerProcess, documents: list[FactDocument]
+    server: ServerProcess, document: FactDocument
 ) -> None:
     right = asked = 0
-    for document in documents:
-        for question in document.questions:
-            answer = complete(server, document.text + question.text, max_tokens=5)
-            right += answer["choices"][0]["text"] == question.answer
-            asked += 1
-            usage = answer["usage"]
-            assert usage["prompt_tokens"] > 15_500
-            fraction = answer["metrics"]["attended_fraction"]
-            assert 0 < fraction < 0.5, "retrieval heads select a small part of the context"
-            tokens = answer["metrics"]["attended_tokens_mean"]
-            assert tokens == pytest.approx(fraction * usage["prompt_tokens"], rel=0.01)
+    for question in document.questions:
+        answer = complete(server, document.text + question.text, max_tokens=5)
+        right += answer["choices"][0]["text"] == question.answer
+        asked += 1
+        usage = answer["usage"]
+        assert usage["prompt_tokens"] > 15_500
+        fraction = answer["metrics"]["attended_fraction"]
+        assert 0 < fraction < 0.5, "retrieval heads select a small part of the context"
+        tokens = answer["metrics"]["attended_tokens_mean"]
+        assert tokens == pytest.approx(fraction * usage["prompt_tokens"], rel=0.01)
     assert asked == 8
     assert right >= 6, f"{right} of {asked}"
 
 
 def test_questions_to_one_document_share_its_prefix(
-    server: ServerProcess, documents: list[FactDocument]
+    server: ServerProcess, document: FactDocument
 ) -> None:
-    document = documents[0]
     complete(server, document.text + document.questions[0].text, max_tokens=1)
     again = complete(server, document.text + document.questions[1].text, max_tokens=1)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 15_000
 
 
 def test_b77_short_requests_are_answered_while_long_prompts_are_computed(
-    server: ServerProcess, documents: list[FactDocument]
+    server: ServerProcess, document: FactDocument
 ) -> None:
     """The long ones are new to the prefix cache; the short one must not wait for them."""
+    text = document.text[: len(document.text) // 2]
 
     async def race() -> tuple[float, float]:
         async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
@@ -88,7 +93,7 @@ def test_b77_short_requests_are_answered_while_long_prompts_are_computed(
                 (await client.post("/v1/completions", json=body)).raise_for_status()
                 return loop.time()
 
-            long = [asyncio.create_task(ask(f"# {i}\n{documents[0].text}")) for i in range(2)]
+            long = [asyncio.create_task(ask(f"# {i}\n{text}")) for i in range(2)]
             while (  # noqa: ASYNC110 - the gauge of another process has no event
                 (await client.get("/metrics"))
                 .text.split('rtpurbo_requests_running{model_name="code-8m-sparse"} ')[1]
@@ -128,10 +133,10 @@ def test_the_official_client(server: ServerProcess) -> None:
 
 
 def test_f01_killed_in_sparse_decode_the_text_is_the_same(
-    server: ServerProcess, documents: list[FactDocument]
+    server: ServerProcess, document: FactDocument
 ) -> None:
     """Generated tokens are computed again under the decode rule, so the blocks they saw stay."""
-    prompt = documents[1].text[:12_000]
+    prompt = document.text[:12_000]
     fields = {"max_tokens": 96, "logprobs": 1, "ignore_eos": True}
     whole = complete(server, prompt, **fields)
     assert whole["usage"]["prompt_tokens"] > 3_000
@@ -160,7 +165,7 @@ def test_f01_killed_in_sparse_decode_the_text_is_the_same(
     assert resumed.split()[1] == "1.0", "it was killed before the end"
 
 
-def test_dense_serving_of_the_converted_model(documents: list[FactDocument]) -> None:
+def test_dense_serving_of_the_converted_model() -> None:
     with serving(str(embedded_model_path()), "--attention", "dense") as dense:
         answer = complete(dense, "x = 1\n" * 400, max_tokens=4)
         assert answer["metrics"]["attended_fraction"] is None
