@@ -75,12 +75,11 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
     """The CUDA kernels, compiled for the CPU once in a run: that takes longer than their tests."""
-    from tests.kernels.emulation.library import emulation
+    from kernels._launch import KernelLibrary
+    from tests.kernels.emulation.library import build
+    from tests.once import made_once
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers
-    return emulation(folder / "emulated_kernels")
+    return KernelLibrary(made_once(tmp_path_factory, "emulated_kernels", build) / "emulated.so")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conversion.pipeline import convert
 from conversion.report.report_folder import make_report
 from tests.conversion.report.report_data import ablations, evaluation, written
 from tests.engine.model.tiny_models import make_checkpoint
+from tests.once import made_once
 
 FIT = FitOptions(steps=3, queries=16, moment_documents=1, trial_documents=1, quality_documents=1)
 DISTIL = DistilOptions(
@@ -43,7 +45,10 @@ def small_pictures() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def conversion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with dense/, out/ and out.work/; not to be changed."""
-    folder = tmp_path_factory.mktemp("conversion")
+    return made_once(tmp_path_factory, "conversion", _convert)
+
+
+def _convert(folder: Path) -> None:
     data = folder / "text"
     data.mkdir()
     for number in range(30):
@@ -62,13 +67,15 @@ def conversion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     make_checkpoint("qwen3", folder / "dense")
     convert(folder / "dense", folder / "out", options, Console(quiet=True))
-    return folder
 
 
 @pytest.fixture(scope="session")
 def evaluation_made(conversion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with an evaluation and ablations in the report; not to be changed."""
-    folder = tmp_path_factory.mktemp("evaluated")
+    return made_once(tmp_path_factory, "evaluated", partial(_evaluate, conversion))
+
+
+def _evaluate(conversion: Path, folder: Path) -> None:
     _copy(conversion, folder)
     runs = {"sparse": evaluation(), "random heads": evaluation(text=False)}
     make_report(
@@ -77,7 +84,6 @@ def evaluation_made(conversion: Path, tmp_path_factory: pytest.TempPathFactory) 
         evaluations=[written(folder / "eval.json", evaluation(grid=True).as_dict())],
         ablations=written(folder / "ablations.json", ablations(runs)),
     )
-    return folder
 
 
 @pytest.fixture
