@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from engine.model.batch_tensors import AttentionMetadata
+from engine.model.layer_roles import HeadGroup
 from engine.model.queries import Queries
 from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import SpanInputs
 
 if TYPE_CHECKING:
-    from engine.model.attention import AttentionLayers, HeadGroup
+    from engine.model.attention import AttentionLayers
 
 
 class SpanKernels(Protocol):
