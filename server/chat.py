@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,12 +18,12 @@ from server.answer import Answer
 from server.chat_template import ChatTemplate, parse_messages
 from server.choice import Choice, Delta
 from server.errors import invalid
-from server.event_stream import EventStream, answered
+from server.event_stream import answered
 from server.logprobs import LogprobEntry, chat_logprobs
 from server.protocol import ChatCompletionRequest
+from server.reply import reply
 from server.request_record import RequestRecord, Wanted, record_of
 from server.service import Service
-from server.streaming import stream_events
 from server.validation import check_length, clamp_max_tokens, encode_prompt, parse_sampling
 
 
@@ -40,7 +39,8 @@ def chat_router(service: Service) -> APIRouter:
         service.require_ready()
         record = record_of(request)
         call = await answered(ChatCall.prepare(service, body, template, messages, record), request)
-        return await call.respond(request)
+        keep_alive = service.config.keep_alive_seconds
+        return await reply(call, request, keep_alive, streamed=bool(body.stream))
 
     return router
 
@@ -101,39 +101,18 @@ class ChatCall:
         record.wanted = Wanted("chat", completion_id, bool(body.stream), sampling.params)
         return cls(service, body, answer, completion_id, int(time.time()))
 
-    async def respond(self, request: Request) -> Response:
-        """The answer, whole or streamed."""
-        if self.body.stream:
-            return EventStream(
-                stream_events(self.answer, self, self.service.config.keep_alive_seconds),
-                self.answer.close,
-                self.answer.patience(),
-            )
-        try:
-            payload = await answered(self._collect(), request)
-        finally:
-            self.answer.close()
-        return Response(msgspec.json.encode(payload), media_type="application/json")
-
-    async def _collect(self) -> dict[str, Any]:
-        choices = self.answer.choices
-        texts: list[list[str]] = [[] for _ in choices]
-        entries: list[list[LogprobEntry]] = [[] for _ in choices]
-        async for item in self.answer.deltas(self.service.config.keep_alive_seconds):
-            if item is not None:
-                choice, delta = item
-                texts[choice.index].append(delta.text)
-                entries[choice.index].extend(delta.logprobs)
+    def whole(self, texts: Sequence[str], entries: Sequence[list[LogprobEntry]]) -> dict[str, Any]:
+        """The answer in one piece."""
         return {
             **self._head("chat.completion"),
             "choices": [
                 {
                     "index": choice.index,
-                    "message": {"role": "assistant", "content": "".join(texts[choice.index])},
+                    "message": {"role": "assistant", "content": texts[choice.index]},
                     "logprobs": self._logprobs(entries[choice.index]),
                     "finish_reason": choice.finish_reason,
                 }
-                for choice in choices
+                for choice in self.answer.choices
             ],
             "usage": self.answer.usage(),
             "metrics": self.answer.metrics(),

@@ -18,12 +18,12 @@ from server.answer import Answer
 from server.choice import Choice, Delta
 from server.echo import EchoedPrompt, PromptText
 from server.errors import invalid
-from server.event_stream import EventStream, answered
+from server.event_stream import answered
 from server.logprobs import LogprobEntry, completion_logprobs
 from server.protocol import CompletionRequest
+from server.reply import reply
 from server.request_record import RequestRecord, Wanted, record_of
 from server.service import Service
-from server.streaming import stream_events
 from server.validation import (
     DEFAULT_MAX_TOKENS,
     SamplingChoice,
@@ -45,7 +45,8 @@ def completions_router(service: Service) -> APIRouter:
         service.require_ready()
         record = record_of(request)
         call = await answered(CompletionCall.prepare(service, body, record), request)
-        return await call.respond(request)
+        keep_alive = service.config.keep_alive_seconds
+        return await reply(call, request, keep_alive, streamed=bool(body.stream))
 
     return router
 
@@ -115,34 +116,13 @@ class CompletionCall:
         )
         return cls(service, body, answer, completion_id, int(time.time()))
 
-    async def respond(self, request: Request) -> Response:
-        """The answer, whole or streamed."""
-        if self.body.stream:
-            return EventStream(
-                stream_events(self.answer, self, self.service.config.keep_alive_seconds),
-                self.answer.close,
-                self.answer.patience(),
-            )
-        try:
-            payload = await answered(self._collect(), request)
-        finally:
-            self.answer.close()
-        return Response(msgspec.json.encode(payload), media_type="application/json")
-
-    async def _collect(self) -> dict[str, Any]:
-        choices = self.answer.choices
-        texts: list[list[str]] = [[] for _ in choices]
-        entries: list[list[LogprobEntry]] = [[] for _ in choices]
-        async for item in self.answer.deltas(self.service.config.keep_alive_seconds):
-            if item is not None:
-                choice, delta = item
-                texts[choice.index].append(delta.text)
-                entries[choice.index].extend(delta.logprobs)
+    def whole(self, texts: Sequence[str], entries: Sequence[list[LogprobEntry]]) -> dict[str, Any]:
+        """The answer in one piece."""
         return {
             **self._head(),
             "choices": [
-                self._choice(c, "".join(texts[c.index]), entries[c.index], c.finish_reason)
-                for c in choices
+                self._choice(c, texts[c.index], entries[c.index], c.finish_reason)
+                for c in self.answer.choices
             ],
             "usage": self.answer.usage(),
             "metrics": self.answer.metrics(),
