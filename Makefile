@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 SECRETS := docker/secrets
 SERVER := $(if $(CPU),server-cpu,server)
 
-.PHONY: serve test check style types docs bench up down clean
+.PHONY: serve test tools check style types docs bench up down clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve-ready
@@ -23,10 +23,12 @@ serve: $(VENV)/.serve-ready
 
 # One process more than CI has cores, since some tests wait. Tests start many processes, so bytecode
 # is written also where the environment says not to.
-test: $(VENV)/.test-ready
-	-sh tests/get_debian_tools.sh $(VENV)/debian-tools
+test: $(VENV)/.test-ready tools
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	  -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+tools: $(VENV)/.created
+	-sh tests/get_debian_tools.sh $(VENV)/debian-tools
 
 check: style types
 
