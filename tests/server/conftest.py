@@ -11,11 +11,17 @@ from tests.server.live_server import LiveServer, live_server
 
 
 @pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Short deadlines, so that no test waits for them long."""
+def shared_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """A module whose tests wait for the end of a deadline says how long requests may take.
+
+    That of the others is long: on a busy machine a large body takes its time.
+    """
+    seconds: float = getattr(request.module, "REQUEST_SECONDS", 60.0)
     settings: dict[str, Any] = {
-        "body_seconds": 0.5,
-        "header_seconds": 0.5,
+        "body_seconds": seconds,
+        "header_seconds": seconds,
         "keep_alive_seconds": 0.1,
     }
     with live_server(tmp_path_factory.mktemp("model"), **settings) as server:

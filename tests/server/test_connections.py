@@ -23,6 +23,8 @@ from server.http_protocol import BoundedConnection
 from server.runner import bind
 from tests.server.live_server import LiveServer, live_server
 
+REQUEST_SECONDS = 0.5  # some tests wait for their end
+
 
 def status(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])

@@ -14,6 +14,7 @@ import pytest
 from tests.server.live_server import LiveServer
 from tests.server.test_bad_inputs import assert_refused
 
+REQUEST_SECONDS = 0.5  # some tests wait for their end
 GOOD = b'{"prompt": "a", "max_tokens": 1}'
 
 
