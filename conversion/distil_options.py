@@ -25,7 +25,7 @@ class DistilOptions:
     steps: int = 600
     batch: int = 8  # sequences per step, over all processes
     learning_rate: float = 3e-6
-    warmup_steps: int = 200
+    warmup_steps: int = 200  # at most a third of the steps
     weight_decay: float = 0.01
     clip: float = 1.0  # of the gradient's norm
     validate_every: int = 50  # steps; the state is saved as often
@@ -57,3 +57,8 @@ class DistilOptions:
                 f"response_tokens {self.response_tokens} must be less than sequence_tokens "
                 f"{self.sequence_tokens}"
             )
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
+        return min(self.warmup_steps, self.steps // 3)

@@ -55,7 +55,7 @@ class Distillation:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        self._rule = StopRule(options.patience, options.growth, options.warmup_steps)
+        self._rule = StopRule(options.patience, options.growth, options.warmup)
 
     def run(self, state: TrainingState, console: Console) -> TrainingProgress:
         """Train until the steps are done or the rule says stop; resumes from `state`."""
@@ -91,7 +91,7 @@ class Distillation:
             total += loss.detach()
         clip_grad_norm_(self._parameters.values(), options.clip)
         for group in self._optimizer.param_groups:
-            rising = warmup_constant(number, options.warmup_steps)
+            rising = warmup_constant(number, options.warmup)
             group["lr"] = options.learning_rate * rising
         self._optimizer.step()
         self._optimizer.zero_grad()

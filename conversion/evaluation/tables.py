@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -9,6 +10,13 @@ from rich.table import Table
 
 from conversion.evaluation.intervals import Interval
 from conversion.evaluation.report import Cell, EvalReport
+
+WIDE = 160  # columns that every table fits into
+
+
+def result_console() -> Console:
+    """Standard output; as wide as tables need where it is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
 def print_report(report: EvalReport, console: Console) -> None:
@@ -29,7 +37,7 @@ def print_report(report: EvalReport, console: Console) -> None:
 def _scores(report: EvalReport) -> Table:
     table = _table("accuracy in % with 95 % intervals", ("task", "length", "setting", "asked"))
     _add_variants(table, report.variants)
-    table.add_column("attended", justify="right")
+    table.add_column("attended", justify="right", overflow="fold")
     for cell in report.cells:
         table.add_row(
             cell.task,
@@ -83,15 +91,18 @@ def _losses(report: EvalReport) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        if number == 0:
+            table.add_column(column, no_wrap=True)
+        else:
+            table.add_column(column, justify="right", overflow="fold")
     return table
 
 
 def _add_variants(table: Table, variants: Sequence[str]) -> None:
     for name in variants:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for name in variants[1:]:
-        table.add_column(f"{name} - {variants[0]}", justify="right")
+        table.add_column(f"{name} - {variants[0]}", justify="right", overflow="fold")
 
 
 def _score_cells(

@@ -52,6 +52,7 @@ def ablate(
     from conversion.evaluation.ablation_table import print_ablations
     from conversion.evaluation.ablations import ablate as run_ablations
     from conversion.evaluation.options import EvalOptions
+    from conversion.evaluation.tables import result_console
     from engine.errors import EngineError
 
     try:
@@ -70,4 +71,4 @@ def ablate(
         content = run_ablations(model, out, options, work, Console(stderr=True))
     except EngineError as error:
         fail(error)
-    print_ablations(content, Console())
+    print_ablations(content, result_console())

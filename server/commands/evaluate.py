@@ -86,7 +86,7 @@ def evaluate(
     from conversion.evaluation.options import EvalOptions
     from conversion.evaluation.plots import plot_report
     from conversion.evaluation.run import evaluate as run_evaluation
-    from conversion.evaluation.tables import print_report
+    from conversion.evaluation.tables import print_report, result_console
     from engine.embedded import embedded_model_path
     from engine.errors import EngineError
     from server.key_file import read_keys
@@ -123,7 +123,7 @@ def evaluate(
     if as_json:
         print(json.dumps(report.as_dict()), flush=True)
     else:
-        print_report(report, Console())
+        print_report(report, result_console())
     if plots is not None:  # last, so that a plot that fails does not take the results with it
         try:
             plot_report(report, plots)

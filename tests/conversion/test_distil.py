@@ -246,6 +246,11 @@ def test_options_that_cannot_be(field: str, value: float) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(600, 200), (150, 50), (2, 0)])
+def test_a_short_training_reaches_its_learning_rate(steps: int, warmup: int) -> None:
+    assert DistilOptions(steps=steps).warmup == warmup
+
+
 def test_steps_are_taken_on_float32_weights(tiny: TinyDistillation) -> None:
     """A model in bfloat16 still adds up changes that it cannot hold, and starts from the truth."""
     student = Student(tiny.checkpoint, Ranks(), torch.bfloat16, recompute=False)

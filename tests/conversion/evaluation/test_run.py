@@ -19,7 +19,7 @@ from conversion.evaluation.plots import plot_report
 from conversion.evaluation.report import Cell, EvalReport, averages, task_average
 from conversion.evaluation.ruler.tasks import RULER_TASKS
 from conversion.evaluation.run import evaluate
-from conversion.evaluation.tables import print_report
+from conversion.evaluation.tables import print_report, result_console
 from tests.engine.model.tiny_models import make_checkpoint
 
 QUIET = Console(file=io.StringIO())
@@ -144,6 +144,18 @@ def test_tables_show_every_cell(report: EvalReport) -> None:
     assert "sparse - dense" in text
     assert "decoded text against dense" in text
     assert "loss on text" in text
+
+
+def test_a_narrow_terminal_cuts_no_name_and_no_figure(report: EvalReport) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert all(cell.task in text for cell in report.cells)
+    assert "…" not in text
+
+
+def test_what_is_not_a_terminal_is_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert result_console().width > 120
 
 
 def test_plots_are_written(report: EvalReport, tmp_path: Path) -> None:
