@@ -153,9 +153,9 @@ class FakeRunner:
         return FinishedStep(result, self._ready, self._writes.popleft)
 
     def compute(self, batch: Batch, requests: Mapping[int, Request]) -> StepResult:
-        self.steps.append(batch)
-        batch = Batch([self._with_tokens(span) for span in batch.spans])
+        asked, batch = batch, Batch([self._with_tokens(span) for span in batch.spans])
         self._claim_memory(batch)
+        self.steps.append(asked)  # that found memory
         result = StepResult()
         for span in batch.spans:
             self._store(span)
