@@ -55,7 +55,7 @@ def build(config: EngineConfig) -> EngineParts:
         step_seconds = float(config.model.removeprefix("slow:"))
     if config.model.startswith("once:"):  # loads whenever the file is there, and removes it
         _, kind, path = config.model.split(":", 2)
-        marker, step_seconds = Path(path), 0.01
+        marker, step_seconds = Path(path), 0.025
         if not marker.exists() and kind == "folder":
             raise CheckpointError(f"{marker.name}: there is no config.json")
         if not marker.exists():

@@ -145,7 +145,7 @@ def test_f04_a_long_step_is_not_a_hang() -> None:
     """Silence is judged by the step that the engine noted, not by the clock alone."""
 
     async def test() -> None:
-        policy = SupervisionPolicy(silence_seconds=0.6, seconds_per_token_cpu=DEADLINE)
+        policy = SupervisionPolicy(silence_seconds=1.2, seconds_per_token_cpu=DEADLINE)
         async with running(model="slow:2", policy=policy) as engine:
             generation = engine.submit([1, 2], greedy(1))
             await until(lambda: engine.step_seconds() > 0)
@@ -188,7 +188,7 @@ def test_f18_no_deadline_or_duration_is_taken_from_the_wall_clock() -> None:
 def test_the_restart_budget_ends_in_dead_with_a_reason() -> None:
     async def test() -> None:
         policy = SupervisionPolicy(max_restarts=2, first_backoff=0.01, stop_seconds=DEADLINE)
-        async with running(model=SLOW, policy=policy) as engine:
+        async with running(model="slow:0.05", policy=policy) as engine:
             generation = engine.submit([1], greedy(120))
             for lost in range(3):
                 await until(lambda: engine.state == "ready")
