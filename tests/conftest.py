@@ -85,5 +85,5 @@ def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The simulation's seeds: the same ones in every run of the suite, others and more by night."""
     group = parser.getgroup("simulation")
-    group.addoption("--simulation-seeds", type=int, default=1000, help="seeds to run")
+    group.addoption("--simulation-seeds", type=int, default=2000, help="seeds to run")
     group.addoption("--simulation-first", type=int, default=0, help="the first seed")

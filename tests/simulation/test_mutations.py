@@ -29,7 +29,7 @@ from engine.supervision import SupervisionPolicy
 from tests.simulation.child import BLOCK, SimulatedChild, make_pools
 from tests.simulation.simulation import Parts, simulate
 
-SEEDS = range(1000)  # as many as the suite runs
+SEEDS = range(2000)  # as many as the suite runs
 
 
 class ResendingChild(SimulatedChild):
