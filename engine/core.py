@@ -84,9 +84,8 @@ class EngineCore:
         self._updates: list[RequestUpdate] = []
         self._accounts = StepAccounts(self._info.reads)
         self._looks_ahead = runner.overlaps if look_ahead is None else look_ahead
-        self._flight: Flight | None = (
-            None  # the step that is under way; a second one while it is read
-        )
+        # The step that is under way; a second one may be while it is read.
+        self._flight: Flight | None = None
         self._rested = False
         self._stopping = False
 

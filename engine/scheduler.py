@@ -101,8 +101,11 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._waiting.append(request)
 
-    def abort(self, request_id: int) -> None:
-        """Forget a request between two steps, wherever it stands; unknown ids are ignored."""
+    def finish(self, request_id: int) -> None:
+        """Forget a request that ended or is given up, wherever it stands; unknown ids are ignored.
+
+        Pages of its prompt that are in the prefix cache stay there.
+        """
         request = self._requests.pop(request_id, None)
         if request is None:
             return
@@ -111,10 +114,6 @@ class Scheduler:
             self._leaders.forget(request_id)
         else:
             self._stop_running(request)
-
-    def finish(self, request_id: int) -> None:
-        """Forget a request that ended; pages of its prompt stay cached."""
-        self.abort(request_id)
 
     def schedule(self) -> Batch:
         """The next step. Empty only if nothing is queued."""
@@ -152,7 +151,7 @@ class Scheduler:
     def update(self, batch: Batch, tokens: Mapping[int, int]) -> None:
         """Take over the results of a step: computed positions, then sampled tokens by request id.
 
-        Requests that were aborted since `schedule` are skipped.
+        Requests that were finished since `schedule` are skipped.
         """
         self._limits.went_well()
         self._step += 1
@@ -170,7 +169,7 @@ class Scheduler:
         """There was no memory for a step: nothing of it counts, and the next ones hold less.
 
         Returns:
-            The request at fault where the step was as small as can be; abort it.
+            The request at fault where the step was as small as can be; finish it.
         """
         return self._limits.shrink(batch)
 

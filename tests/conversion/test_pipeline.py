@@ -160,7 +160,7 @@ def test_whole_kv_heads_checked_by_what_they_do_with_a_top_p_each(
     assert rows == len(set(kept))
     heads = json.loads((tmp_path / "out.work" / "heads.json").read_text())
     check = heads["causal_check"]
-    assert len(check["candidates"]) >= 4, "twice as many as are kept, and others that matter"
+    assert len(check["candidates"]) == 6, "twice as many as are kept, and the two others matter"
     assert check["window_tokens"] == 300 // 8
     quality = json.loads((tmp_path / "out.work" / "quality.json").read_text())
     chosen = [line["setting"]["top_p"] for line in quality["heads"]]

@@ -71,7 +71,7 @@ class SchedulerBench:
         return batch
 
     def abort(self, request: Request) -> None:
-        self.scheduler.abort(request.request_id)
+        self.scheduler.finish(request.request_id)
         del self.live[request.request_id]
 
     def run(self, steps: int = 1000) -> int:

@@ -380,7 +380,7 @@ def test_followers_of_an_aborted_request_do_not_keep_it() -> None:
 
 def test_abort_of_an_unknown_request_is_ignored() -> None:
     bench = SchedulerBench()
-    bench.scheduler.abort(77)
+    bench.scheduler.finish(77)
     assert not bench.scheduler.schedule().spans
 
 

@@ -113,14 +113,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         at_fault = self.scheduler.shrink(batch)
         if at_fault is not None:
             assert {span.request_id for span in batch.spans} == {at_fault}
-            self.scheduler.abort(at_fault)
+            self.scheduler.finish(at_fault)
             del self.live[at_fault]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.live)))
-        self.scheduler.abort(request_id)
+        self.scheduler.finish(request_id)
         del self.live[request_id]
 
     @invariant()
