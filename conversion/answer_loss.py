@@ -1,4 +1,7 @@
-"""How much retrieval a model loses when given heads see only the window."""
+"""How much retrieval a model loses when given heads see only the window.
+
+The window is at most an eighth of the shortest document, so that there is something to lose.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from conversion.parallel import Ranks
 from engine.model.config import SparseAttentionConfig
 from engine.model.decoder import Decoder
 
-WINDOW_SHARE = 1 / 8  # of the shortest document: the widest window that is measured
+WINDOW_SHARE = 1 / 8  # of the shortest document
 
 
 class AnswerLoss:

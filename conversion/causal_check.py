@@ -14,8 +14,6 @@ candidates, the best by score and more than will be kept,
    heads go first, those whose candidates together cost least;
 3. forward selection: a dropped one that gains more than a kept one costs takes its place;
 4. one that changes nothing, in any of these measurements, only looks, and is dropped.
-
-The window is at most an eighth of the shortest document, so that there is something to lose.
 """
 
 from __future__ import annotations
@@ -80,6 +78,7 @@ class CausalCheck:
         self._max_kv_heads = max_kv_heads
         self._loss = loss
         self._advance = advance
+        self._measured: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def choose(
         self, candidates: Sequence[HeadUnit], budget: int, others: Sequence[HeadUnit] = ()
@@ -185,9 +184,12 @@ class CausalCheck:
         return self._measure(heads_of(units, self._layers))
 
     def _measure(self, retrieval_heads: Sequence[Sequence[int]]) -> float:
-        loss = self._loss(retrieval_heads)
-        self._advance()
-        return loss
+        """Rounds ask for the same heads again: a loss is some passes over long documents."""
+        key = tuple(map(tuple, retrieval_heads))
+        if key not in self._measured:
+            self._measured[key] = self._loss(retrieval_heads)
+            self._advance()
+        return self._measured[key]
 
 
 def _without(everything: list[list[int]], units: Sequence[HeadUnit]) -> list[list[int]]:

@@ -152,6 +152,7 @@ def test_every_measurement_is_reported() -> None:
 
     CausalCheck(loss, LAYERS, HEADS, advance).choose(units((0, 0), (0, 1), (1, 2)), 1)
     assert count[0] == len(loss.asked)
+    assert len(set(map(str, loss.asked))) == len(loss.asked), "none is made twice"
 
 
 @pytest.fixture
