@@ -65,6 +65,12 @@ def convert(
         typer.Option(help="JSONL with prompt and response, or text; default: as --data."),
     ] = None,
     distil_tokens: Annotated[int, typer.Option(help="Length of a training sequence.")] = 16384,
+    distil_sequences: Annotated[
+        int, typer.Option(help="Sequences trained on; they come again when all had their turn.")
+    ] = 1024,
+    distil_facts_share: Annotated[
+        float, typer.Option(help="Share of them that ends in questions about planted facts.")
+    ] = 0.5,
     distil_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 600,
     distil_learning_rate: Annotated[
         float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
@@ -92,6 +98,8 @@ def convert(
             training = DistilOptions(
                 data=distil_data,
                 sequence_tokens=distil_tokens,
+                sequences=distil_sequences,
+                facts_share=distil_facts_share,
                 steps=distil_steps,
                 learning_rate=distil_learning_rate,
                 seed=seed,
