@@ -13,14 +13,14 @@ from engine.scheduler import Scheduler
 
 def with_load(stats: Stats, scheduler: Scheduler, requests: Collection[Request]) -> Stats:
     """A copy of `stats` that tells the load as well; `requests` are all live ones."""
-    pools = scheduler.pools
+    pools, queues = scheduler.pools, scheduler.queues
     running = [request for request in requests if request.slot is not None]
     prefills = [request for request in running if request.is_prefill]
     oldest = min(prefills, key=_first_scheduled, default=None)
     return msgspec.structs.replace(
         stats,
-        running=scheduler.num_running,
-        waiting=scheduler.num_waiting,
+        running=queues.num_running,
+        waiting=queues.num_waiting,
         full_used=pools.full.used,
         full_cached=pools.full.cached,
         full_total=pools.full.total,
@@ -28,9 +28,9 @@ def with_load(stats: Stats, scheduler: Scheduler, requests: Collection[Request])
         window_cached=pools.window.cached,
         window_total=pools.window.total,
         free_tokens=pools.free_tokens,
-        preemptions=scheduler.preemptions,
-        prefix_hit_tokens=scheduler.prefix_hit_tokens,
-        prefill_remaining=scheduler.prefill_remaining,
+        preemptions=queues.preemptions,
+        prefix_hit_tokens=queues.prefix_hit_tokens,
+        prefill_remaining=queues.prefill_remaining,
         prefilling=len(prefills),
         oldest_prefill_done=0 if oldest is None else oldest.computed,
         oldest_prefill_total=0 if oldest is None else oldest.prompt_len,

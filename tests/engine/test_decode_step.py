@@ -110,7 +110,7 @@ def generate(
                 )
         channel.reports.clear()
     core.turn()  # a step may be under way for requests that have ended
-    assert parts.scheduler.num_running == 0
+    assert parts.scheduler.queues.num_running == 0
     parts.scheduler.check_integrity()
     return [answers[i] for i in range(len(requests))]
 
@@ -260,7 +260,7 @@ def test_preemption_and_taken_over_slots_change_nothing(
     tight = load(folder, kv_cache_bytes=22 * page, max_num_seqs=3, max_model_len=112)
     got = generate(tight, requests)
     assert [tokens for tokens, _, _ in got] == [tokens for tokens, _, _ in roomy]
-    assert tight.scheduler.preemptions > 0
+    assert tight.scheduler.queues.preemptions > 0
 
 
 @needs_compiler

@@ -140,11 +140,11 @@ def test_who_waits_for_a_slot_is_not_passed_by() -> None:
     for request_id in range(5):
         bench.add(request_id, [request_id], max_tokens=8 + 2 * request_id)
     bench.turns(2)
-    assert bench.scheduler.num_waiting == 1
+    assert bench.scheduler.queues.num_waiting == 1
     before = len(bench.ahead)
     bench.turns(3)
     assert len(bench.ahead) > before, "four slots are taken, and all of the rows go on"
-    while bench.scheduler.num_waiting:
+    while bench.scheduler.queues.num_waiting:
         bench.turns(1)
     place = next(i for i, s in enumerate(bench.runner.steps) if 4 in s.request_ids)
     last = max(i for i, s in enumerate(bench.runner.steps) if 0 in s.request_ids)

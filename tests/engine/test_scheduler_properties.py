@@ -138,8 +138,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step(0)
         assert not self.live, "some request never ended"
         assert (self.pools.full.used, self.pools.window.used) == (0, 0)
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
-        assert self.scheduler.prefill_remaining == 0
+        assert self.scheduler.queues.num_running == self.scheduler.queues.num_waiting == 0
+        assert self.scheduler.queues.prefill_remaining == 0
 
     def finish_if_done(self, request: Request) -> None:
         if not request.is_prefill and len(request.output) >= request.params.max_tokens:

@@ -127,12 +127,12 @@ def test_F07_a_prefix_that_a_failed_request_shared_stays_good(folder: Path) -> N
     session = Session(parts)
     bad = [*prefix, 2, 2, 2, 2, 2, 2, 2, 2, 7, POISONED, *[7] * 9]
     assert session.generate(good[0]) == expected[:1]
-    hits = parts.scheduler.prefix_hit_tokens
+    hits = parts.scheduler.queues.prefix_hit_tokens
     assert session.generate(good[1], bad, good[0]) == [expected[1], ([], "error"), expected[0]]
-    assert parts.scheduler.prefix_hit_tokens == hits + 3 * 24
-    hits = parts.scheduler.prefix_hit_tokens
+    assert parts.scheduler.queues.prefix_hit_tokens == hits + 3 * 24
+    hits = parts.scheduler.queues.prefix_hit_tokens
     assert session.generate([*bad[:32], 1], bad)[1] == ([], "error")
-    assert parts.scheduler.prefix_hit_tokens >= hits + 2 * 24
+    assert parts.scheduler.queues.prefix_hit_tokens >= hits + 2 * 24
     assert session.generate(*good) == expected
 
 

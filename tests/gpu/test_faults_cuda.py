@@ -100,12 +100,12 @@ def test_F07_a_nan_in_a_prompt_fails_alone_and_leaves_the_shared_prefix(
     with torch.no_grad():
         parts.runner._decoder.embedding.weight[POISONED] = torch.nan
     first = generate(parts, [good[0]])
-    hits = parts.scheduler.prefix_hit_tokens
+    hits = parts.scheduler.queues.prefix_hit_tokens
     answers = generate(parts, [good[1], bad, good[0]])
     assert answers[1][:2] == ([], "error")
     assert tokens_of([*first, answers[0]]) == tokens_of(expected)
     assert answers[2][0] == expected[0][0]
-    assert parts.scheduler.prefix_hit_tokens >= hits + 3 * 48
+    assert parts.scheduler.queues.prefix_hit_tokens >= hits + 3 * 48
     for layer in parts.runner._cache.layers:
         for pool in layer.full_tensors + layer.window_tensors:
             assert pool.isfinite().all()

@@ -135,7 +135,7 @@ class _Run:
         scheduler = self._children[-1].scheduler
         scheduler.check_integrity()
         used = scheduler.pools.full.used, scheduler.pools.window.used
-        if used != (0, 0) or scheduler.num_running or scheduler.num_waiting:
+        if used != (0, 0) or scheduler.queues.num_running or scheduler.queues.num_waiting:
             self.history.violation(f"at rest the engine holds {used} pages")
         await self._probe(engine)
         before = self._clock()
