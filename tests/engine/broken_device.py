@@ -24,7 +24,7 @@ from engine.messages import EngineInfo
 from engine.process import EngineProcess
 from engine.request import Request, SamplingParams
 from engine.step import EngineParts, PendingStep, Runner
-from tests.engine.process_bench import POLICY, finish
+from tests.engine.process_bench import POLICY, finish, submit
 
 FAULTY_STEP = 3
 MARKER = "DEVICE_FAULT_MARKER"  # variable with the path of the file
@@ -76,7 +76,7 @@ async def generate_through_a_fault(
     engine = EngineProcess(config, policy=POLICY, launch=launch_breaking)
     try:
         await engine.start()
-        generations = [engine.submit(prompt, params) for prompt, params in jobs]
+        generations = [submit(engine, prompt, params) for prompt, params in jobs]
         await asyncio.gather(*map(finish, generations))
     finally:
         del os.environ[MARKER]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from engine.child import EngineChild
-from engine.client import Generation
+from engine.client import Generation, Job
 from engine.config import EngineConfig
 from engine.messages import RequestUpdate
 from engine.process import EngineProcess
@@ -58,6 +58,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def submit(engine: EngineProcess, prompt: Sequence[int], params: SamplingParams) -> Generation:
+    """A call of one request."""
+    return engine.submit_all([Job(prompt, params)])[0]
+
+
 async def finish(generation: Generation) -> RequestUpdate:
     """The last update; of a request that was not read before, all updates merged."""
     await until(lambda: generation.finished)
@@ -72,8 +77,9 @@ def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
 
 
 def channel_folder(engine: EngineProcess) -> str:
-    assert engine._watch is not None
-    child = engine._watch.child
+    watch = engine._child._watch
+    assert watch is not None
+    child = watch.child
     assert isinstance(child, EngineChild)
     return child._channel.folder
 

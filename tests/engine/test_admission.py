@@ -14,21 +14,17 @@ from engine.admission import (
     prefill_charges,
 )
 from engine.errors import QueueFullError
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.engine.fake_clock import FakeClock
 
 
 def make(
-    clock: Clock | None = None, requests: int = 100, tokens: int = 10_000, small: int = 0
+    clock: FakeClock | None = None, requests: int = 100, tokens: int = 10_000, small: int = 0
 ) -> AdmissionQueue:
     return AdmissionQueue(
-        clock or Clock(), max_requests=requests, max_prefill_tokens=tokens, small_tokens=small
+        clock or FakeClock(1000.0),
+        max_requests=requests,
+        max_prefill_tokens=tokens,
+        small_tokens=small,
     )
 
 
@@ -115,7 +111,7 @@ def test_a_call_that_is_tokenised_counts_by_what_is_known_of_it() -> None:
 
 @pytest.mark.parametrize(("seconds_each", "expected"), [(2.0, 6), (0.01, 1), (100.0, LONGEST_WAIT)])
 def test_the_wait_for_a_place_follows_the_measured_rate(seconds_each: float, expected: int) -> None:
-    clock = Clock()
+    clock = FakeClock(1000.0)
     queue = make(clock, requests=10)
     for request_id in range(10):
         queue.enter(request_id, 1)
@@ -133,7 +129,7 @@ def test_the_wait_for_prefill_room_follows_the_measured_rate(
     tokens_per_second: float, expected: int
 ) -> None:
     """What came from the prefix cache was no work; an idle hour is no time of work."""
-    clock = Clock()
+    clock = FakeClock(1000.0)
     queue = make(clock, tokens=1000)
     for request_id in range(20):
         queue.enter(request_id, 700)
@@ -149,7 +145,7 @@ def test_the_wait_for_prefill_room_follows_the_measured_rate(
 
 
 def test_the_wait_for_a_call_larger_than_the_limit_is_until_nothing_is_before_it() -> None:
-    clock = Clock()
+    clock = FakeClock(1000.0)
     queue = make(clock, tokens=1000)
     for request_id in range(2):
         queue.enter(request_id, 1000)
@@ -160,7 +156,7 @@ def test_the_wait_for_a_call_larger_than_the_limit_is_until_nothing_is_before_it
 
 
 def test_a_rate_needs_two_measurements_and_leaving_is_none() -> None:
-    clock = Clock()
+    clock = FakeClock(1000.0)
     queue = make(clock, requests=1)
     queue.enter(1, 10)
     clock.now += 3.0
@@ -174,7 +170,7 @@ def test_a_rate_needs_two_measurements_and_leaving_is_none() -> None:
 
 
 def test_a_rate_follows_an_engine_that_slows_down() -> None:
-    clock = Clock()
+    clock = FakeClock(1000.0)
     queue = make(clock, requests=1)
     for request_id in range(200):
         queue.enter(request_id, 1)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from engine.poison import PoisonList
 from engine.request import SamplingParams
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
+from tests.engine.fake_clock import FakeClock
 
 PARAMS = SamplingParams(seed=1, logit_bias={3: 1.0, 2: 0.5})
 SAME = SamplingParams(seed=2, logit_bias={2: 0.5, 3: 1.0})
 
 
 def test_a_retry_is_recognised_whatever_its_seed() -> None:
-    poison = PoisonList(60, Clock())
+    poison = PoisonList(60, FakeClock())
     poison.add(b"1234", PARAMS)
     assert poison.holds(b"1234", SAME)
     assert not poison.holds(b"123", SAME)
@@ -27,7 +19,7 @@ def test_a_retry_is_recognised_whatever_its_seed() -> None:
 
 
 def test_it_is_forgotten_after_a_while_by_the_injected_clock() -> None:
-    clock = Clock()
+    clock = FakeClock()
     poison = PoisonList(60, clock)
     poison.add(b"1", PARAMS)
     clock.now = 30
@@ -41,7 +33,7 @@ def test_it_is_forgotten_after_a_while_by_the_injected_clock() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    poison = PoisonList(60, Clock())
+    poison = PoisonList(60, FakeClock())
     for number in range(1500):
         poison.add(number.to_bytes(4), PARAMS)
     assert len(poison) == 1024

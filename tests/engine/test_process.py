@@ -36,6 +36,7 @@ from tests.engine.process_bench import (
     make_engine,
     run,
     running,
+    submit,
     until,
 )
 from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
@@ -70,12 +71,12 @@ def test_generates_for_several_requests_and_stops_without_a_trace() -> None:
 def test_abort_frees_the_engine_and_the_queue() -> None:
     async def test() -> None:
         async with running() as engine:
-            generation = engine.submit([1, 2], greedy(120))
+            generation = submit(engine, [1, 2], greedy(120))
             await generation.next_update()
             generation.abort()
             generation.abort()
             await until(lambda: engine.stats.running == 0 and engine.stats.full_used == 0)
-            await finish(engine.submit([3], greedy(2)))
+            await finish(submit(engine, [3], greedy(2)))
 
     run(test)
 
@@ -95,8 +96,8 @@ def test_an_idle_engine_shows_signs_of_life() -> None:
 def test_f07_values_that_are_not_finite_end_only_their_request() -> None:
     async def test() -> None:
         async with running() as engine:
-            bad = engine.submit([5, NOT_FINITE, 6], greedy(5))
-            good = engine.submit([5, 6, 7], greedy(5))
+            bad = submit(engine, [5, NOT_FINITE, 6], greedy(5))
+            good = submit(engine, [5, 6, 7], greedy(5))
             assert (await finish(bad)).finish_reason == "error"
             await finish(good)
             assert good.output == toy_generate([5, 6, 7], 5)
@@ -125,7 +126,7 @@ def test_the_real_engine_answers_as_the_oracle_and_survives_a_kill(tmp_path: Pat
             for restarts in (0, 1):
                 await until(lambda: engine.state == "ready")
                 assert engine.restarts == restarts
-                generation = engine.submit(prompt, params)
+                generation = submit(engine, prompt, params)
                 await finish(generation)
                 assert generation.output == expected.tokens
                 if not restarts:
@@ -176,15 +177,15 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(model: str) -> None:
 def test_a_full_queue_is_refused_with_the_seconds_to_wait() -> None:
     async def test() -> None:
         async with running(max_queued_requests=3) as engine:
-            generations = [engine.submit([1, n], greedy(3)) for n in range(3)]
+            generations = [submit(engine, [1, n], greedy(3)) for n in range(3)]
             with pytest.raises(QueueFullError) as caught:
-                engine.submit([9], greedy(1))
+                submit(engine, [9], greedy(1))
             assert caught.value.retry_after >= 1
             generations.pop().abort()
-            generations.append(engine.submit([9], greedy(1)))
+            generations.append(submit(engine, [9], greedy(1)))
             for generation in generations:
                 await finish(generation)
-            await finish(engine.submit([9], greedy(1)))
+            await finish(submit(engine, [9], greedy(1)))
 
     run(test)
 
@@ -193,7 +194,7 @@ def test_a_call_is_admitted_whole_or_not_at_all_and_its_prompt_charged_once() ->
     async def test() -> None:
         limits = {"max_queued_requests": 6, "max_queued_prefill_tokens": 100}
         async with running(max_batch_tokens=32, **limits) as engine:
-            first = engine.submit([1] * 40, greedy(60))
+            first = submit(engine, [1] * 40, greedy(60))
             with pytest.raises(QueueFullError) as caught:
                 engine.submit_all([Job([n] * 61, greedy(1)) for n in range(2)])
             assert caught.value.reason == "prefill_backlog"
@@ -220,8 +221,8 @@ def test_token_ids_that_do_not_fit_are_refused_at_once() -> None:
     async def test() -> None:
         async with running() as engine:
             with pytest.raises(RequestError):
-                engine.submit([2**31], greedy(1))
-            over = engine.submit([100], greedy(1))
+                submit(engine, [2**31], greedy(1))
+            over = submit(engine, [100], greedy(1))
             assert (await finish(over)).finish_reason == "error"
 
     run(test)
@@ -230,11 +231,11 @@ def test_token_ids_that_do_not_fit_are_refused_at_once() -> None:
 def test_drain_refuses_new_work_and_lets_live_requests_end() -> None:
     async def test() -> None:
         async with running() as engine:
-            generation = engine.submit([2], greedy(50))
+            generation = submit(engine, [2], greedy(50))
             draining = asyncio.create_task(engine.drain(DEADLINE))
             await until(lambda: engine.state == "draining")
             with pytest.raises(EngineUnavailableError, match="draining"):
-                engine.submit([3], greedy(1))
+                submit(engine, [3], greedy(1))
             await draining
             assert generation.output == toy_generate([2], 50)
 
@@ -244,7 +245,7 @@ def test_drain_refuses_new_work_and_lets_live_requests_end() -> None:
 def test_stop_fails_what_is_live() -> None:
     async def test() -> None:
         async with running() as engine:
-            generation = engine.submit([HANG], greedy(5))
+            generation = submit(engine, [HANG], greedy(5))
             engine._policy = SupervisionPolicy(stop_seconds=0.1)
             await engine.stop()
             with pytest.raises(EngineUnavailableError, match="stopped"):
@@ -260,6 +261,6 @@ def test_methods_before_start_say_that_the_model_is_loading() -> None:
         with pytest.raises(EngineUnavailableError):
             _ = engine.info
         with pytest.raises(EngineUnavailableError, match="loading"):
-            engine.submit([1], greedy(1))
+            submit(engine, [1], greedy(1))
 
     run(test)

@@ -24,6 +24,7 @@ from engine.ipc import MAX_MESSAGE_BYTES, encode, reports_path, requests_path
 from engine.messages import Report, RequestUpdate, Shutdown, Stats
 from engine.request import SamplingParams
 from engine.supervision import RestartBudget, SupervisionPolicy
+from tests.engine.fake_clock import FakeClock
 from tests.engine.fake_runner import (
     toy_generate,
 )
@@ -37,6 +38,7 @@ from tests.engine.process_bench import (
     kill,
     run,
     running,
+    submit,
     until,
 )
 
@@ -68,14 +70,14 @@ def test_f01_killed_in_decode_every_stream_goes_on(hold: Hold) -> None:
 
     async def collect(disturb: bool) -> list[RequestUpdate]:
         async with running(model=hold.model(3) if disturb else "toy") as engine:
-            generations = [engine.submit(prompt, params) for prompt, params in requests]
+            generations = [submit(engine, prompt, params) for prompt, params in requests]
             await until(lambda: all(len(g.output) > 3 for g in generations))
             if disturb:
                 kill(engine)
                 hold.release()
                 await until(lambda: engine.state == "restarting")
                 with pytest.raises(EngineUnavailableError, match="restarting"):
-                    engine.submit([1], greedy(1))
+                    submit(engine, [1], greedy(1))
             results = [await finish(generation) for generation in generations]
             assert engine.recovery.resumed == (3 if disturb else 0)
             assert engine.recovery.outages == engine.restarts == int(disturb)
@@ -97,7 +99,7 @@ def test_f01_killed_in_decode_every_stream_goes_on(hold: Hold) -> None:
 def test_f02_killed_in_prefill_before_anything_was_told(hold: Hold) -> None:
     async def test() -> None:
         async with running(model=hold.model(0)) as engine:
-            generation = engine.submit(list(range(80)), greedy(5))
+            generation = submit(engine, list(range(80)), greedy(5))
             kill(engine)
             hold.release()
             await finish(generation)
@@ -110,7 +112,7 @@ def test_f02_killed_in_prefill_before_anything_was_told(hold: Hold) -> None:
 def test_what_is_aborted_during_the_restart_is_not_resumed(hold: Hold) -> None:
     async def test() -> None:
         async with running(model=hold.model(2)) as engine:
-            kept, dropped = engine.submit([1], greedy(50)), engine.submit([2], greedy(50))
+            kept, dropped = submit(engine, [1], greedy(50)), submit(engine, [2], greedy(50))
             await dropped.next_update()
             kill(engine)
             hold.release()
@@ -129,7 +131,7 @@ def test_f04_a_hang_ends_in_a_restart_and_streams_go_on(hold: Hold) -> None:
         async with running(model=hold.model(1), policy=policy) as engine:
             pid = engine.pid
             assert pid is not None
-            generation = engine.submit([1], greedy(60))
+            generation = submit(engine, [1], greedy(60))
             await generation.next_update()
             os.kill(pid, signal.SIGSTOP)
             hold.release()
@@ -147,7 +149,7 @@ def test_f04_a_long_step_is_not_a_hang() -> None:
     async def test() -> None:
         policy = SupervisionPolicy(silence_seconds=1.2, seconds_per_token_cpu=DEADLINE)
         async with running(model="slow:2", policy=policy) as engine:
-            generation = engine.submit([1, 2], greedy(1))
+            generation = submit(engine, [1, 2], greedy(1))
             await until(lambda: engine.step_seconds() > 0)
             await finish(generation)
             assert engine.restarts == 0
@@ -162,7 +164,7 @@ def test_f18_a_stepped_wall_clock_changes_nothing(
 ) -> None:
     async def test() -> None:
         async with running(model=SLOW) as engine:
-            generation = engine.submit([1], greedy(40))
+            generation = submit(engine, [1], greedy(40))
             await generation.next_update()
             real = time.time
             monkeypatch.setattr(time, "time", lambda: real() + step)
@@ -189,7 +191,7 @@ def test_the_restart_budget_ends_in_dead_with_a_reason() -> None:
     async def test() -> None:
         policy = SupervisionPolicy(max_restarts=2, first_backoff=0.01, stop_seconds=DEADLINE)
         async with running(model="slow:0.05", policy=policy) as engine:
-            generation = engine.submit([1], greedy(120))
+            generation = submit(engine, [1], greedy(120))
             for lost in range(3):
                 await until(lambda: engine.state == "ready")
                 assert engine.restarts == lost
@@ -202,7 +204,7 @@ def test_the_restart_budget_ends_in_dead_with_a_reason() -> None:
             with pytest.raises(EngineUnavailableError, match="dead"):
                 await finish(generation)
             with pytest.raises(EngineUnavailableError, match="dead"):
-                engine.submit([1], greedy(1))
+                submit(engine, [1], greedy(1))
 
     run(test)
 
@@ -224,7 +226,7 @@ def test_starts_that_fail_spend_no_budget_and_say_why(
         marker.touch()
         policy = SupervisionPolicy(max_restarts=1, first_backoff=0.01, max_backoff=0.02)
         async with running(model=f"once:{kind}:{marker}", policy=policy) as engine:
-            generation = engine.submit([1], greedy(100))
+            generation = submit(engine, [1], greedy(100))
             await generation.next_update()
             kill(engine)
             await until(lambda: engine.restarts >= 2 and engine.trouble is not None)
@@ -263,7 +265,7 @@ def test_f24_bad_frames_are_treated_as_a_crash_and_nothing_is_lost(
 ) -> None:
     async def test() -> None:
         async with running(model="slow:0.04") as engine:  # tokens for all of it, on a busy machine
-            generation = engine.submit([1], greedy(100))
+            generation = submit(engine, [1], greedy(100))
             for restarts, frames in enumerate(BAD_FRAMES.values(), 1):
                 await until(lambda: engine.state == "ready")
                 length = len(generation.output)
@@ -322,18 +324,10 @@ def test_an_engine_without_a_front_end_says_so(capfd: pytest.CaptureFixture[str]
     assert "started by the front end" in capfd.readouterr().err
 
 
-class Clock:
-    def __init__(self, now: float) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_restart_budget_slides_and_backs_off_on_a_faked_clock() -> None:
     """F18: only differences of the injected clock matter, never where it stands."""
     for start in (-86400.0, 0.0, 1e9):
-        clock = Clock(start)
+        clock = FakeClock(start)
         budget = RestartBudget(
             SupervisionPolicy(max_restarts=4, restart_window=600, first_backoff=1, max_backoff=3),
             clock,

@@ -14,7 +14,7 @@ from tests.engine.fake_runner import (
     RAISE,
     toy_generate,
 )
-from tests.engine.process_bench import SLOW, finish, greedy, kill, run, running, until
+from tests.engine.process_bench import SLOW, finish, greedy, kill, run, running, submit, until
 
 
 @pytest.mark.parametrize("poison", [RAISE, KILL], ids=["F08 exception in a step", "kill -9"])
@@ -22,11 +22,11 @@ def test_f03_a_request_that_ends_every_engine_fails_alone_and_is_refused(poison:
     async def test() -> None:
         async with running(model=SLOW) as engine:
             first_pid = engine.pid
-            before = [engine.submit([n, 7], greedy(60)) for n in range(3)]
+            before = [submit(engine, [n, 7], greedy(60)) for n in range(3)]
             for generation in before:
                 await generation.next_update()
-            victim = engine.submit([4, poison], greedy(5))
-            neighbour = engine.submit([9, 9], greedy(40))
+            victim = submit(engine, [4, poison], greedy(5))
+            neighbour = submit(engine, [9, 9], greedy(40))
             assert (await finish(victim)).finish_reason == "error"
             for n, generation in enumerate(before):
                 await finish(generation)
@@ -37,8 +37,8 @@ def test_f03_a_request_that_ends_every_engine_fails_alone_and_is_refused(poison:
             assert engine.restarts == 4, "the first life and three resumes in vain"
             assert engine.recovery.poisoned == 1
             with pytest.raises(PoisonError):
-                engine.submit([4, poison], greedy(5, seed=77))
-            await finish(engine.submit([4, 5], greedy(5)))
+                submit(engine, [4, poison], greedy(5, seed=77))
+            await finish(submit(engine, [4, 5], greedy(5)))
             assert engine.restarts == 4
 
     run(test)
@@ -48,7 +48,10 @@ def test_f03_a_request_that_ends_every_engine_fails_alone_and_is_refused(poison:
 def test_f08_a_feature_that_fails_is_left_out_and_nothing_is_lost(token: int, off: int) -> None:
     async def test() -> None:
         async with running(model="broken kernels") as engine:
-            generation, other = engine.submit([1, token], greedy(9)), engine.submit([5], greedy(9))
+            generation, other = (
+                submit(engine, [1, token], greedy(9)),
+                submit(engine, [5], greedy(9)),
+            )
             assert (await finish(generation)).finish_reason == "length"
             await finish(other)
             assert other.output == toy_generate([5], 9)
@@ -66,8 +69,8 @@ def test_f03_two_poisons_at_once_do_not_spend_the_budget() -> None:
 
     async def test() -> None:
         async with running() as engine:
-            victims = [engine.submit([n, KILL], greedy(5)) for n in range(2)]
-            good = engine.submit([9, 9], greedy(40))
+            victims = [submit(engine, [n, KILL], greedy(5)) for n in range(2)]
+            good = submit(engine, [9, 9], greedy(40))
             for victim in victims:
                 assert (await finish(victim)).finish_reason == "error"
             await finish(good)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from engine.client import Job
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.kv_pools import KvPools
@@ -147,7 +148,7 @@ class _Run:
         """What comes next is served: no place in any queue was lost."""
         params = SamplingParams(max_tokens=3, temperature=0.0)
         try:
-            generation = engine.submit([1, 2, 3], params)
+            generation = engine.submit_all([Job([1, 2, 3], params)])[0]
             while not generation.finished:
                 if await generation.next_update(SETTLE_SECONDS) is None:
                     break

@@ -15,7 +15,6 @@ import msgspec
 import pytest
 
 from engine.batch import Batch
-from engine.child_protocol import Child
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.flight import Flight
@@ -222,9 +221,9 @@ class UnevenPools(KvPools):
 class FailingSupervisor(EngineProcess):
     """A lost engine fails the requests that it had, as other servers do."""
 
-    async def _lose(self, child: Child) -> None:
-        await super()._lose(child)
-        self._fail_live("the engine is restarting")
+    async def _lose(self) -> None:
+        await super()._lose()
+        self._desk.fail_all("the engine is restarting")
 
 
 class PatientSupervisor(EngineProcess):
@@ -237,8 +236,12 @@ class PatientSupervisor(EngineProcess):
 class HastySupervisor(EngineProcess):
     """A lost engine is left running when the service stops at that moment."""
 
-    async def _drop_child(self) -> None:
-        watch, self._watch = self._watch, None
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._child.drop = self._drop  # type: ignore[method-assign]
+
+    async def _drop(self) -> None:
+        watch, self._child._watch = self._child._watch, None
         if watch is not None:
             await watch.child.close()
 
@@ -246,24 +249,25 @@ class HastySupervisor(EngineProcess):
 class FullSupervisor(EngineProcess):
     """A request that ends without having begun keeps its place in the queue."""
 
-    def _forget(self, request_id: int) -> None:
-        self._queue.leave = lambda request_id: None  # type: ignore[method-assign]
-        super()._forget(request_id)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._desk._queue.leave = lambda request_id: None  # type: ignore[method-assign]
 
 
 class ForgettingSupervisor(EngineProcess):
     """Totals begin again with each engine."""
 
-    async def _lose(self, child: Child) -> None:
-        await super()._lose(child)
+    async def _lose(self) -> None:
+        await super()._lose()
         self._stats = StatsTotal()
 
 
 class IndulgentSupervisor(EngineProcess):
     """Nobody is ever blamed, so a request that kills the engine kills it for ever."""
 
-    def _condemn(self, *_: object) -> None:
-        return
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._desk._condemn = lambda *_: None  # type: ignore[method-assign]
 
 
 def pools_of(kind: type[KvPools]) -> Parts:
