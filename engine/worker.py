@@ -17,6 +17,7 @@ from engine.batch import Batch, Span
 from engine.config import AttentionMode
 from engine.decode_buffers import DecodeBuffers
 from engine.decode_step import CudaGraphs, DecodeStep, Eager
+from engine.device import give_back_unused, is_out_of_memory
 from engine.errors import StepMemoryError
 from engine.messages import EngineInfo
 from engine.model.attention import AttentionLayers, PagedAttention
@@ -198,16 +199,14 @@ class ModelRunner:
         try:
             return work()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
         # Past the handler: until here the traceback held the tensors of the step. The KV pools are
         # allocated once, so dropping cached prefixes would free nothing.
         for span in batch.spans:
             self._tensors.forget(span.request_id)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        give_back_unused(self._device)
         raise StepMemoryError(reason)
 
     def forget(self, request_id: int) -> None:
@@ -297,13 +296,6 @@ class ModelRunner:
                     cache[full] = 0
                 for cache in layer.window_tensors:
                     cache[window] = 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch has a class for the GPU's allocator alone; its CPU allocator and cuBLAS only words."""
-    words = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(word in str(error) for word in words)
 
 
 def _draw(span: Span, requests: Mapping[int, Request]) -> Draw:

@@ -13,7 +13,7 @@ from engine import kernel_choice
 from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.errors import ConfigError
 from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
-from engine.loading import _max_blocks
+from engine.memory_budget import max_blocks
 from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
@@ -98,7 +98,7 @@ def test_what_is_served_decides_and_not_what_the_model_could_do(
     """A model of millions of positions, of which few are served."""
     model = dataclasses.replace(MODEL, max_position_embeddings=2**22)
     few = EngineConfig(model="unused", max_model_len=2**20)
-    blocks = _max_blocks(few, model, 16)
+    blocks = max_blocks(few, model, 16)
     assert blocks == 65536
     asked: list[object] = []
     monkeypatch.setattr(kernel_choice, "find_library", asked.append)

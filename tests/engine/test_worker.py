@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decode_buffers import DecodeBuffers
 from engine.errors import ConfigError
-from engine.loading import load_engine_parts, resolve_device
+from engine.loading import load_engine_parts
 from engine.messages import Add
 from engine.request import Request, SamplingParams
 from engine.step import EngineParts
@@ -260,12 +260,6 @@ def test_F05_other_errors_stay_fatal(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parts.runner._decoder, "logits", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         Session(parts).generate([1, 2])
-
-
-@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cpu:1", ""])
-def test_devices_that_are_not_there_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="device"):
-        resolve_device(name)
 
 
 def test_a_cache_that_holds_no_request_is_refused_with_numbers(folder: Path) -> None:
