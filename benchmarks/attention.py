@@ -36,6 +36,7 @@ from benchmarks.device_times import copy_bandwidths, product_flops
 from benchmarks.flashinfer_peer import FlashInfer
 from benchmarks.hardware import describe_hardware
 from benchmarks.peer_check import PeerError
+from benchmarks.peer_trial import try_peer
 from benchmarks.prefill_figures import prefill_record
 from kernels._build import KernelBuildError, default_cache, find_library
 from kernels._launch import KernelError, KernelLibrary
@@ -45,20 +46,24 @@ QUICK_LENGTHS = (2**15, 2**17)
 DECODE_ROWS = (1, 8)
 LONGEST_BATCH = 2**20  # tokens of all rows of a decode batch, for the memory of one GPU
 WARM_TOKENS = 2 * WINDOW
+PEER_SECONDS = 300.0  # to compile FlashInfer, once a host, takes 16 cores 140 at most
+DAY_SECONDS = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBench:
     """What to measure, and where to leave it.
 
-    peer: FlashInfer too, if it is installed. picture: drawn at the end. out: the JSON, written anew
-    after every row, so that a run which is ended has not been in vain.
+    peer: FlashInfer too, if it is installed and ready within peer_seconds, compiling included; the
+    others never wait longer for it. picture: drawn at the end. out: the JSON, written anew after
+    every row, so that a run which is ended has not been in vain; it is "complete" at the end.
     """
 
     lengths: tuple[int, ...] = LENGTHS
     prefill: bool = True
     decode: bool = True
     peer: bool = True
+    peer_seconds: float = PEER_SECONDS
     picture: Path | None = None
     out: Path | None = None
 
@@ -77,8 +82,8 @@ def measure(bench: AttentionBench) -> dict[str, Any]:
     """All figures as one JSON object; progress and tables go to standard error.
 
     Raises:
-        BenchError: no GPU, no kernels for it, lengths that are no whole blocks, a picture that
-            cannot be drawn or a file that cannot be written.
+        BenchError: no GPU, no kernels for it, lengths that are no whole blocks, no time for
+            FlashInfer, a picture that cannot be drawn or a file that cannot be written.
     """
     _check(bench)
     console = Console(stderr=True, width=160)
@@ -86,11 +91,12 @@ def measure(bench: AttentionBench) -> dict[str, Any]:
         library = KernelLibrary(find_library(default_cache()))
     except (KernelBuildError, KernelError) as error:
         raise BenchError(str(error)) from None
-    peer, about = find_peer(console) if bench.peer else (None, {"not_measured": "not asked for"})
+    peer, about = find_peer(bench, console)
     copies = copy_bandwidths()
     result: dict[str, Any] = {
         "benchmark": "attention",
         "hardware": describe_hardware(),
+        "complete": False,
         "peers": {"flashinfer": about},
         "product_flops_per_second": product_flops(),
         "copies_bytes_per_second": copies,
@@ -103,6 +109,8 @@ def measure(bench: AttentionBench) -> dict[str, Any]:
         result[part].append(record)
         _save(result, bench.out)
     result["prefill"].sort(key=lambda record: record["tokens"])
+    result["complete"] = True
+    _save(result, bench.out)
     _show(result, bench.picture, console)
     return result
 
@@ -113,20 +121,33 @@ def _check(bench: AttentionBench) -> None:
         raise BenchError("bench attention needs a CUDA GPU, and there is none")
     if any(tokens % BLOCK for tokens in bench.lengths):
         raise BenchError(f"lengths must be multiples of {BLOCK}")
+    if not 0 < bench.peer_seconds <= DAY_SECONDS:
+        raise BenchError("peer_seconds must be more than 0, and a day at most")
     if bench.picture is not None and find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install 'rtpurbo[plot]'")
 
 
-def find_peer(console: Console) -> tuple[FlashInfer | None, dict[str, Any]]:
-    """FlashInfer if it works here, and what to say of it either way."""
-    console.print("flashinfer: building and checking, if it is installed", style="dim")
+def find_peer(bench: AttentionBench, console: Console) -> tuple[FlashInfer | None, dict[str, Any]]:
+    """FlashInfer if it works here, and what to say of it either way.
+
+    Whether it does turns out in another process, which can be ended; this one has only to load what
+    that one compiled.
+    """
+    if not bench.peer:
+        return None, {"not_measured": "not asked for"}
     try:
+        if find_spec("flashinfer") is None:
+            raise PeerError("it is not installed")
+        at_most = f"{bench.peer_seconds:g} s at most"
+        console.print(f"flashinfer: building and checking, {at_most}", style="dim")
+        seconds = try_peer(bench.peer_seconds)
         peer = FlashInfer.make()
     except PeerError as error:
         console.print(f"flashinfer is not measured: {error}", markup=False)
         return None, {"not_measured": str(error)}
-    console.print(f"flashinfer {peer.facts()}", style="dim")
-    return peer, peer.facts()
+    about = peer.facts() | {"trial_seconds": round(seconds, 1)}
+    console.print(f"flashinfer {about}", style="dim")
+    return peer, about
 
 
 def _records(

@@ -7,7 +7,8 @@ there, whose plan splits a context among CTAs; its FlashAttention-3 template doe
 
 `plan` runs on the host and is outside of what is timed, as is the compiling of three modules that
 the first use on a host needs (nvcc, ninja and some minutes of cores; no network). They are kept in
-`$FLASHINFER_WORKSPACE_BASE/.cache/flashinfer`, the home folder unless that is set:
+`$FLASHINFER_WORKSPACE_BASE/.cache/flashinfer` (the home folder unless that is set), where ninja in
+every later process finds nothing left to do:
 
     python -m benchmarks.flashinfer_peer    builds them, checks the answers, ends with a JSON line
 
@@ -23,6 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -179,14 +181,20 @@ class FlashInfer:
 
 
 def _build() -> None:
-    """Compile what will be used, all at once: left alone, each module waits for its first use."""
+    """Compile what will be used, all at once: left alone, each module waits for its first use.
+
+    Each by its own `build`, as at its first use. `jit.build_jit_specs` runs ninja in another folder
+    and so with other records of what is up to date: what either has built the other builds anew.
+    """
     jit, bf16 = import_module("flashinfer.jit"), torch.bfloat16
     dtypes = (bf16, bf16, bf16, torch.int32)
     specs = [
         jit.gen_batch_prefill_module(template, *dtypes, DIM, DIM, 0, windowed, False, False)
         for template, windowed in (FULL, WINDOWED, DECODE)
     ]
-    jit.build_jit_specs(specs)
+    wanted = [spec for spec in specs if not spec.is_aot]  # others came with the library
+    with ThreadPoolExecutor(len(specs)) as beside:
+        list(beside.map(lambda spec: spec.build(verbose=False), wanted))
 
 
 def _one_line(error: Exception) -> str:

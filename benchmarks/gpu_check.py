@@ -4,13 +4,13 @@
 
 Each step is a process of its own with a limit; one that fails or hangs does not stop the next, and
 some are tried a second time in another way. FlashInfer is compiled beside the tests, never beside
-what is timed. Names after --only run in the order in which they are
-given, so that a run can be cut in two.
+what is timed; where it is not ready in time, everything is measured without it. Names after --only
+run in the order in which they are given, so that a run can be cut in two.
 
 FOLDER receives a file for every benchmark (its JSON with date, commit and command, as soon as it is
-there; what a benchmark that was stopped had written until then), `gpu-check.json` (after every
-step: what ran, how long, exit status, last lines) and `gpu-check.log` (all output). At the end it
-says which files are missing. Nothing heavy is imported here.
+there; of a benchmark that was stopped, the rows that it had measured), `gpu-check.json` (after
+every step: what ran, how long, exit status, last lines, rows) and `gpu-check.log` (all output). At
+the end it says which files are missing or not whole. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Check:
         return self.report
 
     def _run(self, step: Step) -> None:
-        """One step; in another way if it failed, or at once if what it needs is not there."""
+        """One step; in another way if it failed, or at once if what it needs is not there.
+
+        One that was stopped would be so again, unless it waited in vain for what BUILD makes.
+        """
         wanted = (Attempt(), *step.again)
         earlier = None
         for attempt in wanted[1:] if step.needs_build and not self.has_build else wanted:
@@ -79,20 +82,31 @@ class Check:
                 return
             found = self._attempt(step, attempt)
             earlier = self._keep(step, found, earlier)
-            if found["status"] == 0 or found["stopped"]:
+            in_vain = step.needs_build and not found.get("rows")
+            if found["status"] == 0 or (found["stopped"] and not in_vain):
                 return
 
     def missing(self, steps: Sequence[Step]) -> list[str]:
         """Files that these steps should have left, and why they are not there or not whole."""
-        status = {found["name"]: found["status"] for found in self.report["steps"]}
-        found = []
-        for step in steps:
-            if not step.file or status.get(step.name) == 0:
-                continue
-            there = (self.folder / step.file).exists()
-            why = "no time" if step.name not in status else f"status {status[step.name]}"
-            found.append(f"{step.file} ({'in part, ' if there else ''}{why})")
-        return found
+        last = {found["name"]: found for found in self.report["steps"]}
+        return [
+            f"{step.file} ({self._why(step, last.get(step.name))})"
+            for step in steps
+            if step.file and (step.name not in last or last[step.name]["status"] != 0)
+        ]
+
+    def _why(self, step: Step, found: dict[str, Any] | None) -> str:
+        """Of its last attempt; its file may be of an earlier one."""
+        if found is None:
+            return "no time"
+        seconds, status = found["seconds"], found["status"]
+        parts = [f"stopped after {seconds} s" if found["stopped"] else f"status {status}"]
+        path = self.folder / step.file
+        if path.exists():
+            if "rows" in (kept := json.loads(path.read_text())):
+                parts.insert(0, f"{kept['rows']} rows")
+            parts.insert(0, "in part")
+        return ", ".join(parts)
 
     def _finish_build(self) -> None:
         """Wait for it, within the time that is left."""
@@ -118,13 +132,16 @@ class Check:
         figures = found.pop("result") if step.file else None
         if step.file and path.exists():
             figures = json.loads(path.read_text())
+        if figures is not None and step.rows:
+            found["rows"] = len(figures.get(step.rows, ()))
         self._note(found)
         if figures is None:
             if earlier is not None:
                 path.write_text(json.dumps(earlier) + "\n")
             return earlier
         kept = {"date": self.report["date"], "commit": self.commit}
-        kept |= {name: found[name] for name in ("command", "status", "seconds")}
+        about = ("command", "status", "seconds", "rows")
+        kept |= {name: found[name] for name in about if name in found}
         kept |= {"figures": figures} | ({"earlier_attempt": earlier} if earlier else {})
         path.write_text(json.dumps(kept) + "\n")
         self.report["hardware"] = self.report.get("hardware") or figures.get("hardware")
@@ -132,7 +149,8 @@ class Check:
 
     def _note(self, found: dict[str, Any]) -> None:
         self.report["steps"].append(found)
-        print(f"{found['name']}: status {found['status']}, {found['seconds']} s", flush=True)
+        rows = f", {found['rows']} rows" if "rows" in found else ""
+        print(f"{found['name']}: status {found['status']}, {found['seconds']} s{rows}", flush=True)
         self._write()
 
     def _write(self) -> None:

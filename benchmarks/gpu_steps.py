@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bounded_process import run_bounded
+
 SHOWN_LINES = 12
 LOGGED_BYTES = 2**20  # of a step, its end
+PEER_SECONDS = 45  # of an attention step's limit, for a peer that is built already
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +31,16 @@ class Step:
     """A command of this interpreter.
 
     seconds: what it may take. file: where its figures go, "" for what has none; "{file}" among the
-    arguments is its path, for a command that writes it itself. again: what is tried after a
-    failure, or at once if BUILD failed. needs_build: uses what BUILD makes. beside: others run
-    meanwhile, so it gives way.
+    arguments is its path, for a command that writes it itself. rows: the list among the figures
+    that grows as it measures. again: what is tried after a failure, or at once if BUILD failed.
+    needs_build: uses what BUILD makes. beside: others run meanwhile, so it gives way.
     """
 
     name: str
     arguments: tuple[str, ...]
     seconds: float
     file: str = ""
+    rows: str = ""
     again: tuple[Attempt, ...] = ()
     needs_build: bool = False
     beside: bool = False
@@ -58,15 +57,21 @@ def _tests(name: str, seconds: float, *selection: str) -> Step:
 
 
 def _attention(part: str, seconds: float, *more: str) -> Step:
-    arguments = ("-m", "server.cli", "bench", "attention", f"--only={part}", "--out={file}", *more)
-    file = f"attention-{part}.json"
-    again = (WITHOUT_PEER,)
-    return Step(f"attention_{part}", arguments, seconds, file, again, needs_build=True)
+    bench = ("-m", "server.cli", "bench", "attention", f"--only={part}", "--out={file}")
+    return Step(
+        f"attention_{part}",
+        (*bench, f"--peer-seconds={PEER_SECONDS}", *more),
+        seconds,
+        f"attention-{part}.json",
+        rows=part,
+        again=(WITHOUT_PEER,),
+        needs_build=True,
+    )
 
 
 def _figures(name: str, seconds: float, module: str, *more: str) -> Step:
     file = f"{name.replace('_', '-')}.json"
-    return Step(name, ("-m", f"benchmarks.{module}", *more), seconds, file, (EXPLAIN,))
+    return Step(name, ("-m", f"benchmarks.{module}", *more), seconds, file, again=(EXPLAIN,))
 
 
 TRIALS = ("tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py")
@@ -74,7 +79,8 @@ TRIALS = ("tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py")
 LENGTHS = "--lengths=32768,131072,1048576,65536,262144,524288"
 PREFILL = ("engine_prefill", "--repeats=1")
 EMBEDDED = ("--model=engine/embedded_model", "--context=32000", "--variants=sparse,ops")
-BUILD = Step("flashinfer_build", ("-m", "benchmarks.flashinfer_peer"), 420, beside=True)
+# 16 cores took 137 s for it beside the tests. What is timed waits no longer than this.
+BUILD = Step("flashinfer_build", ("-m", "benchmarks.flashinfer_peer"), 240, beside=True)
 STEPS = (
     _tests("trials", 90, *TRIALS),
     _tests("gpu_tests", 300, "tests/gpu", *(f"--ignore={path}" for path in TRIALS)),
@@ -89,46 +95,23 @@ STEPS = (
 
 def run_step(step: Step, attempt: Attempt, seconds: float, folder: Path) -> dict[str, Any]:
     """Run a step to its end or its limit; what there is to say of it."""
-    start, stopped = time.monotonic(), False
-    command = step.command(attempt, folder)
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **attempt.environment},
-        start_new_session=True,  # so that what it started ends with it
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            stopped = True
-            output += f"\nstopped after {seconds:.0f} s\n"
+    environment = {"PYTHONUNBUFFERED": "1", **attempt.environment}
+    ended = run_bounded(step.command(attempt, folder), seconds, environment)
     shown = " ".join(["python", *step.arguments, *attempt.arguments]).replace("{file}", step.file)
+    lines = ended.lines
+    log = ended.output[-LOGGED_BYTES:]
+    if ended.stopped:
+        lines.append(f"stopped after {seconds:.0f} s")
+        log += f"\n{lines[-1]}\n"
     with (folder / "gpu-check.log").open("a") as file:
-        file.write(f"==== {step.name}: {shown}\n{output[-LOGGED_BYTES:]}\n")
-    lines = [line for line in output.splitlines() if line.strip()]
+        file.write(f"==== {step.name}: {shown}\n{log}\n")
     return {
         "name": step.name,
         "command": shown,
-        "status": process.returncode,
-        "stopped": stopped,
-        "seconds": round(time.monotonic() - start, 1),
-        "result": last_json(output),
+        "status": ended.status,
+        "stopped": ended.stopped,
+        "seconds": round(ended.seconds, 1),
+        "result": ended.last_json,
         "last_lines": [line[:200] for line in lines[-SHOWN_LINES:]],
         **({"environment": attempt.environment} if attempt.environment else {}),
     }
-
-
-def last_json(text: str) -> Any:
-    """The object of the last line that is one; None without such a line."""
-    for line in reversed(text.splitlines()):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
-    return None

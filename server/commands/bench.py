@@ -22,6 +22,9 @@ def bench_attention(
         Literal["prefill", "decode"] | None, typer.Option(help="Leave the other one out.")
     ] = None,
     peer: Annotated[bool, typer.Option(help="Also measure FlashInfer, if installed.")] = True,
+    peer_seconds: Annotated[
+        float, typer.Option(help="Leave FlashInfer out if compiling and checking it takes longer.")
+    ] = 300.0,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as a picture.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Also write the JSON to this file, after every row.")
@@ -40,6 +43,7 @@ def bench_attention(
         prefill=only != "decode",
         decode=only != "prefill",
         peer=peer,
+        peer_seconds=peer_seconds,
         picture=plot,
         out=out,
     )

@@ -1,12 +1,15 @@
 """FlashInfer's API as the benchmarks call it (0.6.8.post1), in plain PyTorch on any device.
 
 Parameters bear the library's names and order, as far as they are passed; where it is installed,
-`test_flashinfer_peer` compares them. What the library would refuse, this refuses.
+`test_flashinfer_peer` compares them. What the library would refuse, this refuses, and a plan whose
+module was not built before: the library would compile it there, while something is timed.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+Module = tuple[str, bool]  # template, and whether it masks a window
+
+
+@dataclass(frozen=True)
+class JitSpec:
+    """A module to be compiled, or one that came with the library."""
+
+    module: Module
+    prebuilt: frozenset[Module]
+    compile: Callable[[Module], object]
+
+    @property
+    def is_aot(self) -> bool:
+        return self.module in self.prebuilt
+
+    def build(self, verbose: bool, need_lock: bool = True) -> None:
+        assert need_lock
+        self.compile(self.module)
+        sys.modules["flashinfer.jit"].built.add(self.module)
 
 
 class Paged:
@@ -23,6 +46,9 @@ class Paged:
         assert kv_layout == "HND"
         assert workspace.dtype == torch.uint8
         self.plans = 0
+
+    def needs(self, template: str, windowed: bool) -> None:
+        assert (template, windowed) in sys.modules["flashinfer.jit"].built
 
     def keep(self, starts: Tensor, pages: Tensor, last: Tensor, heads: int, kv_heads: int) -> None:
         assert all(value.dtype == torch.int32 for value in (starts, pages, last))
@@ -80,6 +106,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Paged):
         logits_soft_cap: float | None = None,
         q_data_type: str | torch.dtype = "float16",
     ) -> None:
+        self.needs("fa2", window_left >= 0)
         assert [value.shape for value in (indptr, indices, last_page_len)] == self.sizes
         assert q_data_type == torch.bfloat16
         self.keep(indptr, indices, last_page_len, num_qo_heads, num_kv_heads)
@@ -134,6 +161,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Paged):
         rope_theta: float | None = None,
         q_data_type: str | torch.dtype = "float16",
     ) -> None:
+        self.needs("fa3", window_left >= 0)
         assert causal
         assert q_data_type == torch.bfloat16
         self.queries, self.window_left = qo_indptr.tolist(), window_left
@@ -156,34 +184,34 @@ class BatchPrefillWithPagedKVCacheWrapper(Paged):
         return out
 
 
-def gen_batch_prefill_module(
-    backend: str,
-    dtype_q: torch.dtype,
-    dtype_kv: torch.dtype,
-    dtype_o: torch.dtype,
-    dtype_idx: torch.dtype,
-    head_dim_qk: int,
-    head_dim_vo: int,
-    pos_encoding_mode: int,
-    use_sliding_window: bool,
-    use_logits_soft_cap: bool,
-    use_fp16_qk_reduction: bool,
-) -> tuple[str, bool]:
-    assert backend in ("fa2", "fa3")
-    assert dtype_idx == torch.int32
-    return backend, use_sliding_window
-
-
 def modules(
-    build: Callable[..., None],
+    build: Callable[[Module], object],
     prefill: type = BatchPrefillWithPagedKVCacheWrapper,
+    prebuilt: frozenset[Module] = frozenset(),
 ) -> dict[str, ModuleType]:
-    """For `sys.modules`; `build` gets the modules to be compiled."""
+    """For `sys.modules`; `build` gets every module to be compiled."""
+
+    def gen_batch_prefill_module(
+        backend: str,
+        dtype_q: torch.dtype,
+        dtype_kv: torch.dtype,
+        dtype_o: torch.dtype,
+        dtype_idx: torch.dtype,
+        head_dim_qk: int,
+        head_dim_vo: int,
+        pos_encoding_mode: int,
+        use_sliding_window: bool,
+        use_logits_soft_cap: bool,
+        use_fp16_qk_reduction: bool,
+    ) -> JitSpec:
+        assert backend in ("fa2", "fa3")
+        assert dtype_idx == torch.int32
+        return JitSpec((backend, use_sliding_window), prebuilt, build)
+
     library, jit = ModuleType("flashinfer"), ModuleType("flashinfer.jit")
     library.__spec__ = ModuleSpec("flashinfer", None)
     decode = BatchDecodeWithPagedKVCacheWrapper
     parts = {"__version__": "0.6.8", "BatchDecodeWithPagedKVCacheWrapper": decode}
     vars(library).update(parts | {"BatchPrefillWithPagedKVCacheWrapper": prefill, "jit": jit})
-    made = {"gen_batch_prefill_module": gen_batch_prefill_module, "build_jit_specs": build}
-    vars(jit).update(made)
+    vars(jit).update(gen_batch_prefill_module=gen_batch_prefill_module, built=set(prebuilt))
     return {"flashinfer": library, "flashinfer.jit": jit}

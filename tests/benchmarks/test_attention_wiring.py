@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to e
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> FlashInfer:
-    for name, module in fake_flashinfer.modules(lambda specs: None).items():
+    for name, module in fake_flashinfer.modules(lambda module: None).items():
         monkeypatch.setitem(sys.modules, name, module)
     return FlashInfer.make(torch.device("cpu"))
 

@@ -25,7 +25,15 @@ import json, pathlib, sys
 pathlib.Path(sys.argv[1]).write_text(json.dumps({"rows": sys.argv[2:], "hardware": {"gpu": "H"}}))
 sys.exit(len(sys.argv) == 2)
 """
-LEAVES = Step("leaves", ("-c", WRITES, "{file}"), 30, "leaves.json", (WITHOUT_PEER,), True)
+LEAVES = Step(
+    "leaves",
+    ("-c", WRITES, "{file}"),
+    30,
+    "leaves.json",
+    rows="rows",
+    again=(WITHOUT_PEER,),
+    needs_build=True,
+)
 
 
 def test_every_step_is_reported_whatever_became_of_the_others(tmp_path: Path) -> None:
@@ -78,7 +86,46 @@ def test_a_part_of_a_file_is_kept_and_named(tmp_path: Path) -> None:
     absent = dataclasses.replace(FAILS, file="fails.json", again=())
     report = Check(tmp_path, "abc", 60, BUILT).run([once, absent])
     assert json.loads((tmp_path / "leaves.json").read_text())["figures"]["rows"] == []
-    assert report["missing"] == ["leaves.json (in part, status 1)", "fails.json (status 3)"]
+    missing = ["leaves.json (in part, 0 rows, status 1)", "fails.json (status 3)"]
+    assert report["missing"] == missing
+
+
+# Leaves as many rows as its first argument says, and then hangs; without the peer it ends, with 9.
+CUT = """
+import json, pathlib, sys, time
+alone = "--no-peer" in sys.argv
+rows = [0] * (9 if alone else int(sys.argv[1]))
+if sys.argv[1] != "-1" or alone:
+    pathlib.Path(sys.argv[2]).write_text(json.dumps({"rows": rows}))
+    print("written", flush=True)
+time.sleep(0 if alone else 600)
+"""
+
+
+def cut(rows: int, seconds: float) -> Step:
+    arguments = ("-c", CUT, str(rows), "{file}")
+    return dataclasses.replace(LEAVES, arguments=arguments, seconds=seconds)
+
+
+def test_rows_of_a_step_that_is_cut_are_kept_and_counted(tmp_path: Path) -> None:
+    report = Check(tmp_path, "abc", 60, BUILT).run([cut(7, 5)])
+    (_, found) = report["steps"]
+    assert (found["status"], found["stopped"], found["rows"]) == (-9, True, 7)
+    kept = json.loads((tmp_path / "leaves.json").read_text())
+    assert kept["rows"] == len(kept["figures"]["rows"]) == 7
+    missing = f"leaves.json (in part, 7 rows, stopped after {found['seconds']} s)"
+    assert report["missing"] == [missing]
+
+
+@pytest.mark.parametrize("rows", [-1, 0], ids=["no file", "no row"])
+def test_a_step_that_waited_in_vain_is_run_without_the_peer(tmp_path: Path, rows: int) -> None:
+    report = Check(tmp_path, "abc", 60, BUILT).run([cut(rows, 2)])
+    _, waited, alone = report["steps"]
+    assert waited["stopped"]
+    assert alone["command"].endswith("--no-peer")
+    assert (alone["status"], alone["rows"]) == (0, 9)
+    assert len(json.loads((tmp_path / "leaves.json").read_text())["figures"]["rows"]) == 9
+    assert report["missing"] == []
 
 
 def test_what_is_timed_waits_for_the_compiler_and_tests_do_not(tmp_path: Path) -> None:
@@ -100,7 +147,7 @@ def test_figures_outlast_a_second_attempt_that_has_none(tmp_path: Path) -> None:
     report = Check(tmp_path, "abc", 60, BUILT).run([step])
     assert [found["status"] for found in report["steps"]] == [0, 1, 9]
     assert json.loads((tmp_path / "leaves.json").read_text())["status"] == 1
-    assert report["missing"] == ["leaves.json (in part, status 9)"]
+    assert report["missing"] == ["leaves.json (in part, 0 rows, status 9)"]
 
 
 def test_a_failed_build_is_not_tried_again_by_those_that_need_it(tmp_path: Path) -> None:

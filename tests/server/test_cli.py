@@ -34,7 +34,7 @@ FLAGS = {
     "report": "ablations eval",
     "inspect": "gpu-gib index-dtype json plot",
     "build-kernels": "json kernel-cache targets",
-    "bench attention": "json lengths only out peer plot quick",
+    "bench attention": "json lengths only out peer peer-seconds plot quick",
     "bench chaos": "clients json seconds seed",
     "bench soak": "json minutes note out period streams",
     "bench serving": "output-tokens peer prompt-tokens streams threads",
