@@ -17,23 +17,13 @@ from engine.batch import Batch
 from engine.errors import RequestError, StepMemoryError
 from engine.flight import Flight, leaving, note_of
 from engine.load_snapshot import with_load
-from engine.messages import (
-    Abort,
-    Add,
-    FromEngine,
-    Report,
-    RequestUpdate,
-    Shutdown,
-    Timing,
-    ToEngine,
-)
-from engine.request import FinishReason, Request
-from engine.request_check import read_request
+from engine.messages import Abort, Add, FromEngine, Report, Shutdown, ToEngine
+from engine.request import FinishReason
+from engine.request_book import RequestBook
 from engine.scheduler import Scheduler
 from engine.step import Runner, StepResult
 from engine.step_accounts import StepAccounts
 from engine.step_note import StepNote
-from engine.tracker import RequestTracker
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +68,8 @@ class EngineCore:
         self._channel = channel
         self._clock = clock
         self._note = note
-        self._info = runner.info
-        self._requests: dict[int, Request] = {}
-        self._trackers: dict[int, RequestTracker] = {}
-        self._updates: list[RequestUpdate] = []
-        self._accounts = StepAccounts(self._info.reads)
+        self._book = RequestBook(runner.info)
+        self._accounts = StepAccounts(runner.info.reads)
         self._looks_ahead = runner.overlaps if look_ahead is None else look_ahead
         # The step that is under way; a second one may be while it is read.
         self._flight: Flight | None = None
@@ -111,14 +98,14 @@ class EngineCore:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._requests) or self._flight is not None
+        return bool(self._book.requests) or self._flight is not None
 
     def _accept(self, message: ToEngine) -> None:
         if isinstance(message, Add):
             self._add(message)
         elif isinstance(message, Abort):
             for request_id in message.request_ids:
-                if request_id in self._requests:
+                if request_id in self._book:
                     self._forget(request_id)
         elif isinstance(message, Shutdown):
             self._stopping = True
@@ -126,37 +113,26 @@ class EngineCore:
     def _add(self, message: Add) -> None:
         """Admit a request; whatever is wrong with it, it is answered and ends alone."""
         request_id = message.request_id
-        if request_id in self._requests:
+        if request_id in self._book:
             logger.error("request %d came twice: the second one is dropped", request_id)
             return
         try:
-            request = read_request(message, self._info)
-            tracker = RequestTracker(
-                request, self._info.eos_token_ids, self._info.max_model_len, message.progress
-            )
-            self._scheduler.add(request)
+            self._scheduler.add(self._book.enter(message))
         except Exception as error:
             known = isinstance(error, RequestError)
             logger.warning("request %d refused: %s", request_id, error, exc_info=not known)
-            waited = Timing(queue=self._clock() - message.arrival)
-            self._updates.append(
-                RequestUpdate(request_id=request_id, finish_reason="error", timing=waited)
-            )
-            return
-        self._requests[request_id] = request
-        self._trackers[request_id] = tracker
+            self._book.refuse(message, self._clock())
 
     def _expire(self) -> None:
         """End the requests whose deadline has passed, queued or running.
 
         The front end tells its client by itself; here the pages are freed, also if it is late.
         """
-        if all(request.deadline is None for request in self._requests.values()):
+        if not self._book.has_deadlines:
             return
         now = self._clock()
-        for request in list(self._requests.values()):
-            if request.deadline is not None and request.deadline <= now:
-                self._end(request.request_id, "deadline", now)
+        for request_id in self._book.overdue(now):
+            self._end(request_id, "deadline", now)
 
     def _compute(self) -> None:
         """Read one step, with the step after it under way already where that can be foreseen."""
@@ -181,7 +157,8 @@ class EngineCore:
         """Start the step that is due, with nothing under way; None if there is no memory for it."""
         batch = self._scheduler.schedule()
         assert batch.spans, "the scheduler has work and found none"
-        began = self._stamp(batch)
+        began = self._clock()
+        self._book.stamp(batch, began)
         self._note(note_of(batch, began))
         return self._launch(batch, began)
 
@@ -192,14 +169,14 @@ class EngineCore:
         """
         if not self._looks_ahead or self._stopping or flight.ended:
             return None
-        leave = leaving(flight.batch, self._trackers)
+        leave = leaving(flight.batch, self._book.trackers)
         batch = None if leave is None else self._scheduler.follow(flight.batch, leave)
         return None if batch is None else self._launch(batch, self._clock())
 
     def _launch(self, batch: Batch, began: float) -> Flight | None:
         foreseen = self._scheduler.foresee(batch)
         try:
-            pending = self._runner.start(batch, self._requests)
+            pending = self._runner.start(batch, self._book.requests)
         except StepMemoryError as error:
             self._shrink(batch, error)
             return None
@@ -232,25 +209,20 @@ class EngineCore:
         well = batch.without(failed)
         self._scheduler.update(well, tokens)
         for request_id in well.request_ids:
-            self._advance(request_id, result, tokens.get(request_id), now)
+            update = self._book.advance(request_id, result, tokens.get(request_id), now)
+            if update.tokens:
+                self._accounts.count_token()
+            if update.finish_reason is not None:
+                self._forget(request_id)
 
     def _shrink(self, batch: Batch, error: StepMemoryError) -> None:
         """A step found no memory: the next one holds less, without the request that is at fault."""
         at_fault = self._scheduler.shrink(batch)
         self._accounts.count_memory_retry()
         logger.warning("a step of %d tokens found no memory: %s", batch.num_tokens, error)
-        if at_fault in self._requests:
+        if at_fault is not None and at_fault in self._book:
             logger.error("request %d finds no memory although it is alone", at_fault)
             self._end(at_fault, "error", self._clock())
-
-    def _stamp(self, batch: Batch) -> float:
-        """Note when requests left the queue, that is now; a preempted one keeps its first time."""
-        now = self._clock()
-        for span in batch.spans:
-            request = self._requests[span.request_id]
-            if request.first_scheduled is None:
-                request.first_scheduled = now
-        return now
 
     def _fail(self, result: StepResult, now: float) -> set[int]:
         """End the requests whose values were not finite, before their pages can be shared."""
@@ -262,30 +234,12 @@ class EngineCore:
 
     def _end(self, request_id: int, reason: FinishReason, now: float) -> None:
         """Cut a request off: its last update, its pages, its state."""
-        self._updates.append(self._trackers[request_id].cut_off(reason, now))
+        self._book.cut_off(request_id, reason, now)
         self._forget(request_id)
-
-    def _advance(self, request_id: int, result: StepResult, token: int | None, now: float) -> None:
-        """Account one step of a request that is well; end it if this was its last."""
-        tracker = self._trackers[request_id]
-        request = tracker.request
-        attended = result.attended.get(request_id)
-        if attended is not None:
-            tracker.count_attended(attended)
-        finish: FinishReason | None = None
-        if tracker.wants_no_tokens:
-            token = None
-            finish = None if request.is_prefill else "length"
-        elif token is not None:
-            self._accounts.count_token()
-            finish = tracker.finish_of(token)
-        self._updates.append(tracker.update(result, token, finish, now))
-        if finish is not None:
-            self._forget(request_id)
 
     def _forget(self, request_id: int) -> None:
         """A request ended. Its pages stay its own while a step that writes to them is under way."""
-        del self._requests[request_id], self._trackers[request_id]
+        self._book.remove(request_id)
         if self._flight is not None and self._flight.holds(request_id):
             self._flight.ended.add(request_id)
         else:
@@ -298,7 +252,7 @@ class EngineCore:
             self._runner.forget(request_id)
 
     def _emit(self) -> None:
-        stats = with_load(self._accounts.stats, self._scheduler, self._requests.values())
+        requests = self._book.requests.values()
+        stats = with_load(self._accounts.stats, self._scheduler, requests)
         stats.log_lines_dropped = self._dropped_lines()
-        self._channel.send(Report(updates=self._updates, stats=stats))
-        self._updates = []
+        self._channel.send(Report(updates=self._book.take_updates(), stats=stats))
