@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 Rule = Literal["prefill", "decode"]
@@ -57,6 +58,11 @@ class Batch:
     def request_ids(self) -> list[int]:
         """Of all spans, each once."""
         return list(dict.fromkeys(span.request_id for span in self.spans))
+
+    def rows(self) -> list[tuple[int, int]]:
+        """First row and end of each span among the tokens of the batch."""
+        ends = list(accumulate(len(span.tokens) for span in self.spans))
+        return list(zip([0, *ends], ends, strict=False))
 
     def without(self, request_ids: Collection[int]) -> Batch:
         """The same but for the spans of some requests."""

@@ -6,12 +6,11 @@ Legend: T tokens of the batch, E hidden size, R rows that sample, V logits width
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
 
 from engine.batch import Batch, Span
 from engine.config import AttentionMode
@@ -27,9 +26,10 @@ from engine.model.decoder import Decoder
 from engine.model.kv_cache import KVCache
 from engine.model.prefill_kernels import SpanKernels
 from engine.prompt_logprobs import prompt_logprobs
+from engine.queued_step import QueuedStep
 from engine.request import Request
 from engine.sampler import PendingSamples, Sampler, is_plain_greedy
-from engine.step import PromptLogprobs, Sample, StepResult
+from engine.step import PromptLogprobs, StepResult
 from engine.token_budget import PendingBudget, queue_budget
 from engine.token_draw import Draw
 from engine.transfer import Readback, upload
@@ -41,32 +41,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class _PendingStep:
-    """Implements `engine.step.PendingStep`: what will be read of a step, and how."""
+    """Implements `engine.step.PendingStep`."""
 
-    batch: Batch
-    readback: Readback
-    finite: int  # place of a flag for each span: all its hidden states are finite
-    samples: PendingSamples | None
-    budget: PendingBudget | None
-    read: Callable[[_PendingStep], StepResult]
-    owners: Sequence[Request] = ()  # of the spans, and
-    hidden_TE: Tensor | None = None  # of steps that may hold prompt tokens
+    step: QueuedStep
+    read: Callable[[QueuedStep], StepResult]
 
     def finish(self) -> StepResult:
-        return self.read(self)
-
-    def failed(self, values: Sequence[Sequence[float]]) -> set[int]:
-        """Requests with a hidden state that is not finite; also those that do not sample yet,
-        because their pages would go into the prefix cache."""
-        flags = zip(self.batch.spans, values[self.finite], strict=False)  # padded rows follow
-        return {span.request_id for span, ok in flags if not ok}
-
-    def read_samples(self, values: Sequence[Sequence[float]]) -> dict[int, Sample]:
-        """By request id."""
-        if self.samples is None:
-            return {}
-        ids = (request.request_id for request in self.samples.requests)
-        return dict(zip(ids, self.samples.read(values), strict=True))
+        return self.read(self.step)
 
 
 class ModelRunner:
@@ -164,9 +145,10 @@ class ModelRunner:
             StepMemoryError: there was no memory. KV is written again to the same places, samples
                 depend on nothing that was kept, and block tables are sent anew: a retry is safe.
         """
-        return self._attempt(batch, lambda: self._start(batch, requests))
+        step = self._attempt(batch, lambda: self._start(batch, requests))
+        return _PendingStep(step, self._finish)
 
-    def _start(self, batch: Batch, requests: Mapping[int, Request]) -> _PendingStep:
+    def _start(self, batch: Batch, requests: Mapping[int, Request]) -> QueuedStep:
         readback = Readback()
         if self._decode is not None and self._decode.takes(batch):
             step = self._start_decode(self._decode, batch, requests, readback)
@@ -176,23 +158,13 @@ class ModelRunner:
         return step
 
     @torch.inference_mode()
-    def _finish(self, step: _PendingStep) -> StepResult:
+    def _finish(self, step: QueuedStep) -> StepResult:
         return self._attempt(step.batch, lambda: self._read(step))
 
-    def _read(self, step: _PendingStep) -> StepResult:
-        values = step.readback.fetch()  # the one point at which a step waits for the device
-        failed = step.failed(values)
-        samples = step.read_samples(values)
-        failed |= {request_id for request_id, sample in samples.items() if sample.token is None}
-        self._scrub(span for span in step.batch.spans if span.request_id in failed)
-        attended, layer_fraction = step.budget.read(values) if step.budget else ({}, {})
-        return StepResult(
-            samples=samples,
-            failed=failed,
-            prompt_logprobs=self._prompt_logprobs(step, failed),
-            attended=attended,
-            layer_attended_fraction=layer_fraction,
-        )
+    def _read(self, step: QueuedStep) -> StepResult:
+        result = step.read()
+        self._scrub(span for span in step.batch.spans if span.request_id in result.failed)
+        return replace(result, prompt_logprobs=self._prompt_logprobs(step, result.failed))
 
     def _attempt(self, batch: Batch, work: Callable[[], Result]) -> Result:
         """Do a part of a step. Raises StepMemoryError where that finds no memory."""
@@ -220,7 +192,7 @@ class ModelRunner:
         batch: Batch,
         requests: Mapping[int, Request],
         readback: Readback,
-    ) -> _PendingStep:
+    ) -> QueuedStep:
         """One token of every span; a row's tokens are in the outputs unless a request asks more."""
         outputs = decode.run(batch, requests)
         rows = [row for row, span in enumerate(batch.spans) if span.sample]
@@ -237,21 +209,21 @@ class ModelRunner:
         if budget_parts:
             ids = [(row, batch.spans[row].request_id) for row in rows]
             budget = PendingBudget(ids, outputs.widths, budget_parts)
-        return _PendingStep(batch, readback, finite, samples, budget, self._finish)
+        return QueuedStep(batch, readback, finite, samples, budget)
 
     def _start_mixed(
         self, batch: Batch, requests: Mapping[int, Request], readback: Readback
-    ) -> _PendingStep:
+    ) -> QueuedStep:
         """Any spans whose tokens are known; logits only of the rows that sample."""
         metadata = self._tensors.build(batch, requests)
         attention = PagedAttention(self._layers, metadata)
         hidden_TE = self._decoder(metadata.token_ids_T, metadata.positions_T, attention)
-        ends = upload([stop - 1 for _, stop in _rows(batch)], torch.int64, self._device)
+        ends = upload([stop - 1 for _, stop in batch.rows()], torch.int64, self._device)
         unfit_T = ~hidden_TE.float().sum(dim=-1).isfinite()
         unfit_S = unfit_T.cumsum(0)[ends]  # up to the end of each span
         finite = readback.add(unfit_S.diff(prepend=unfit_S.new_zeros(1)) == 0)
         rows, draws = [], []
-        for span, (_, stop) in zip(batch.spans, _rows(batch), strict=True):
+        for span, (_, stop) in zip(batch.spans, batch.rows(), strict=True):
             if span.sample:
                 rows.append(stop - 1)
                 draws.append(_draw(span, requests))
@@ -261,15 +233,13 @@ class ModelRunner:
             samples = self._sampler.queue(logits_RV, draws, readback)
         budget = queue_budget(batch, attention.attended, readback)
         owners = [requests[span.request_id] for span in batch.spans]
-        return _PendingStep(
-            batch, readback, finite, samples, budget, self._finish, owners, hidden_TE
-        )
+        return QueuedStep(batch, readback, finite, samples, budget, owners, hidden_TE)
 
-    def _prompt_logprobs(self, step: _PendingStep, failed: set[int]) -> dict[int, PromptLogprobs]:
+    def _prompt_logprobs(self, step: QueuedStep, failed: set[int]) -> dict[int, PromptLogprobs]:
         result: dict[int, PromptLogprobs] = {}
         if step.hidden_TE is None:
             return result
-        rows = _rows(step.batch)
+        rows = step.batch.rows()
         for span, request, (start, stop) in zip(step.batch.spans, step.owners, rows, strict=True):
             asked = span.rule == "prefill" and request.params.prompt_logprobs is not None
             if asked and span.request_id not in failed:
@@ -291,22 +261,9 @@ class ModelRunner:
             )
             full = [span.full_blocks[i] for i in blocks if span.full_blocks]
             window = [span.window_blocks[i] for i in blocks if span.window_blocks]
-            for layer in self._cache.layers:
-                for cache in layer.full_tensors:
-                    cache[full] = 0
-                for cache in layer.window_tensors:
-                    cache[window] = 0
+            self._cache.wipe(full, window)
 
 
 def _draw(span: Span, requests: Mapping[int, Request]) -> Draw:
     request = requests[span.request_id]
     return Draw(request, span.stop - request.prompt_len)
-
-
-def _rows(batch: Batch) -> list[tuple[int, int]]:
-    """First row and end of each span among the tokens of the batch."""
-    rows, start = [], 0
-    for span in batch.spans:
-        rows.append((start, start + len(span.tokens)))
-        start += len(span.tokens)
-    return rows

@@ -88,6 +88,14 @@ class KVCache:
 
         self.layers = [layer(heads) for heads in model_heads(config)]
 
+    def wipe(self, full_pages: list[int], window_pages: list[int]) -> None:
+        """Zero all that lies in these pages, in every layer."""
+        for layer in self.layers:
+            for tensor in layer.full_tensors:
+                tensor[full_pages] = 0
+            for tensor in layer.window_tensors:
+                tensor[window_pages] = 0
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all pools, null pages included."""

@@ -66,3 +66,25 @@ def test_layers_hold_what_their_heads_need() -> None:
         [full[2], full[2], (6, 4, 8, 4), window[0], window[0]],
     ]
     assert not any(tensor.any() for layer in tensors for tensor in layer)
+
+
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+def test_wiped_pages_hold_nothing_and_the_others_what_they_held(index_dtype: IndexDtype) -> None:
+    cache = KVCache(
+        MODELS["mixed"],
+        full_pages=4,
+        window_pages=3,
+        block_tokens=8,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        index_dtype=index_dtype,
+    )
+    for layer in cache.layers:
+        for tensor in layer.full_tensors + layer.window_tensors:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 3)
+    cache.wipe([1, 4], [2])
+    for layer in cache.layers:
+        for tensors, wiped in ((layer.full_tensors, {1, 4}), (layer.window_tensors, {2})):
+            for tensor in tensors:
+                for page, content in enumerate(tensor):
+                    assert bool((content == 0).all()) == (page in wiped or not content.numel())
