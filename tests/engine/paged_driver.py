@@ -15,9 +15,8 @@ from torch import Tensor
 from engine.batch import Batch, Rule, Span
 from engine.model.attention import AttentionLayers, PagedAttention, PrefillMode
 from engine.model.batch_tensors import BatchTensors
-from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
+from engine.model.config import ModelConfig
 from engine.model.decode_kernels import DecodeKernels
-from engine.model.decoder import Indexer
 from engine.model.head_layout import model_heads
 from engine.model.kv_bytes import IndexDtype, block_tokens_of
 from engine.model.kv_cache import KVCache
@@ -25,73 +24,9 @@ from engine.model.prefill_kernels import SpanKernels
 from engine.request import Request, SamplingParams
 from kernels._launch import KernelLibrary
 from kernels.reference import quantise_index_keys, select_blocks
+from tests.engine.head_map_model import random_indexers
 
 Take = tuple[int, int, Rule]  # sequence, number of tokens, rule
-
-
-def make_model(
-    retrieval: Sequence[Sequence[int]] | None,
-    *,
-    heads: int = 4,
-    kv_heads: int = 2,
-    dim: int = 8,
-    window: int = 11,
-    sinks: int = 3,
-    index_dim: int | None = 4,
-    scope: IndexScope = "query_head",
-    top_p: float = 0.5,
-    dense_below: int = 0,
-    layers: int = 1,
-    block: int = 8,
-) -> ModelConfig:
-    """A model of which only the head layout matters; None retrieval heads: a dense one."""
-    sparse = None
-    if retrieval is not None:
-        layers = len(retrieval)
-        sparse = SparseAttentionConfig(
-            retrieval_heads=tuple(tuple(layer) for layer in retrieval),
-            window_tokens=window,
-            sink_tokens=sinks,
-            index_dim=index_dim,
-            index_scope=scope,
-            block_tokens=block,
-            top_p=tuple(tuple(top_p for _ in layer) for layer in retrieval),
-            dense_below=dense_below,
-        )
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        qk_norm=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(theta=1e4),
-        sparse=sparse,
-    )
-
-
-def random_indexers(model: ModelConfig, generator: torch.Generator) -> list[Indexer | None]:
-    def weights(rows: int) -> Tensor:
-        assert model.sparse is not None
-        assert model.sparse.index_dim is not None
-        shape = (rows, model.sparse.index_dim, model.head_dim)
-        return torch.randn(shape, generator=generator) * 0.6
-
-    return [
-        Indexer(weights(len(heads.retrieval)), weights(heads.index_rows))
-        if heads.has_indexer
-        else None
-        for heads in model_heads(model)
-    ]
 
 
 @dataclass

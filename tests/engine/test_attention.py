@@ -10,7 +10,8 @@ import torch
 from engine.batch import Batch, Span
 from engine.model.batch_tensors import BatchTensors, BlockTables
 from engine.request import Request, SamplingParams
-from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
+from tests.engine.head_map_model import make_model
+from tests.engine.paged_driver import RAGGED, Driver, ragged_outputs
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "no-retrieval": {"retrieval": [[]]},

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels._launch import KernelLibrary
-from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
+from tests.engine.head_map_model import make_model
+from tests.engine.paged_driver import RAGGED, Driver, ragged_outputs
 from tests.engine.test_attention import LAYOUTS
 from tests.kernels.emulation.library import compiler
 

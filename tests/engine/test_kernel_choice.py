@@ -17,7 +17,7 @@ from engine.memory_budget import max_blocks
 from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
-from tests.engine.paged_driver import make_model
+from tests.engine.head_map_model import make_model
 from tests.kernels.emulation.library import compiler
 from tests.kernels.trial_case import break_kernel
 

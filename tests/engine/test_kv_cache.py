@@ -9,7 +9,7 @@ from engine.memory_plan import plan_memory
 from engine.model.config import ModelConfig
 from engine.model.kv_bytes import IndexDtype
 from engine.model.kv_cache import KVCache
-from tests.engine.paged_driver import make_model
+from tests.engine.head_map_model import make_model
 
 MODELS = {
     "mixed": make_model([[0], [], [0, 1, 2, 3]]),

@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 from engine.memory_plan import MemoryPlan, plan_memory, recorded_step_bytes
 from engine.model.config import ModelConfig
 from engine.model.kv_bytes import page_bytes
-from tests.engine.paged_driver import make_model
+from tests.engine.head_map_model import make_model
 
 KV_HEAD = 2 * 8 * 4  # bytes of one token's K and V of one head of make_model, in float32
 

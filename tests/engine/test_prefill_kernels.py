@@ -20,7 +20,8 @@ from kernels.cuda_prefill import check_strides
 from kernels.device_prefill import DevicePrefill
 from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import SpanInputs
-from tests.engine.paged_driver import RAGGED, Driver, make_model, ragged_outputs
+from tests.engine.head_map_model import make_model
+from tests.engine.paged_driver import RAGGED, Driver, ragged_outputs
 from tests.engine.test_attention import LAYOUTS
 
 CPU = torch.device("cpu")

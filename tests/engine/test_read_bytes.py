@@ -9,45 +9,20 @@ import pytest
 from engine.batch import Batch, Rule, Span
 from engine.load_snapshot import with_load
 from engine.messages import Attended, Stats
-from engine.model.config import ModelConfig, RopeConfig, SparseAttentionConfig
+from engine.model.config import ModelConfig
 from engine.model.head_layout import model_heads
 from engine.read_bytes import count_reads, read_bytes
 from engine.request import Request, SamplingParams
 from engine.step import StepResult
 from tests.engine.fake_runner import toy_info, toy_scheduler
+from tests.engine.head_map_model import make_model
 
 WINDOW, SINKS, INDEX_DIM, ITEM = 8, 2, 4, 2
 
 
 def sparse_config() -> ModelConfig:
     """Two layers of four query heads on two KV heads: a head of each role, and a layer of none."""
-    sparse = SparseAttentionConfig(
-        retrieval_heads=((0,), ()),
-        window_tokens=WINDOW,
-        sink_tokens=SINKS,
-        index_dim=INDEX_DIM,
-        block_tokens=4,
-        top_p=((0.9,), ()),
-    )
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=80,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=2**20,
-        tie_word_embeddings=False,
-        qk_norm=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(theta=1e4),
-        sparse=sparse,
-    )
+    return make_model([[0], []], dim=16, window=WINDOW, sinks=SINKS, index_dim=INDEX_DIM, block=4)
 
 
 def decode_span(stop: int, *, sample: bool = True, rule: Rule = "decode") -> Span:

@@ -15,7 +15,7 @@ import torch
 from engine.kernel_choice import choose_kernels, choose_layer_kernels
 from engine.model.config import MoeConfig
 from engine.model.kv_bytes import IndexDtype
-from tests.engine.paged_driver import make_model
+from tests.engine.head_map_model import make_model
 
 pytestmark = [
     pytest.mark.gpu,

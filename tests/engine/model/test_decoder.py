@@ -88,7 +88,7 @@ def test_making_a_decoder_does_not_load_the_compiler() -> None:
     code = (
         "import sys, torch\n"
         "from engine.model.decoder import Decoder\n"
-        "from tests.engine.paged_driver import make_model\n"
+        "from tests.engine.head_map_model import make_model\n"
         "with torch.device('meta'):\n"
         "    Decoder(make_model([[0]]))\n"
         "sys.exit('torch._dynamo' in sys.modules)\n"

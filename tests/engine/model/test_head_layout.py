@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
+from engine.model.config import IndexScope, SparseAttentionConfig
 from engine.model.head_layout import LayerHeads, layer_heads, model_heads
+from tests.engine.head_map_model import make_model
 
 KV_HEADS, GROUP = 3, 2
 HEADS = KV_HEADS * GROUP
-
-
-def model(sparse: SparseAttentionConfig | None, layers: int = 1) -> ModelConfig:
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=layers,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=4,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        qk_norm=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(theta=1e4),
-        sparse=sparse,
-    )
 
 
 def with_heads(
@@ -41,7 +22,8 @@ def with_heads(
     sparse = SparseAttentionConfig(
         retrieval_heads=(heads,), index_dim=index_dim, index_scope=scope, top_p=(top_p,)
     )
-    return layer_heads(model(sparse), 0)
+    dense = make_model(None, heads=HEADS, kv_heads=KV_HEADS)
+    return layer_heads(dataclasses.replace(dense, sparse=sparse), 0)
 
 
 @given(st.sets(st.integers(0, HEADS - 1)).map(lambda heads: tuple(sorted(heads))))
@@ -76,7 +58,7 @@ def test_without_indexer_or_without_retrieval_heads_there_are_no_index_rows() ->
 
 
 def test_a_dense_model_keeps_every_head() -> None:
-    for heads in model_heads(model(None, layers=2)):
+    for heads in model_heads(make_model(None, heads=HEADS, kv_heads=KV_HEADS, layers=2)):
         assert heads.retrieval == tuple(range(HEADS))
         assert heads.full_kv == tuple(range(KV_HEADS))
         assert not heads.has_indexer
