@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from conversion.evaluation.report import Cell, EvalReport, averages, task_averag
 from conversion.evaluation.sample_maker import SampleMaker
 from conversion.evaluation.samples import Sample
 from conversion.evaluation.teacher_forced import Variant
-from conversion.evaluation.text_agreement import Agreement, LossCurve, TextMeasure, TextPass
+from conversion.evaluation.text_agreement import TextMeasure, TextPass
 from conversion.evaluation.trace_run import split_by_distance
 from conversion.evaluation.traces import TRACE_TASKS, Trace, TraceTask
 from conversion.evaluation.variants import load_variants
@@ -27,8 +28,13 @@ from conversion.progress_bar import progress_bar
 from conversion.text_source import load_tokenizer
 
 Advance = Callable[[], None]
+Keep = Callable[[EvalReport], None]
 SECRETS = ("api_key",)
 DEFAULT_WINDOW = 8192  # tokens; parts the steps of a trace where no variant has a window
+
+
+def _keep_nothing(report: EvalReport) -> None:
+    """The end will do."""
 
 
 class Subject(Protocol):
@@ -58,11 +64,14 @@ def evaluate(
     options: EvalOptions,
     console: Console,
     transport: httpx.AsyncBaseTransport | None = None,
+    keep: Keep = _keep_nothing,
 ) -> EvalReport:
     """Measure a model folder, or with `options.urls` servers of it, whose tokenizer it gives.
 
     Args:
         console: shows progress; results and notes are the caller's to print (`print_report`).
+        keep: gets what there is, at the beginning and after every task at every length, so that an
+            evaluation which is ended has not been in vain.
         transport: replaces the network in tests.
 
     Raises:
@@ -89,8 +98,11 @@ def evaluate(
         for name, url in options.named_urls()
     ]
     run = EvalRun(options, maker, [*local, *servers], local, console)
-    report = run.measure(model.resolve().name, notes)
-    return replace(report, seconds=round(time.monotonic() - started, 1))
+
+    def timed(report: EvalReport) -> EvalReport:
+        return replace(report, seconds=round(time.monotonic() - started, 1))
+
+    return timed(run.measure(model.resolve().name, notes, lambda report: keep(timed(report))))
 
 
 class EvalRun:
@@ -118,32 +130,35 @@ class EvalRun:
         self._console = console
         self._window = window or _window(local)
 
-    def measure(self, model: str, notes: tuple[str, ...]) -> EvalReport:
+    def measure(self, model: str, notes: tuple[str, ...], keep: Keep = _keep_nothing) -> EvalReport:
         """Everything the options ask for."""
-        cells: list[Cell] = []
-        agreements: list[Agreement] = []
-        curves: list[LossCurve] = []
-        for length in self._options.lengths:
-            for task in self._options.selected():
-                if task == TEXT_TASK:
-                    measure = self._text(length)
-                    agreements += measure.agreements()
-                    curves += measure.curves()
-                elif task in TRACE_TASKS:
-                    cells += self._traces(task, length)
-                else:
-                    cells += self._answers(task, length)
-        return EvalReport(
+        report = EvalReport(
             model=model,
             variants=tuple(subject.name for subject in self._subjects),
             settings=settings_of(self._options),
             notes=notes,
-            cells=tuple(cells),
-            agreements=tuple(agreements),
-            curves=tuple(curves),
-            averages=averages(cells),
-            by_task=task_averages(cells),
         )
+        keep(report)  # what cannot be kept should turn out now
+        for length, task in product(self._options.lengths, self._options.selected()):
+            start = time.monotonic()
+            report = self._with(report, task, length)
+            seconds = time.monotonic() - start
+            self._console.print(f"{task} {length}: {seconds:.1f} s", style="dim", highlight=False)
+            keep(report)
+        return report
+
+    def _with(self, report: EvalReport, task: str, length: int) -> EvalReport:
+        """The report with one task at one length more."""
+        if task == TEXT_TASK:
+            measure = self._text(length)
+            return replace(
+                report,
+                agreements=(*report.agreements, *measure.agreements()),
+                curves=(*report.curves, *measure.curves()),
+            )
+        found = self._traces(task, length) if task in TRACE_TASKS else self._answers(task, length)
+        cells = (*report.cells, *found)
+        return replace(report, cells=cells, averages=averages(cells), by_task=task_averages(cells))
 
     def _answers(self, task: str, length: int) -> Iterator[Cell]:
         total = self._maker.settings(task, length) * self._options.samples * len(self._subjects)

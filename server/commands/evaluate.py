@@ -71,6 +71,10 @@ def evaluate(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests to --url at once.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds of one request to --url.")] = 600.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write the JSON to this file, after every task and length."),
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots (needs matplotlib).")] = None,
     seed: Annotated[int, typer.Option(help="Of documents and facts.")] = 0,
     device: DeviceOption = "cpu",
@@ -85,8 +89,10 @@ def evaluate(
 
     from conversion.evaluation.options import EvalOptions
     from conversion.evaluation.plots import plot_report
+    from conversion.evaluation.report import EvalReport
     from conversion.evaluation.run import evaluate as run_evaluation
     from conversion.evaluation.tables import print_report, result_console
+    from conversion.state import write_json
     from engine.embedded import embedded_model_path
     from engine.errors import EngineError
     from server.key_file import read_keys
@@ -115,7 +121,13 @@ def evaluate(
             device=device,
             dtype=dtype,
         )
-        report = run_evaluation(model or embedded_model_path(), options, Console(stderr=True))
+        folder = model or embedded_model_path()
+
+        def keep(report: EvalReport) -> None:
+            if out is not None:
+                write_json(out, report.as_dict())
+
+        report = run_evaluation(folder, options, Console(stderr=True), keep=keep)
     except EngineError as error:
         fail(error)
     except OSError as error:

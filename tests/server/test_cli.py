@@ -28,7 +28,7 @@ FLAGS = {
         fit-steps heads-granularity heads-mass heads-share index-dim index-scope max-kv-heads seed
         sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
-        index-dtype json lengths plots prefill-attention samples seed tasks teacher text-samples
+        index-dtype json lengths out plots prefill-attention samples seed tasks teacher text-samples
         timeout url url-model""",
     "ablate": "data decoded device facts lengths samples seed tasks teacher text-samples work",
     "report": "ablations eval",

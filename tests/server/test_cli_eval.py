@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from conversion.evaluation.options import EvalOptions
 from conversion.evaluation.report import Cell, EvalReport, task_averages
+from conversion.evaluation.run import Keep
 from server.cli import app
 
 CELLS = (Cell.of("kv", 4096, {}, {"dense": [(1.0,)] * 4, "sparse": [(0.75,)] * 4}),)
@@ -28,8 +29,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[EvalOptions]:
     """The options of every evaluation; each finds `REPORT` at once."""
     seen: list[EvalOptions] = []
 
-    def evaluate(model: Path, options: EvalOptions, *_: Any) -> EvalReport:
+    def evaluate(model: Path, options: EvalOptions, *_: Any, keep: Keep) -> EvalReport:
         seen.append(options)
+        keep(REPORT)
         return REPORT
 
     monkeypatch.setattr("conversion.evaluation.run.evaluate", evaluate)
@@ -47,6 +49,21 @@ def test_without_matplotlib_the_results_come_before_the_hint(
     assert json.loads(printed)["cells"][0]["scores"]["sparse"]["value"] == 0.75
     assert error.count("\n") == 1
     assert "pip install 'rtpurbo[plot]'" in error
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_is_measured_is_written_to_a_file_too(tmp_path: Path) -> None:
+    code, printed, _ = run("--out", tmp_path / "eval.json", "--json")
+    assert code == 0
+    assert json.loads((tmp_path / "eval.json").read_text()) == json.loads(printed)
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    code, _, error = run("--out", tmp_path / "none" / "eval.json")
+    assert code == 1
+    assert error.count("\n") == 1
+    assert "eval.json" in error
 
 
 @pytest.mark.usefixtures("asked")

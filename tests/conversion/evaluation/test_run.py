@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,15 @@ def options(text: Path, **values: Any) -> EvalOptions:
 
 
 @pytest.fixture(scope="module")
-def report(sparse_folder: Path, data: Path) -> EvalReport:
-    return evaluate(sparse_folder, options(data, lengths=(1200, 1400)), QUIET)
+def parts() -> list[EvalReport]:
+    """What was kept on the way to `report`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(sparse_folder: Path, data: Path, parts: list[EvalReport]) -> EvalReport:
+    wanted = options(data, lengths=(1200, 1400))
+    return evaluate(sparse_folder, wanted, QUIET, keep=parts.append)
 
 
 def test_every_task_is_measured_at_every_length_on_the_same_samples(report: EvalReport) -> None:
@@ -104,6 +112,18 @@ def test_every_task_is_measured_at_every_length_on_the_same_samples(report: Eval
             assert "dense" not in cell.attended
     two_facts = next(cell for cell in report.cells if cell.setting == {"facts": "2"})
     assert (two_facts.documents, two_facts.questions) == (2, 4)
+
+
+def test_what_there_is_is_kept_after_every_task_and_length(
+    report: EvalReport, parts: list[EvalReport]
+) -> None:
+    assert len(parts) == 1 + 2 * len(TASKS_OF_EVERY_KIND)
+    for earlier, later in pairwise(parts):
+        assert later.cells[: len(earlier.cells)] == earlier.cells
+        assert len(later.cells) + len(later.curves) > len(earlier.cells) + len(earlier.curves)
+        assert later.seconds >= earlier.seconds
+    assert parts[1].as_dict()["by_task"][0]["name"] == "code_constant"
+    assert replace(parts[-1], seconds=report.seconds) == report
 
 
 def test_text_is_measured_as_served_and_behind_a_dense_prompt(report: EvalReport) -> None:
