@@ -51,6 +51,7 @@ class SpanArgs(ctypes.Structure):
         ("lists", c_void_p),
         ("list_counts", c_void_p),
         ("list_width", c_int64),
+        ("taken", c_void_p),
     ]
 
 
@@ -94,7 +95,8 @@ def attend_spans(
 
     The rule is `kernels.reference.prefill_windowed`'s; a window of `EVERYTHING` is causal
     attention. With `lists` a query sees of its tile's blocks what is not after it, and no window
-    holds. Launches one kernel and waits for nothing.
+    holds. Launches one kernel, or two where no window holds, the first of which clears the
+    counter of the other, and waits for nothing.
 
     Args:
         inputs: bfloat16, index tensors int64; starts and strides of rows multiples of 16 bytes.
@@ -108,6 +110,7 @@ def attend_spans(
     tokens, layer_heads, dim = q_THD.shape
     spans = lens_S.shape[0]
     _check_layout(inputs)
+    taken = _counter(q_THD, is_windowed=window < EVERYTHING and lists is None)
     args = SpanArgs(
         queries=pointer(q_THD),
         query_row_stride=q_THD.stride(0),
@@ -136,8 +139,19 @@ def attend_spans(
         lists=pointer(None if lists is None else lists.blocks),
         list_counts=pointer(None if lists is None else lists.counts),
         list_width=0 if lists is None else lists.blocks.shape[2],
+        taken=pointer(taken),
     )
     library.launch_prefill(args, q_THD)
+
+
+def _counter(like: Tensor, *, is_windowed: bool) -> Tensor | None:
+    """From which the kernel takes tiles of queries; each launch has its own.
+
+    The current stream, on which it is allocated and cleared, is the launch's: so nobody else has
+    this memory before the kernel has ended. None: tiles that need equally many keys are taken at
+    fixed steps.
+    """
+    return None if is_windowed else torch.zeros(1, dtype=torch.int32, device=like.device)
 
 
 def _check_layout(inputs: SpanInputs) -> None:

@@ -94,7 +94,7 @@ class DevicePrefill:
             raise KernelError(f"the {self.name} kernels of prefill give wrong results here")
 
     def workspace_bytes(self, tokens: int, spans: int, heads: int, blocks: int) -> int:
-        """Most memory that a call of `attend_sparse` takes; the other calls take none.
+        """Most memory that a call of `attend_sparse` takes; the others take one counter.
 
         Args:
             tokens, spans: of a step.

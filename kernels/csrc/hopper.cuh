@@ -130,12 +130,21 @@ DEVICE void load_3d(void* shared, const CUtensorMap* map, uint64_t* barrier, int
 
 // Descriptor of a tile, 128-byte swizzle. Groups of 8 rows lie 1024 bytes apart; `half_bytes` is the
 // distance of halves, used where columns are not the reduced dimension and there are more than 64.
-DEVICE uint64_t tile_descriptor(const void* tile, int half_bytes) {
-    const uint64_t start = (shared_address(tile) & 0x3FFFF) >> 4;
-    const uint64_t halves = static_cast<uint64_t>(half_bytes >> 4) << 16;
-    const uint64_t groups = static_cast<uint64_t>(1024 >> 4) << 32;
-    return start | halves | groups | uint64_t{1} << 62;
-}
+// In two words, of which a step along the tile changes one: sums of 64 bits take three times as long.
+struct Tile {
+    uint32_t low, high;
+
+    DEVICE Tile(const void* tile, int half_bytes)
+        : low((shared_address(tile) & 0x3FFFF) >> 4 | half_bytes >> 4 << 16),
+          high(1024 >> 4 | 1u << 30) {}
+
+    // `bytes` further, within shared memory.
+    DEVICE Tile operator+(int bytes) const {
+        Tile sum = *this;
+        sum.low += bytes >> 4;
+        return sum;
+    }
+};
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 
@@ -146,6 +155,10 @@ template <int kPending>
 DEVICE void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
+
+// A value that the lanes of a warp agree on, so that the compiler knows it: descriptors that come of
+// it stay in uniform registers, from which wgmma takes them.
+DEVICE int of_warp(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // The compiler may not move reads or writes of these registers across.
 template <int kCount>
@@ -180,32 +193,33 @@ DEVICE void after(float sum) {
     "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d[64 x 128] = a[64 x 16] b[128 x 16]^T, or += ; both tiles have the reduced dimension in columns.
-DEVICE void multiply_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+DEVICE void multiply_64x128(float (&d)[64], Tile a, Tile b, int accumulate) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\n"
+        "mov.b64 a, {%64, %65};\nmov.b64 b, {%66, %67};\nsetp.ne.b32 p, %68, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RTPURBO_NAMES_64
-        "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
+        "}, a, b, p, 1, 1, 0, 0;\n}\n"
         : RTPURBO_64(d)
-        : "l"(a), "l"(b), "r"(accumulate));
+        : "r"(a.low), "r"(a.high), "r"(b.low), "r"(b.high), "r"(accumulate));
 }
 
 // d[64 x D] += a[64 x 16] b[16 x D]; a in registers, the rows of b's tile are the reduced dimension.
-DEVICE void multiply_add_rows(float (&d)[64], const uint32_t* a, uint64_t b) {
+DEVICE void multiply_add_rows(float (&d)[64], const uint32_t* a, Tile b) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%68, %69};\nsetp.ne.b32 p, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RTPURBO_NAMES_64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n}\n"
         : RTPURBO_64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high));
 }
 
-DEVICE void multiply_add_rows(float (&d)[32], const uint32_t* a, uint64_t b) {
+DEVICE void multiply_add_rows(float (&d)[32], const uint32_t* a, Tile b) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+        "{\n.reg .pred p;\n.reg .b64 b;\nmov.b64 b, {%36, %37};\nsetp.ne.b32 p, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" RTPURBO_NAMES_32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n}\n"
         : RTPURBO_32(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high));
 }
 
 #undef RTPURBO_4

@@ -37,6 +37,7 @@ struct SpanArgs {
     const int32_t* lists;        // [tiles, G, list_width] ascending blocks, or null: the window rule
     const int32_t* list_counts;  // [tiles, G], at least 1
     int64_t list_width;
+    uint32_t* taken;  // one, zero: tiles that CTAs have asked for; null: they take fixed steps
 };
 
 }  // namespace rtpurbo

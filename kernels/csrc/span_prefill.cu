@@ -1,18 +1,25 @@
 // Prefill attention on Hopper: window and sinks, everything before a query, or lists of blocks.
 //
 // A CTA of three warpgroups computes 128 queries of one head. One warp of the first loads pages by
-// TMA, two stages ahead (span_load.cuh); the other two compute 64 rows each (products by wgmma,
+// TMA, three stages ahead (span_load.cuh); the other two compute 64 rows each (products by wgmma,
 // probabilities stay in registers: span_rows.cuh). They take turns in issuing products, so that one's
 // softmax runs under the other's products, and each issues its next scores before it multiplies the
 // last probabilities with their values. This is the structure of FlashAttention-3 (arXiv 2407.08608).
 //
 // A tile of keys is two pages. The sinks are an extra tile; only tiles at an edge (diagonal, far end
-// of the window, sinks, a list with an odd number of blocks) are masked. Pages that no query of the
-// tile sees are never read: their rows are filled with zeros, for what lies there may be another
-// sequence's, or no number at all. So is the unwritten end of a context's last page.
+// of the window, sinks, a list with an odd number of blocks) are masked, and all others run through a
+// loop of their own without a branch. Pages that no query of the tile sees are never read: their rows
+// are filled with zeros, for what lies there may be another sequence's, or no number at all. So is the
+// unwritten end of a context's last page.
 //
-// CTAs stay and take tiles at fixed steps, the longest contexts first; the loading warp runs ahead
-// into the next one. Heads stand side by side, so that those of a KV head share it in the L2 cache.
+// CTAs stay and take tiles of queries, the longest contexts first. With a counter each takes the next
+// one when it is done: so they end together, and those at work have the same keys in the L2 cache. At
+// fixed steps the first CTA would have a longer context than the last in every round and fall behind
+// it by thousands of tiles; where all have a window's keys that cannot be, and fixed steps are faster.
+// The loading warp runs ahead into the next tile; it alone looks up where tiles stand. Heads stand
+// side by side, so that those of a KV head share it in the L2 cache.
+
+#include <type_traits>
 
 #include "device.cuh"
 #include "hopper.cuh"
@@ -32,14 +39,11 @@ constexpr int kComputeWarps = kComputeThreads / 32;
 template <int kDim>
 DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& shared) {
     const SpanArgs& args = launch.args;
-    const int64_t items = args.tiles * args.group;
-    const int mine = threadIdx.x / 128 - 1;
+    const int mine = hopper::of_warp(threadIdx.x / 128 - 1);
     const int row = mine * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const bool is_lane_0 = threadIdx.x % 32 == 0;
     const float scale = static_cast<float>(args.scale * 1.4426950408889634);
     Ring keys, values;
-    uint32_t queries_parity = 0;
-    SpanWork work;
 
     auto release = [&](uint64_t* barrier) {
         if (is_lane_0) hopper::barrier_arrive(barrier);
@@ -48,8 +52,11 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
     auto pass_turn = [&] { hopper::named_arrive(kTurnBarrier + 1 - mine, kComputeThreads); };
     if (mine == 1) pass_turn();  // the first turn is the other's
 
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        if (!work.find(args, item)) continue;
+    for (uint32_t parity = 0;; parity ^= 1) {
+        hopper::barrier_wait(&shared.queries_full, parity);
+        const SpanWork& work = shared.work;  // until the queries are released
+        const int tiles = work.tiles;
+        if (tiles == 0) break;
         const unsigned char* queries = shared.queries[0] + mine * 64 * 128;
         float s[64], o[kDim / 2];
         uint32_t p[32];
@@ -58,8 +65,6 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
 
-        hopper::barrier_wait(&shared.queries_full, queries_parity);
-        queries_parity ^= 1;
         hopper::barrier_wait(&shared.keys_full[keys.stage], keys.parity);
         hopper::pin(s);
         hopper::products_begin();
@@ -69,15 +74,16 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
         hopper::pin(s);
         release(&shared.keys_empty[keys.stage]);
         keys.advance();
-        if (work.is_edge(args, 0)) hide_unseen(s, work, args, 0, row);
+        if (!work.is_whole(0)) hide_unseen(s, work, args, 0, row);
         sums.weigh(s, scale, shrink);
         pack(p, s);
-        if (has_unwritten(work)) {
+        if (work.unwritten_begin < work.unwritten_end) {
             hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
             clear_unwritten<kDim>(work, shared.values[values.stage]);
         }
 
-        for (int i = 1; i < work.tiles; ++i) {
+        // Scores of tile i, while the weights of the one before meet their values.
+        auto step = [&](int i, auto is_whole) {
             hopper::barrier_wait(&shared.keys_full[keys.stage], keys.parity);
             take_turn();
             hopper::pin(s);
@@ -93,7 +99,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             hopper::pin(s);
             release(&shared.keys_empty[keys.stage]);
             keys.advance();
-            if (work.is_edge(args, i)) hide_unseen(s, work, args, i, row);
+            if constexpr (!decltype(is_whole)::value) hide_unseen(s, work, args, i, row);
             sums.weigh(s, scale, shrink);
             hopper::pin(s);
             hopper::after(sums.total[0] + sums.total[1]);
@@ -101,10 +107,20 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             hopper::pin(o);
             release(&shared.values_empty[values.stage]);
             values.advance();
-#pragma unroll
-            for (int j = 0; j < kDim / 2; ++j) o[j] *= shrink[j / 2 % 2];
+            shrink_sums(o, shrink);
             pack(p, s);
+        };
+        for (int i = 1; i < tiles;) {
+            if (work.is_whole(i)) {
+                const int end = work.whole_end;
+                do step(i, std::true_type{});
+                while (++i < end);
+            } else {
+                step(i++, std::false_type{});
+            }
         }
+        const SpanPlace place(args, work, row);
+        __syncwarp();  // all have read it
         release(&shared.queries_empty);
 
         hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
@@ -116,13 +132,13 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
         hopper::pin(o);
         release(&shared.values_empty[values.stage]);
         values.advance();
-        write_out<kDim>(args, work, o, sums, row);
+        write_out<kDim>(place, o, sums);
     }
     // A turn may be left that nobody takes.
     if (mine == 0) take_turn();
 }
 
-template <int kDim>
+template <int kDim, bool kFixedSteps>
 __global__ void __launch_bounds__(kThreads, 1)
     span_prefill_kernel(const __grid_constant__ SpanLaunch launch) {
 #ifdef RTPURBO_HAS_HOPPER
@@ -142,10 +158,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        hopper::give_registers_back<40>();
-        if (threadIdx.x == 0) load_everything<kDim>(launch, shared);
+        hopper::give_registers_back<56>();
+        if (threadIdx.x == 0) load_everything<kDim, kFixedSteps>(launch, shared);
     } else {
-        hopper::take_registers<232>();
+        hopper::take_registers<224>();
         compute_everything<kDim>(launch, shared);
     }
 #endif
@@ -174,16 +190,22 @@ int encode_maps(SpanLaunch& launch) {
     return hopper::encode_map(&launch.values, args.values, 2, page_sizes, page_strides, page_box);
 }
 
-template <int kDim>
-int launch_spans(const SpanLaunch& prepared, int ctas, void* stream) {
+template <int kDim, bool kFixedSteps>
+int launch_kernel(const SpanLaunch& prepared, int ctas, void* stream) {
+    const auto kernel = span_prefill_kernel<kDim, kFixedSteps>;
     const int shared_bytes = static_cast<int>(sizeof(SpanShared<kDim>)) + 1024;
-    if (int error = cudaFuncSetAttribute(span_prefill_kernel<kDim>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          shared_bytes)) {
         return error;
     }
-    return launch(span_prefill_kernel<kDim>, dim3(static_cast<unsigned>(ctas)), kThreads,
-                  shared_bytes, stream, prepared);
+    return launch(kernel, dim3(static_cast<unsigned>(ctas)), kThreads, shared_bytes, stream,
+                  prepared);
+}
+
+template <int kDim>
+int launch_spans(const SpanLaunch& prepared, int ctas, void* stream) {
+    if (prepared.args.taken == nullptr) return launch_kernel<kDim, true>(prepared, ctas, stream);
+    return launch_kernel<kDim, false>(prepared, ctas, stream);
 }
 
 }  // namespace
@@ -202,10 +224,11 @@ extern "C" int rtpurbo_span_prefill(const SpanArgs* args, void* stream) {
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (major != 9 || minor != 0) return cudaErrorNoKernelImageForDevice;
     const int64_t rows = args->pages * args->cache_heads * kSpanBlock;
-    if (rows >= int64_t{1} << 31 || args->window > 1 << 30 || args->sinks > 1 << 30) {
+    const int64_t items = args->tiles * args->group;
+    if (rows >= int64_t{1} << 31 || items >= int64_t{1} << 31 || args->window > 1 << 30 ||
+        args->sinks > 1 << 30) {
         return cudaErrorInvalidValue;
     }
-    const int64_t items = args->tiles * args->group;
     if (items == 0) return cudaSuccess;
     SpanLaunch prepared = {};
     prepared.args = *args;

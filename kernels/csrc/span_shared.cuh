@@ -7,7 +7,7 @@
 
 namespace rtpurbo {
 
-constexpr int kSpanStages = 2;
+constexpr int kSpanStages = 3;
 constexpr int kComputeThreads = 256;
 constexpr int kTurnBarrier = 1;  // and 2: named barriers; 0 is __syncthreads
 constexpr int kAllBarrier = 3;
@@ -26,6 +26,7 @@ struct alignas(1024) SpanShared {
     unsigned char queries[kHalves][kSpanQueries * 128];
     unsigned char keys[kSpanStages][kHalves][kSpanKeys * 128];
     unsigned char values[kSpanStages][kHalves][kSpanKeys * 128];
+    SpanWork work;  // of the queries
     uint64_t queries_full, queries_empty;
     uint64_t keys_full[kSpanStages], keys_empty[kSpanStages];
     uint64_t values_full[kSpanStages], values_empty[kSpanStages];

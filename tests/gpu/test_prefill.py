@@ -156,6 +156,28 @@ def test_a_large_layer_and_ten_repeats(kernel: str, window: int) -> None:
         assert torch.equal(again_THD[:, case.heads_G], out_THD[:, case.heads_G])
 
 
+def test_launches_in_a_row_and_on_two_streams_do_not_disturb_each_other() -> None:
+    """Each has a counter of its own, whatever its size and the stream that it is on."""
+    large = SpanCase.make([(3000, 3000)], block=64, dim=128, dtype=torch.bfloat16, device=DEVICE)
+    small = SpanCase.make([(700, 300)], block=64, dim=128, dtype=torch.bfloat16, device=DEVICE)
+    calls = [(large, EVERYTHING), (small, EVERYTHING), (large, 200), (small, 200)]
+    expected = [run(case, window, 4, "cuda")[:, case.heads_G] for case, window in calls]
+    streams = [
+        torch.cuda.Stream(),  # type: ignore[no-untyped-call]  # torch's own
+        torch.cuda.Stream(),  # type: ignore[no-untyped-call]
+    ]
+    torch.cuda.synchronize()
+    outputs = []
+    order = [(turn + turn // 8) % 4 for turn in range(40)]  # each call comes on both streams
+    for turn, which in enumerate(order):
+        case, window = calls[which]
+        with torch.cuda.stream(streams[turn % 2]):
+            outputs.append(run(case, window, 4, "cuda"))
+    torch.cuda.synchronize()
+    for which, out_THD in zip(order, outputs, strict=True):
+        assert torch.equal(out_THD[:, calls[which][0].heads_G], expected[which])
+
+
 @BOTH
 def test_what_others_left_behind_does_not_leak(kernel: str) -> None:
     """Pages that slid out of the window are given to others while the table still names them."""

@@ -31,7 +31,7 @@ KERNELS = {
     "index_select": 11,
     "sparse_decode": 6,
     "host_checks": 0,
-    "span_prefill": 2,
+    "span_prefill": 4,
     "qkv_store": 4,
     "layer_ops": 4,
     "experts": 6,

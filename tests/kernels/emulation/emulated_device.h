@@ -44,6 +44,7 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
+inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -293,6 +294,10 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
         bits |= static_cast<uint32_t>(rtpurbo::emulation::read_lane<bool>(all, lane)) << lane;
     }
     return bits;
+}
+
+inline bool __any_sync(uint32_t lanes, bool predicate) {
+    return __ballot_sync(lanes, predicate) != 0;
 }
 
 // Operations of one thread.

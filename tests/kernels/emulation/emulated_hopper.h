@@ -146,23 +146,31 @@ inline void load_2d(void* shared, const CUtensorMap* map, uint64_t* barrier, int
 
 // ---- products
 
-// Descriptor of a tile: address and distance of halves, both in units of 16 bytes.
-inline uint64_t tile_descriptor(const void* tile, int half_bytes) {
-    return shared_address(tile) >> 4 | static_cast<uint64_t>(half_bytes >> 4) << 16;
-}
+struct Tile {
+    uint32_t address;
+    int half_bytes;
 
-inline float element(uint64_t tile, int bytes) {
-    const auto address = static_cast<uint32_t>(tile & 0xffff) << 4;
+    Tile(const void* tile, int half) : address(shared_address(tile)), half_bytes(half) {}
+    Tile operator+(int bytes) const {
+        Tile sum = *this;
+        sum.address += static_cast<uint32_t>(bytes);
+        return sum;
+    }
+};
+
+inline float element(uint32_t address) {
     uint16_t bits;
-    std::memcpy(&bits, swizzled(address + static_cast<uint32_t>(bytes)), 2);
+    std::memcpy(&bits, swizzled(address), 2);
     return bits_to_float(static_cast<uint32_t>(bits) << 16);
 }
 
 // Element of a tile whose columns are the reduced dimension, and of one whose rows are.
-inline float by_row(uint64_t tile, int row, int k) { return element(tile, row * 128 + k * 2); }
-inline float by_column(uint64_t tile, int k, int column) {
-    const int half_bytes = static_cast<int>(tile >> 16 & 0xffff) << 4;
-    return element(tile, column / 64 * half_bytes + k * 128 + column % 64 * 2);
+inline float by_row(Tile tile, int row, int k) {
+    return element(tile.address + static_cast<uint32_t>(row * 128 + k * 2));
+}
+inline float by_column(Tile tile, int k, int column) {
+    const int at = column / 64 * tile.half_bytes + k * 128 + column % 64 * 2;
+    return element(tile.address + static_cast<uint32_t>(at));
 }
 
 inline emulation::Thread& mine() { return machine.threads[machine.current]; }
@@ -191,6 +199,8 @@ void products_wait() {
     emulation::exchange(0, "wgmma wait");  // a warp waits as one
 }
 
+inline int of_warp(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 template <typename Registers>
 void pin(Registers&) {}
 inline void after(float) {}
@@ -199,7 +209,7 @@ inline void after(float) {}
 inline int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-inline void multiply_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+inline void multiply_64x128(float (&d)[64], Tile a, Tile b, int accumulate) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     if (!accumulate) std::fill(d, d + 64, NAN);
     issue([&d, a, b, accumulate, thread] {
@@ -214,7 +224,7 @@ inline void multiply_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumula
 }
 
 template <int kCount>
-void multiply_add_rows(float (&d)[kCount], const uint32_t* a, uint64_t b) {
+void multiply_add_rows(float (&d)[kCount], const uint32_t* a, Tile b) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     const auto lanes = emulation::exchange(std::array{a[0], a[1], a[2], a[3]}, "wgmma");
     std::array<float, 32> own;  // of rows lane / 4 and 8 below
