@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -53,9 +54,13 @@ def run_bounded(
 ) -> Ended:
     """Run to the end or for `seconds`; also an exception here, such as Ctrl-C, leaves nothing.
 
+    A command that is not there ends with status 127, as in a shell.
+
     Args:
         environment: beyond that of this process.
     """
+    if shutil.which(command[0]) is None:
+        return Ended(127, False, 0.0, f"{command[0]}: not found")
     start, stopped = time.monotonic(), False
     with subprocess.Popen(
         command,

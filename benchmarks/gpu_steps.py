@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bounded_process import run_bounded
 
 SHOWN_LINES = 12
+FOUND = 86  # exit status where a checker found something; pytest has none above 5
 LOGGED_BYTES = 2**20  # of a step, its end
 PEER_SECONDS = 45  # of an attention step's limit, for a peer that is built already
 
@@ -33,7 +36,8 @@ class Step:
     seconds: what it may take. file: where its figures go, "" for what has none; "{file}" among the
     arguments is its path, for a command that writes it itself. rows: the list among the figures
     that grows as it measures. again: what is tried after a failure, or at once if BUILD failed.
-    needs_build: uses what BUILD makes. beside: others run meanwhile, so it gives way.
+    needs_build: uses what BUILD makes. beside: others run meanwhile, so it gives way. checker: tool
+    of NVIDIA's compute-sanitizer that it runs under. environment: beyond that of this process.
     """
 
     name: str
@@ -44,16 +48,36 @@ class Step:
     again: tuple[Attempt, ...] = ()
     needs_build: bool = False
     beside: bool = False
+    checker: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, attempt: Attempt, folder: Path) -> list[str]:
         """Of this interpreter, with the file's path in place."""
         path = str(folder / self.file)
         parts = [part.replace("{file}", path) for part in (*self.arguments, *attempt.arguments)]
-        return [*(("nice", "-n", "10") if self.beside else ()), sys.executable, *parts]
+        nice = ("nice", "-n", "10") if self.beside else ()
+        return [*nice, *self._checked(), sys.executable, *parts]
+
+    def _checked(self) -> tuple[str, ...]:
+        if not self.checker:
+            return ()
+        return (sanitizer(), "--tool", self.checker, "--error-exitcode", str(FOUND))
+
+
+def sanitizer() -> str:
+    """compute-sanitizer of this host: on the path, or of the toolkit where that is not."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    name = "compute-sanitizer"
+    return shutil.which(name) or shutil.which(f"{home}/bin/{name}") or name
 
 
 def _tests(name: str, seconds: float, *selection: str) -> Step:
     return Step(name, ("-m", "pytest", "-p", "no:cacheprovider", "-rs", *selection), seconds)
+
+
+def _checked(checker: str, seconds: float) -> Step:
+    step = _tests(checker, seconds, *KERNEL_TESTS, "-k", CHECKED)
+    return replace(step, checker=checker, environment=UNCACHED)
 
 
 def _attention(part: str, seconds: float, *more: str) -> Step:
@@ -74,6 +98,17 @@ def _figures(name: str, seconds: float, module: str, *more: str) -> Step:
     return Step(name, ("-m", f"benchmarks.{module}", *more), seconds, file, again=(EXPLAIN,))
 
 
+KERNEL_TESTS = tuple(
+    f"tests/gpu/test_{name}.py"
+    for name in ("cuda_decode", "layer_kernels", "prefill", "prefill_sparse")
+)
+# Every kernel on ugly shapes; a checker makes a test some tens of times slower.
+CHECKED = (
+    "test_a_layer or test_int8_index_keys or test_store_options or test_ends_of_a_step"
+    " or test_experts or (test_spans and cuda) or test_attention_to_lists"
+)
+# An allocation of its own for every tensor: what lies behind one in PyTorch's pool is no error.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TRIALS = ("tests/gpu/test_trials.py", "tests/gpu/test_layer_kernels.py")
 # The lengths with a target first; 1M takes two thirds of the time.
 LENGTHS = "--lengths=32768,131072,1048576,65536,262144,524288"
@@ -90,14 +125,18 @@ STEPS = (
     _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
     _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
     _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
+    _checked("memcheck", 240),
+    _checked("racecheck", 240),
 )
 
 
 def run_step(step: Step, attempt: Attempt, seconds: float, folder: Path) -> dict[str, Any]:
     """Run a step to its end or its limit; what there is to say of it."""
-    environment = {"PYTHONUNBUFFERED": "1", **attempt.environment}
+    environment = {"PYTHONUNBUFFERED": "1", **step.environment, **attempt.environment}
     ended = run_bounded(step.command(attempt, folder), seconds, environment)
-    shown = " ".join(["python", *step.arguments, *attempt.arguments]).replace("{file}", step.file)
+    under = ("compute-sanitizer", "--tool", step.checker) if step.checker else ()
+    shown = " ".join([*under, "python", *step.arguments, *attempt.arguments])
+    shown = shown.replace("{file}", step.file)
     lines = ended.lines
     log = ended.output[-LOGGED_BYTES:]
     if ended.stopped:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Check
-from benchmarks.gpu_steps import BUILD, EXPLAIN, LOGGED_BYTES, STEPS, WITHOUT_PEER, Step
+from benchmarks.gpu_steps import BUILD, EXPLAIN, FOUND, LOGGED_BYTES, STEPS, WITHOUT_PEER, Step
 
 PRINTS = Step("prints", ("-c", "print('noise'); print('{\"a\": 1}'); print('more')"), 30)
 BLOCKING = (
@@ -50,6 +50,28 @@ def test_every_step_is_reported_whatever_became_of_the_others(tmp_path: Path) ->
     assert printed["result"] == {"a": 1}
     assert printed["last_lines"][-1] == "more"
     assert json.loads((tmp_path / "gpu-check.json").read_text()) == report
+
+
+def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without the tool; PyTorch's pool is off, which hides what lies behind a tensor."""
+    show = "import os; print(os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING'))"
+    step = next(step for step in STEPS if step.checker == "racecheck")
+    checked = dataclasses.replace(step, arguments=("-c", show))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    missing = Check(tmp_path, "abc", 60).run([checked, PRINTS])["steps"]
+    assert [found["status"] for found in missing] == [127, 0]
+    assert missing[0]["last_lines"] == ["compute-sanitizer: not found"]
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "$1 $2 $3 $4"; shift 4; "$@"; exit 86\n')
+    tool.chmod(0o755)
+    (found,) = Check(tmp_path, "abc", 60).run([checked])["steps"]
+    assert found["status"] == FOUND
+    assert found["last_lines"] == [f"--tool racecheck --error-exitcode {FOUND}", "1"]
+    assert found["command"].startswith("compute-sanitizer --tool racecheck python -c ")
 
 
 def test_what_there_is_no_time_for_is_named(
