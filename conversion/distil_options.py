@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from conversion.errors import ConversionError
+from conversion.schedule import cooldown, warmup_constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class DistilOptions:
     batch: int = 8  # sequences per step, over all processes
     learning_rate: float = 3e-6
     warmup_steps: int = 200  # at most a third of the steps
+    cooldown_steps: int = 0  # last ones, in which the learning rate falls to 0; the paper has none
     weight_decay: float = 0.01
     clip: float = 1.0  # of the gradient's norm
     validate_every: int = 50  # steps; the state is saved as often
@@ -38,13 +40,17 @@ class DistilOptions:
 
     def __post_init__(self) -> None:
         """Raises ConversionError, naming the field."""
-        least = {"sequence_tokens": 2, "warmup_steps": 0, "seed": 0}
+        least = {"sequence_tokens": 2, "warmup_steps": 0, "cooldown_steps": 0, "seed": 0}
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is int and value < least.get(field.name, 1):
                 raise ConversionError(
                     f"{field.name} must be at least {least.get(field.name, 1)}, got {value}"
                 )
+        if self.cooldown_steps > self.steps:
+            raise ConversionError(
+                f"cooldown_steps must be at most {self.steps}, all steps, got {self.cooldown_steps}"
+            )
         if not 0 <= self.facts_share <= 1:
             raise ConversionError(f"facts_share must be from 0 to 1, got {self.facts_share}")
         for name in ("learning_rate", "clip", "growth"):
@@ -62,3 +68,8 @@ class DistilOptions:
     def warmup(self) -> int:
         """Steps over which the learning rate rises."""
         return min(self.warmup_steps, self.steps // 3)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...; a training that ends early is not cooled down."""
+        falling = cooldown(step, self.steps, self.cooldown_steps)
+        return self.learning_rate * warmup_constant(step, self.warmup) * falling

@@ -22,7 +22,6 @@ from conversion.errors import ConversionError
 from conversion.micro_batches import Shape, micro_batches
 from conversion.parallel import Ranks
 from conversion.progress_bar import progress_bar
-from conversion.schedule import warmup_constant
 from conversion.stop_rule import Gap, StopRule, best
 from conversion.student import Student
 from conversion.student_attention import StudentAttention, StudentLayers
@@ -91,8 +90,7 @@ class Distillation:
             total += loss.detach()
         clip_grad_norm_(self._parameters.values(), options.clip)
         for group in self._optimizer.param_groups:
-            rising = warmup_constant(number, options.warmup)
-            group["lr"] = options.learning_rate * rising
+            group["lr"] = options.rate(number)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._student.round_weights()

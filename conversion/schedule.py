@@ -10,6 +10,11 @@ def warmup_constant(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup))
 
 
+def cooldown(step: int, steps: int, falling: int) -> float:
+    """Factor of step 0 .. steps - 1: 1, then a fall in a line to 0 after the last step."""
+    return min(1.0, (steps - step) / max(1, falling))
+
+
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     """Factor of step 0 .. steps - 1: a linear rise, then half a cosine down to 0 after the last.
 

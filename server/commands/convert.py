@@ -75,6 +75,9 @@ def convert(
     distil_learning_rate: Annotated[
         float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
     ] = 3e-6,
+    distil_cooldown_steps: Annotated[
+        int, typer.Option(help="Last steps, in which its learning rate falls to nothing.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of documents, needles and samples.")] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -102,6 +105,7 @@ def convert(
                 facts_share=distil_facts_share,
                 steps=distil_steps,
                 learning_rate=distil_learning_rate,
+                cooldown_steps=distil_cooldown_steps,
                 seed=seed,
                 device=device,
             )

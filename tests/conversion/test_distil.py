@@ -246,6 +246,13 @@ def test_options_that_cannot_be(field: str, value: float) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    options = DistilOptions(steps=8, warmup_steps=2, cooldown_steps=4, learning_rate=8.0)
+    assert [options.rate(step) for step in range(8)] == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
+    with pytest.raises(ConversionError, match="cooldown_steps must be at most 3"):
+        DistilOptions(steps=3, cooldown_steps=4)
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(600, 200), (150, 50), (2, 0)])
 def test_a_short_training_reaches_its_learning_rate(steps: int, warmup: int) -> None:
     assert DistilOptions(steps=steps).warmup == warmup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conversion.schedule import warmup_constant, warmup_cosine
+from conversion.schedule import cooldown, warmup_constant, warmup_cosine
 
 
 def test_a_cosine_rises_in_a_line_and_falls_to_nothing() -> None:
@@ -27,3 +27,8 @@ def test_a_constant_rate_stays() -> None:
     rates = [warmup_constant(step, 4) for step in range(6)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmup_constant(0, 0) == 1.0
+
+
+def test_a_cooldown_falls_to_nothing_after_the_last_step() -> None:
+    assert [cooldown(step, 8, 4) for step in range(8)] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert {cooldown(step, 8, 0) for step in range(8)} == {1.0}

@@ -23,8 +23,8 @@ FLAGS = {
         threads""",
     "health": "host live port timeout",
     "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
-        distil-data distil-facts-share distil-learning-rate distil-sequences distil-steps
-        distil-tokens document-tokens documents fit-learning-rate
+        distil-cooldown-steps distil-data distil-facts-share distil-learning-rate
+        distil-sequences distil-steps distil-tokens document-tokens documents fit-learning-rate
         fit-steps heads-granularity heads-mass heads-share index-dim index-scope max-kv-heads seed
         sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
