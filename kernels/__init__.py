@@ -1,4 +1,4 @@
-"""Index of the attention ops; `kernels.reference` holds the specification of each.
+"""Index of the attention ops; `kernels.reference` is the specification of each (`*_reference`).
 
     paged_kv   store_kv, store_index_keys, gather_pages
     prefill    prefill_dense, prefill_windowed
