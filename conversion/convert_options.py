@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.fit_options import FitOptions
 from conversion.head_roles import Granularity, HeadRule
-from engine.model.config import IndexScope
+from engine.model.config import IndexScope, SparseAttentionConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +71,17 @@ class ConvertOptions:
         if not self.needle_lengths:
             return needle_lengths(min(self.document_tokens, limit))
         return tuple(sorted({min(length, limit) for length in self.needle_lengths}))
+
+    def section(self, heads: Sequence[Sequence[int]]) -> SparseAttentionConfig:
+        """What config.json is to say of a model with these retrieval heads, given by layer; all
+        have the same top_p."""
+        return SparseAttentionConfig(
+            retrieval_heads=tuple(tuple(layer) for layer in heads),
+            window_tokens=self.window_tokens,
+            sink_tokens=self.sink_tokens,
+            index_dim=self.index_dim,
+            index_scope=self.index_scope,
+            block_tokens=self.block_tokens,
+            top_p=tuple(tuple(self.top_p for _ in layer) for layer in heads),
+            dense_below=self.dense_below,
+        )

@@ -1,8 +1,8 @@
 """The converted model that is taken apart: its weights, its conversion's state, its source.
 
-State is OUT.work of the conversion (`conversion.pipeline`); what is used of it is how the indexer
-was fitted (run.json) and the heads' scores (heads.json). Without it, the scores are those that
-config.json keeps, and texts for a fit are chosen here.
+State is OUT.work, see `conversion.work_folder`; what is used of it is how the indexer was fitted
+(run.json) and the heads' scores (heads.json). Without it, the scores are those that config.json
+keeps, and texts for a fit are chosen here.
 """
 
 from __future__ import annotations

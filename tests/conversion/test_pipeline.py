@@ -180,7 +180,7 @@ def test_without_steps_the_closed_form_is_kept(tmp_path: Path, options: ConvertO
     run.calibrate()
     run.fit()
     made, closed = (
-        load_file(run.work / name)
+        load_file(run.work.path / name)
         for name in ("indexer.safetensors", "fit/closed_form.safetensors")
     )
     for name, weight in made.items():
@@ -227,7 +227,7 @@ def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOpt
     run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "out", options, QUIET)
     run.open()
     run.calibrate()
-    path = run.work / "heads.json"
+    path = run.work.heads_file
     heads = json.loads(path.read_text())
     heads["retrieval_heads"] = [[], [2], [0, 5]]
     path.write_text(json.dumps(heads))

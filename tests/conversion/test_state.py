@@ -58,17 +58,17 @@ def test_a_fit_is_done_again_only_when_the_heads_have_changed(tmp_path: Path) ->
     run.open()
     run.calibrate()
     run.fit()
-    first = (run.work / "indexer.safetensors").read_bytes()
-    (run.work / "indexer.safetensors").write_bytes(b"untouched")
+    first = (run.work.path / "indexer.safetensors").read_bytes()
+    (run.work.path / "indexer.safetensors").write_bytes(b"untouched")
     run.fit()
-    assert (run.work / "indexer.safetensors").read_bytes() == b"untouched"
-    heads = read_json(run.work / "heads.json")
+    assert (run.work.path / "indexer.safetensors").read_bytes() == b"untouched"
+    heads = read_json(run.work.heads_file)
     count = sum(map(len, heads["retrieval_heads"]))
     moved = [[], [], list(range(count))]
     assert heads["retrieval_heads"] != moved
-    write_json(run.work / "heads.json", heads | {"retrieval_heads": moved})
+    write_json(run.work.heads_file, heads | {"retrieval_heads": moved})
     run.fit()
-    assert (run.work / "indexer.safetensors").read_bytes() != first
+    assert (run.work.path / "indexer.safetensors").read_bytes() != first
     run.export()
     stored = load_file(out / "indexer.safetensors")
     assert {name.split(".")[2] for name in stored} == {"2"}
