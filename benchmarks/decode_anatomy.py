@@ -32,7 +32,8 @@ from benchmarks.decode_layers import Stack
 from benchmarks.device_times import graph_microseconds
 from benchmarks.hardware import describe_hardware
 from benchmarks.kernel_cuts import build_variants
-from kernels._launch import DecodeArgs, KernelLibrary, SelectArgs
+from kernels._args import DecodeArgs, SelectArgs
+from kernels._launch import KernelLibrary
 
 SHARE = 0.03
 SHAPES = "1x32768,1x131072,8x32768"

@@ -16,8 +16,9 @@ from engine.kernel_trials import try_decode_kernels, try_layer_kernels
 from engine.model.config import ModelConfig
 from engine.model.kv_bytes import IndexDtype
 from engine.model.layer_kernels import LayerKernels
+from kernels._args import MAX_BLOCKS
 from kernels._build import KernelBuildError, default_cache, find_library
-from kernels._launch import MAX_BLOCKS, KernelError, KernelLibrary
+from kernels._launch import KernelError, KernelLibrary
 from kernels.device_prefill import DevicePrefill
 from kernels.trial import DeviceFaultError, TrialError
 

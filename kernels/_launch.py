@@ -1,4 +1,4 @@
-"""The compiled kernels as Python callables: structs as in `csrc/args.h`, errors as exceptions.
+"""The compiled kernels as Python callables: structs as in `_args`, errors as exceptions.
 
 A launcher takes one struct and a stream, starts a kernel there and returns at once. Nothing here
 looks at shapes: the doors in `cuda_decode` and `cuda_ops` do.
@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
-from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-TILE_HEADS = 16
-MAX_ITEMS = 1024  # rows x group tiles of one launch
-MAX_BLOCKS = 65535  # of one sequence
-MAX_WINDOW = 2**30
-GROUP_WORDS = 4 + 2 * TILE_HEADS  # int32 of a group
-ENTRY_WORDS = 2  # int32 of a list entry
+from kernels._args import (
+    DATA_TYPES,
+    ENTRY_WORDS,
+    GROUP_WORDS,
+    KEY_TYPES,
+    DecodeArgs,
+    DecodePlan,
+    SelectArgs,
+    SelectPlan,
+)
 
 StepKernel = Literal[
     "qkv_store",
@@ -31,125 +35,10 @@ StepKernel = Literal[
     "place_rows",
     "pick_tokens",
 ]
-DATA_TYPES = {torch.bfloat16: 0, torch.float32: 1}
-KEY_TYPES = DATA_TYPES | {torch.int8: 2}
 
 
 class KernelError(Exception):
     """A kernel could not be launched; the message is one line."""
-
-
-class Table(ctypes.Structure):
-    """Block table of a pool: [R, B], rows `row_stride` apart."""
-
-    _fields_ = [("pages", c_void_p), ("row_stride", c_int64), ("is_64_bit", c_int64)]
-
-    @classmethod
-    def of(cls, tables_RB: Tensor) -> Table:
-        is_64_bit = tables_RB.dtype == torch.int64
-        return cls(tables_RB.data_ptr(), tables_RB.stride(0), is_64_bit)
-
-
-class SelectArgs(ctypes.Structure):
-    """Arguments of `index_select`, `select` and `list`; what each means stands in `csrc/args.h`."""
-
-    _fields_ = [
-        ("queries", c_void_p),
-        ("query_row_stride", c_int64),
-        ("query_head_stride", c_int64),
-        ("index_cache", c_void_p),
-        ("index_scales", c_void_p),
-        ("index_row", c_void_p),
-        ("index_rows", c_int64),
-        ("index_dim", c_int64),
-        ("data_type", c_int64),
-        ("key_type", c_int64),
-        ("table", Table),
-        ("context_lens", c_void_p),
-        ("rows", c_int64),
-        ("heads", c_int64),
-        ("block_tokens", c_int64),
-        ("log_mass", c_void_p),
-        ("width", c_int64),
-        ("top_p", c_void_p),
-        ("top_p_row_stride", c_int64),
-        ("top_p_head_stride", c_int64),
-        ("own_top_p", c_void_p),
-        ("dense_below", c_int64),
-        ("words", c_void_p),
-        ("words_width", c_int64),
-        ("mask", c_void_p),
-        ("attended", c_void_p),
-        ("head_done", c_void_p),
-        ("groups", c_void_p),
-        ("group_of_head", c_void_p),
-        ("group_count", c_int64),
-        ("group_done", c_void_p),
-        ("lists", c_void_p),
-        ("list_counts", c_void_p),
-        ("window", c_int64),
-        ("sinks", c_int64),
-        ("ctas", c_int64),
-        ("shared_bytes", c_int64),
-        ("most_kept", c_int64),
-    ]
-
-
-class SelectPlan(ctypes.Structure):
-    """How a launch of `index_select` fills a device."""
-
-    _fields_ = [("ctas", c_int64), ("shared_bytes", c_int64)]
-
-
-class DecodeArgs(ctypes.Structure):
-    """Arguments of `sparse_decode`; what each means stands in `csrc/args.h`."""
-
-    _fields_ = [
-        ("queries", c_void_p),
-        ("query_row_stride", c_int64),
-        ("query_head_stride", c_int64),
-        ("out", c_void_p),
-        ("out_row_stride", c_int64),
-        ("out_head_stride", c_int64),
-        ("keys", c_void_p * 2),
-        ("values", c_void_p * 2),
-        ("kv_rows", c_int64 * 2),
-        ("tables", Table * 2),
-        ("context_lens", c_void_p),
-        ("rows", c_int64),
-        ("groups", c_void_p),
-        ("group_count", c_int64),
-        ("tile_heads", c_int64),
-        ("block_tokens", c_int64),
-        ("head_dim", c_int64),
-        ("data_type", c_int64),
-        ("scale", c_double),
-        ("window", c_int64),
-        ("sinks", c_int64),
-        ("lists", c_void_p),
-        ("list_counts", c_void_p),
-        ("list_width", c_int64),
-        ("dense_below", c_int64),
-        ("partial", c_void_p),
-        ("partial_stats", c_void_p),
-        ("item_done", c_void_p),
-        ("ctas", c_int64),
-        ("warps", c_int64),
-        ("shared_bytes", c_int64),
-        ("overlap", c_int64),
-        ("held_back", c_int64),
-    ]
-
-
-class DecodePlan(ctypes.Structure):
-    """How a decode launch fills a device."""
-
-    _fields_ = [
-        ("ctas", c_int64),
-        ("warps", c_int64),
-        ("shared_bytes", c_int64),
-        ("overlap", c_int64),
-    ]
 
 
 class KernelLibrary:
@@ -294,8 +183,3 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def stream_of(device: torch.device) -> int:
     """Handle of the current stream; 0 on the CPU, where tests run an emulation of the kernels."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a tensor's first element, or null."""
-    return None if tensor is None else tensor.data_ptr()

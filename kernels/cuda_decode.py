@@ -17,17 +17,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kernels._launch import (
+from kernels._args import (
     DATA_TYPES,
     KEY_TYPES,
     MAX_ITEMS,
     MAX_WINDOW,
     DecodeArgs,
-    KernelLibrary,
     SelectArgs,
     Table,
     pointer,
 )
+from kernels._launch import KernelLibrary
 from kernels.decode_inputs import (
     PagedPool,
     Selection,

@@ -14,8 +14,9 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from kernels._args import DATA_TYPES
 from kernels._checks import check_layout, check_shapes
-from kernels._launch import DATA_TYPES, KernelLibrary
+from kernels._launch import KernelLibrary
 
 MAX_EXPERTS = 256
 MAX_CHOSEN = 32

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels._args import SelectArgs
 from kernels._checks import check_shapes
-from kernels._launch import KernelLibrary, SelectArgs
+from kernels._launch import KernelLibrary
 from kernels.cuda_decode import attend, attend_listed, index_args
 from kernels.decode_inputs import (
     PagedPool,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._launch import KernelLibrary, Table, pointer
+from kernels._args import Table, pointer
+from kernels._launch import KernelLibrary
 from kernels.span_inputs import EVERYTHING, SpanInputs
 
 TILE = 128  # queries

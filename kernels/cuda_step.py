@@ -8,8 +8,9 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from kernels._args import DATA_TYPES, pointer
 from kernels._checks import check_layout, check_shapes
-from kernels._launch import DATA_TYPES, KernelLibrary, pointer
+from kernels._launch import KernelLibrary
 from kernels.step_ops import INPUT_ROWS, PlacedRows
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels._args import DATA_TYPES, MAX_BLOCKS
 from kernels._checks import check_shapes
-from kernels._launch import DATA_TYPES, MAX_BLOCKS
 from kernels.head_tiles import HeadTiles
 
 

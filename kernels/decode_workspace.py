@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import ENTRY_WORDS, MAX_BLOCKS, TILE_HEADS, DecodePlan, KernelLibrary
+from kernels._args import ENTRY_WORDS, MAX_BLOCKS, TILE_HEADS, DecodePlan
+from kernels._launch import KernelLibrary
 from kernels.head_tiles import HeadTiles
 
 

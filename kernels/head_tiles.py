@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._launch import GROUP_WORDS, TILE_HEADS
+from kernels._args import GROUP_WORDS, TILE_HEADS
 
 Pool = Literal["full", "window"]
 

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 
 from kernels import indexer, reference
-from kernels._launch import DecodePlan, KernelError, KernelLibrary
+from kernels._args import DecodePlan
+from kernels._launch import KernelError, KernelLibrary
 from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool, Selection
 from kernels.paged_kv import store_kv
