@@ -19,7 +19,8 @@ On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_l
 
 Prefill on a GPU begins at device_prefill (span_inputs: what its kernels take). On chips other than
 Hopper it is a Triton kernel (prefill_triton, span_attention); prefill_libraries does dense prefill
-by cuDNN, FlashAttention-2 or FlashInfer. Sparse prefill: device_sparse_prefill, tile_kernels.
+by cuDNN, FlashAttention-2 or FlashInfer. Sparse prefill begins at device_sparse_prefill; its Triton
+kernels are tile_scores, block_choice and list_attention.
 
 Nothing is imported here: Hugging Face has a distribution of the same name, and `transformers`
 probes it by version. `__version__` tells it that this one is not for use.

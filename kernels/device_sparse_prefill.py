@@ -16,11 +16,13 @@ from torch import Tensor
 from kernels import cuda_prefill
 from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary
+from kernels.block_choice import choose_blocks
 from kernels.cuda_prefill import BlockLists
+from kernels.list_attention import list_attention
 from kernels.prefill_tiles import MAX_MASSES, SAMPLED, TILE_QUERIES, PrefillTiles
 from kernels.prefill_triton import TileConfig, is_supported, pages_of
 from kernels.span_inputs import EVERYTHING, SpanInputs
-from kernels.tile_kernels import choose_blocks, list_attention, tile_masses, tile_shares
+from kernels.tile_scores import tile_masses, tile_shares
 
 RUN_BLOCKS = 64  # scored by one program
 SHARED_BLOCKS = 256  # whose shares one program finds
