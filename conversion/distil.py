@@ -32,7 +32,7 @@ from conversion.progress_bar import progress_bar
 from conversion.state import model_digest, read_json, write_json
 from conversion.stop_rule import best
 from conversion.student import Student
-from conversion.student_attention import StudentLayers
+from conversion.student_layers import StudentLayers
 from conversion.teacher_logits import TeacherCache
 from conversion.text_source import TextSource
 from conversion.training_state import Progress as TrainingProgress

@@ -24,7 +24,8 @@ from conversion.parallel import Ranks
 from conversion.progress_bar import progress_bar
 from conversion.stop_rule import Gap, StopRule, best
 from conversion.student import Student
-from conversion.student_attention import StudentAttention, StudentLayers
+from conversion.student_attention import StudentAttention
+from conversion.student_layers import StudentLayers
 from conversion.teacher_logits import TeacherCache, top_kl
 from conversion.trained_weights import write_trained
 from conversion.training_state import Progress as TrainingProgress

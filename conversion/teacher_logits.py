@@ -34,7 +34,8 @@ from conversion.micro_batches import Shape, micro_batches
 from conversion.parallel import Ranks
 from conversion.state import read_json, write_json
 from conversion.student import Student
-from conversion.student_attention import StudentAttention, StudentLayers
+from conversion.student_attention import StudentAttention
+from conversion.student_layers import StudentLayers
 from engine.errors import CheckpointError
 from engine.model.safetensors_header import read_header
 

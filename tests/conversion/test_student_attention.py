@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from conversion.sequence import CachedSequence
-from conversion.student_attention import StudentAttention, StudentLayers
+from conversion.student_attention import StudentAttention
+from conversion.student_layers import StudentLayers
 from engine.model.decoder import Decoder, Indexer
 from engine.model.dense_attention import DenseAttention
 from engine.model.weights import load_decoder
