@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -29,13 +27,10 @@ from benchmarks.chaos_requests import (
     draw_requests,
     with_stop,
 )
+from benchmarks.chaos_rest import Rest, check_at_rest, check_nothing_is_left
 from benchmarks.completion_client import Answer, ClientLeft, CompletionClient, LostError, Manners
 from benchmarks.hardware import describe_hardware
-from benchmarks.process_watch import Footprint, footprint, read_metrics
 from benchmarks.server_process import ServerProcess, serving
-
-SETTLE_SECONDS = 60.0  # in which a server without work must come to rest
-MORE_MIB = 24.0  # by which the front end's memory may be larger at the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +67,7 @@ def run_chaos(bench: ChaosBench, console: Console) -> dict[str, Any]:
     run = _Run(bench, console)
     with serving(bench.model, *bench.flags, program=bench.program, settings=settings) as server:
         asyncio.run(run.main(server))
-    run.check_nothing_is_left(server)
+    check_nothing_is_left(server, run.nemesis, run.verdict)
     result = run.result()
     console.print(_table(result))
     for line in (*run.verdict.lost, *run.verdict.wrong, *run.verdict.unclean):
@@ -83,26 +78,24 @@ def run_chaos(bench: ChaosBench, console: Console) -> dict[str, Any]:
 class _Run:
     def __init__(self, bench: ChaosBench, console: Console) -> None:
         self.verdict = Verdict()
+        self.nemesis: Nemesis
         self._bench = bench
         self._console = console
         self._answers: list[tuple[ChaosRequest, Answer]] = []
         self._unstable = 0
-        self._nemesis: Nemesis
-        self._before: Footprint
-        self._after: Footprint
-        self._metrics: dict[str, float] = {}
+        self._before: Rest
+        self._after: Rest
 
     async def main(self, server: ServerProcess) -> None:
         bench = self._bench
         await self._answer_undisturbed(server)
-        await self._settle(server)
-        self._before = footprint(server.pid)
+        self._before = await Rest.of(server)
         self._console.print(f"{len(self._answers)} requests; faults for {bench.seconds:g} s …")
-        self._nemesis = Nemesis(
+        self.nemesis = Nemesis(
             server.url, server.pid, bench.seed, bench.least_pause, bench.mean_pause
         )
         client = CompletionClient(server.url, bench.timeout)
-        striking = asyncio.create_task(self._nemesis.run(bench.seconds))
+        striking = asyncio.create_task(self.nemesis.run(bench.seconds))
         try:
             await asyncio.gather(
                 *(self._ask(client, number, striking) for number in range(bench.clients))
@@ -111,10 +104,8 @@ class _Run:
         finally:
             striking.cancel()
             await client.close()
-        await self._settle(server)
-        self._after = footprint(server.pid)
-        self._metrics = read_metrics(server.url)
-        self._check_at_rest()
+        self._after = await Rest.of(server)
+        check_at_rest(self._before, self._after, self.verdict)
 
     async def _answer_undisturbed(self, server: ServerProcess) -> None:
         """Each request alone, then all at once as streams. One that differs between the two hangs
@@ -162,45 +153,8 @@ class _Run:
             else:
                 self.verdict.judge(request.name, want, got, self._bench.tolerance)
 
-    async def _settle(self, server: ServerProcess) -> None:
-        """Wait until the server says that it has nothing to do."""
-        end = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < end:
-            values = await asyncio.to_thread(read_metrics, server.url)
-            if not any(values[name] for name in HELD) and values["rtpurbo_engine_up"]:
-                break
-            await asyncio.sleep(0.3)
-        await asyncio.sleep(1.0)  # connections that were closed are gone on both sides
-
-    def _check_at_rest(self) -> None:
-        expect, before, after = self.verdict.expect, self._before, self._after
-        for name in HELD:
-            expect(f"{name} is {self._metrics[name]:g} at rest", self._metrics[name] == 0)
-        expect(
-            f"descriptors: {before.descriptors} before, {after.descriptors} after",
-            after.descriptors <= before.descriptors,
-        )
-        expect(
-            f"threads: {before.threads} before, {after.threads} after",
-            after.threads <= before.threads,
-        )
-        expect(
-            f"memory: {before.rss_mib:.0f} MiB before, {after.rss_mib:.0f} after",
-            after.rss_mib <= before.rss_mib + MORE_MIB,
-        )
-
-    def check_nothing_is_left(self, server: ServerProcess) -> None:
-        """After the end of the server."""
-        expect, nemesis = self.verdict.expect, self._nemesis
-        code = server.process.returncode
-        expect(f"the server ended with code {code}", code == 0)
-        orphans = sorted(pid for pid in nemesis.engines if psutil.pid_exists(pid))
-        expect(f"engine processes {orphans} still live", not orphans)
-        folders = sorted(str(path) for path in nemesis.folders if path.exists())
-        expect(f"folders {folders} are left", not folders)
-
     def result(self) -> dict[str, Any]:
-        nemesis, verdict = self._nemesis, self.verdict
+        nemesis, verdict, before, after = self.nemesis, self.verdict, self._before, self._after
         outages = sorted(nemesis.outages)
         return {
             "benchmark": "chaos",
@@ -213,8 +167,8 @@ class _Run:
             "different_requests": len(self._answers),
             "left_out_as_unstable": self._unstable,
             "strikes": dict(nemesis.strikes),
-            "restarts": int(self._metrics["rtpurbo_engine_restarts_total"]),
-            "resumed": int(self._metrics["rtpurbo_requests_resumed_total"]),
+            "restarts": int(after.metrics["rtpurbo_engine_restarts_total"]),
+            "resumed": int(after.metrics["rtpurbo_requests_resumed_total"]),
             "finished": verdict.counts["finished"],
             "left": verdict.counts["left"],
             "refusals": verdict.counts["refusals"],
@@ -223,17 +177,10 @@ class _Run:
             "unclean": len(verdict.unclean),
             "outage_seconds_median": _quantile(outages, 0.5),
             "outage_seconds_longest": _quantile(outages, 1.0),
-            "rss_mib": [round(self._before.rss_mib, 1), round(self._after.rss_mib, 1)],
-            "descriptors": [self._before.descriptors, self._after.descriptors],
+            "rss_mib": [round(rest.footprint.rss_mib, 1) for rest in (before, after)],
+            "descriptors": [rest.footprint.descriptors for rest in (before, after)],
             "passed": verdict.passed,
         }
-
-
-HELD = (
-    "rtpurbo_requests_running",
-    "rtpurbo_requests_waiting",
-    "rtpurbo_kv_cache_usage_ratio",
-)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
