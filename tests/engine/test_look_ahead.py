@@ -1,7 +1,7 @@
 """Steps that are started before the one before is read: when they are, and what must not change.
 
-That everything else holds with them too is asserted where it is tested (`test_core`,
-`test_decode_step`, `tests/simulation`).
+That everything else holds with them too is asserted where it is tested (`test_core` and the files
+beside it, `test_decode_step`, `tests/simulation`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from engine.messages import Abort, Shutdown
 from engine.request import Request
 from engine.step import PendingStep, Sample, StepResult
 from engine.step_note import StepNote
+from tests.engine.core_bench import Bench
 from tests.engine.fake_runner import FakeRunner, toy_generate
-from tests.engine.test_core import Bench
 
 
 class AheadBench(Bench):

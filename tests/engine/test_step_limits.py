@@ -8,8 +8,8 @@ import pytest
 
 from engine.batch import Batch, Span
 from engine.step_limits import StepLimits
+from tests.engine.core_bench import Bench, random_prompts
 from tests.engine.fake_runner import NO_MEMORY, toy_generate
-from tests.engine.test_core import Bench, random_prompts
 
 BLOCK = 4
 
