@@ -28,7 +28,8 @@ from benchmarks.attention_layer import (
 )
 from benchmarks.device_times import graph_microseconds
 from kernels._launch import KernelLibrary
-from kernels.cuda_decode import attend, attend_listed, list_blocks
+from kernels.cuda_decode import attend, attend_listed
+from kernels.cuda_select import list_blocks
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles

@@ -1,6 +1,7 @@
 """Decode attention of a whole layer on the GPU: two launches, no host synchronisation.
 
     index_select    scores of the index keys, top-p choice of blocks, list of blocks per KV head
+                    (`cuda_select`)
     sparse_decode   attention of retrieval and local heads, each block read once per KV head
 
 Both are capturable in a CUDA graph: grids are fixed, and what depends on context lengths and on the
@@ -17,17 +18,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kernels._args import (
-    DATA_TYPES,
-    KEY_TYPES,
-    MAX_ITEMS,
-    MAX_WINDOW,
-    DecodeArgs,
-    SelectArgs,
-    Table,
-    pointer,
-)
-from kernels._launch import KernelLibrary
+from kernels._args import DATA_TYPES, MAX_ITEMS, MAX_WINDOW, DecodeArgs, Table
+from kernels.cuda_select import list_blocks
 from kernels.decode_inputs import (
     PagedPool,
     Selection,
@@ -111,45 +103,6 @@ def attend(
         )
 
 
-def list_blocks(
-    workspace: DecodeWorkspace,
-    tiles: HeadTiles,
-    full: PagedPool,
-    context_lens_R: Tensor,
-    rule: WindowRule,
-    selection: Selection,
-    attended_RS: Tensor | None,
-) -> None:
-    """`index_select` alone, arguments as `attend`: leaves lists of blocks in the workspace."""
-    qi, width = selection.qi_RSI, full.tables_RB.shape[1]
-    args = index_args(
-        workspace.library,
-        qi,
-        selection.index_row_S,
-        selection.index_cache,
-        full.tables_RB,
-        context_lens_R,
-        selection.index_scales,
-    )
-    args.log_mass = workspace.log_mass.data_ptr()
-    args.top_p = selection.top_p_S.data_ptr()
-    args.top_p_row_stride, args.top_p_head_stride = 0, selection.top_p_S.stride(0)
-    args.own_top_p = pointer(selection.own_top_p_R)
-    args.dense_below = selection.dense_below
-    args.words = workspace.words.data_ptr()
-    args.words_width = -(-width // 32)
-    args.attended = pointer(attended_RS)
-    args.head_done = workspace.head_done.data_ptr()
-    args.groups = tiles.groups.data_ptr()
-    args.group_of_head = tiles.tile_of_selected_S.data_ptr()
-    args.group_count = tiles.count
-    args.group_done = workspace.group_done.data_ptr()
-    args.lists = workspace.lists.data_ptr()
-    args.list_counts = workspace.list_counts.data_ptr()
-    args.window, args.sinks = min(rule.window, MAX_WINDOW), min(rule.sinks, MAX_WINDOW)
-    workspace.library.launch_select("index_select", args, qi)
-
-
 def attend_listed(
     workspace: DecodeWorkspace,
     tiles: HeadTiles,
@@ -210,39 +163,6 @@ def attend_listed(
         args.list_width = full.tables_RB.shape[1]
         args.dense_below = listed_from
     workspace.library.launch_decode(args, q_RHD)
-
-
-def index_args(
-    library: KernelLibrary,
-    qi_RSI: Tensor,
-    index_row_S: Tensor,
-    index_cache: Tensor,
-    tables_RB: Tensor,
-    context_lens_R: Tensor,
-    index_scales: Tensor | None,
-) -> SelectArgs:
-    """The arguments of scoring; `log_mass` is left to the caller."""
-    plan = library.select_plan(qi_RSI.device, index_cache.dtype, qi_RSI.shape[2])
-    return SelectArgs(
-        queries=qi_RSI.data_ptr(),
-        query_row_stride=qi_RSI.stride(0),
-        query_head_stride=qi_RSI.stride(1),
-        index_cache=index_cache.data_ptr(),
-        index_scales=pointer(index_scales),
-        index_row=index_row_S.data_ptr(),
-        index_rows=index_cache.shape[1],
-        index_dim=index_cache.shape[3],
-        data_type=DATA_TYPES[qi_RSI.dtype],
-        key_type=KEY_TYPES[index_cache.dtype],
-        table=Table.of(tables_RB),
-        context_lens=context_lens_R.data_ptr(),
-        rows=qi_RSI.shape[0],
-        heads=qi_RSI.shape[1],
-        block_tokens=index_cache.shape[2],
-        width=tables_RB.shape[1],
-        ctas=plan.ctas,
-        shared_bytes=plan.shared_bytes,
-    )
 
 
 def _rows_of_pool(pool: PagedPool | None, part: slice) -> PagedPool | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from kernels._args import SelectArgs
 from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary
-from kernels.cuda_decode import attend, attend_listed, index_args
+from kernels.cuda_decode import attend, attend_listed
+from kernels.cuda_select import index_args
 from kernels.decode_inputs import (
     PagedPool,
     WindowRule,
