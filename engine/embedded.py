@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-EMBEDDED_MODEL_NAME = "code-8m-sparse"
+EMBEDDED_MODEL_NAME = "code-11m-sparse"
 
 
 def embedded_model_path() -> Path:

@@ -96,7 +96,7 @@ def test_b77_short_requests_are_answered_while_long_prompts_are_computed(
             long = [asyncio.create_task(ask(f"# {i}\n{text}")) for i in range(2)]
             while (  # noqa: ASYNC110 - the gauge of another process has no event
                 (await client.get("/metrics"))
-                .text.split('rtpurbo_requests_running{model_name="code-8m-sparse"} ')[1]
+                .text.split('rtpurbo_requests_running{model_name="code-11m-sparse"} ')[1]
                 .startswith("0")
             ):
                 await asyncio.sleep(0.05)

@@ -40,10 +40,14 @@ def hidden_states(
     return sequence.prefill(ids.tolist())
 
 
+def assert_same(found_TE: torch.Tensor, wanted_TE: torch.Tensor) -> None:
+    """But for the order of sums: each token's state to 2^-16 of its length."""
+    off_T = (found_TE - wanted_TE).norm(dim=-1) / wanted_TE.norm(dim=-1)
+    assert float(off_T.max()) < 2**-16
+
+
 def test_with_the_whole_mass_it_is_dense(decoder: Decoder) -> None:
-    torch.testing.assert_close(
-        hidden_states(decoder, 1.0, "sparse"), hidden_states(decoder, 1.0, "dense")
-    )
+    assert_same(hidden_states(decoder, 1.0, "sparse"), hidden_states(decoder, 1.0, "dense"))
 
 
 def test_it_changes_the_middle_of_a_prompt_and_nothing_below_the_threshold(
@@ -51,8 +55,8 @@ def test_it_changes_the_middle_of_a_prompt_and_nothing_below_the_threshold(
 ) -> None:
     dense = hidden_states(decoder, 0.1, "dense")
     sparse = hidden_states(decoder, 0.1, "sparse")
-    torch.testing.assert_close(sparse[:128], dense[:128])  # own blocks and the one before
+    assert_same(sparse[:128], dense[:128])  # own blocks and the one before
     middle = slice(512, PROMPT - DENSE_TAIL)
     assert not torch.allclose(sparse[middle], dense[middle], atol=1e-3)
     below = hidden_states(decoder, 0.1, "sparse", dense_below=PROMPT + 1)
-    torch.testing.assert_close(below, dense)
+    assert_same(below, dense)
