@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server import metrics_page
 from tests.server.live_server import LiveServer, live_server
 
 
@@ -42,3 +43,9 @@ def server(shared_server: LiveServer) -> Iterator[LiveServer]:
     good = shared_server.post(prompt="after", max_tokens=2, temperature=0)
     assert good.status_code == 200, good.text
     assert not engine.live
+
+
+@pytest.fixture
+def fresh_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scrape renders, so that a test never starts from the page of the one before it."""
+    monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client import generate_latest
-from prometheus_client.openmetrics.parser import (
-    text_string_to_metric_families as openmetrics_families,
-)
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from server import metrics_page
 from server.metrics import FINISH_REASONS, REJECTIONS
 from tests.server.live_server import LiveServer, live_server
+from tests.server.metrics_series import scrape, value
 
 HISTOGRAMS = """request_queue_seconds request_prefill_seconds request_decode_seconds
 time_to_first_token_seconds inter_token_latency_seconds request_duration_seconds
@@ -38,25 +32,7 @@ decode_attended_tokens decode_context_tokens kv_bytes_read kv_bytes_read_dense i
 http_requests request_unknown_fields""".split()
 
 
-@pytest.fixture(autouse=True)
-def fresh_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scrape renders, so that a test never starts from the page of the one before it."""
-    monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 0.0)
-
-
-def scrape(server: LiveServer) -> dict[str, object]:
-    page = httpx.get(server.url + "/metrics", timeout=20)
-    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
-    return {family.name: family for family in text_string_to_metric_families(page.text)}
-
-
-def value(server: LiveServer, name: str, **labels: str) -> float:
-    families = scrape(server)
-    for family in families.values():
-        for sample in family.samples:  # type: ignore[attr-defined]  # the parser is untyped
-            if sample.name == name and labels.items() <= sample.labels.items():
-                return float(sample.value)
-    return 0.0
+pytestmark = pytest.mark.usefixtures("fresh_pages")
 
 
 def test_every_documented_series_is_there(server: LiveServer) -> None:
@@ -95,48 +71,6 @@ def test_every_error_code_has_a_series() -> None:
     """A new code of an answer belongs into REJECTIONS, else it is counted as `other`."""
     files = Path(metrics_page.__file__).parent.rglob("*.py")
     assert {code for file in files for code in codes_in(file.read_text())} <= set(REJECTIONS)
-
-
-def test_openmetrics_carries_the_ids_of_requests(server: LiveServer) -> None:
-    """The classic format has no place for them."""
-    answer = server.post(prompt="abc", max_tokens=5, ignore_eos=True)
-    accept = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5"
-
-    def exemplars() -> set[str]:
-        page = httpx.get(server.url + "/metrics", headers={"accept": accept})
-        assert page.headers["content-type"].startswith("application/openmetrics-text")
-        families = list(openmetrics_families(page.text))  # type: ignore[no-untyped-call]
-        assert len({family.name for family in families}) == len(families)
-        return {
-            family.name
-            for family in families
-            for sample in family.samples
-            if sample.exemplar
-            and sample.exemplar.labels == {"request_id": answer.headers["x-request-id"]}
-        }
-
-    names = """time_to_first_token_seconds inter_token_latency_seconds request_queue_seconds
-    request_prefill_seconds request_decode_seconds request_duration_seconds attended_fraction
-    http_request_duration_seconds""".split()
-    server.until(lambda: exemplars() >= {f"rtpurbo_{name}" for name in names})
-    assert " # {" not in httpx.get(server.url + "/metrics").text
-
-
-@pytest.mark.parametrize(
-    ("accept", "kind"),
-    [
-        ("", "text/plain"),
-        ("*/*", "text/plain"),
-        ("application/openmetrics-text;q=0, text/plain", "text/plain"),
-        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
-    ],
-    ids=["none", "any", "refused", "wanted"],
-)
-def test_the_format_is_the_one_that_was_asked_for(
-    server: LiveServer, accept: str, kind: str
-) -> None:
-    page = httpx.get(server.url + "/metrics", headers={"accept": accept})
-    assert page.headers["content-type"].startswith(kind)
 
 
 def test_what_is_refused_below_the_application_is_counted_too(server: LiveServer) -> None:
@@ -282,37 +216,3 @@ def test_v40_no_label_comes_from_a_client(server: LiveServer) -> None:
         scan(i)
     server.until(lambda: counted(16))
     assert series() == before
-
-
-def test_f19_scrapes_close_together_share_one_page(
-    server: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 3600.0)
-    pages = {httpx.get(server.url + "/metrics").text for _ in range(5)}
-    assert len(pages) == 1
-
-
-def test_f19_a_storm_of_scrapes_is_one_rendering_and_holds_up_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While a page takes its time, others are answered, and scrapers share what comes of it."""
-    begun, go_on, renderings = threading.Event(), threading.Event(), []
-
-    def slow(registry: Collector, **options: Any) -> bytes:
-        renderings.append(registry)
-        begun.set()
-        assert go_on.wait(30)
-        return generate_latest(registry, **options)
-
-    monkeypatch.setattr(metrics_page, "generate_latest", slow)
-    monkeypatch.setattr(metrics_page, "CACHE_SECONDS", 3600.0)
-    with live_server(tmp_path) as server, ThreadPoolExecutor(20) as pool:
-        url = server.url + "/metrics"
-        scrapes = [pool.submit(httpx.get, url, timeout=60) for _ in range(20)]
-        assert begun.wait(30)
-        assert server.post(prompt="a", max_tokens=5).status_code == 200
-        assert httpx.get(server.url + "/health/live").status_code == 200
-        assert not any(scrape.done() for scrape in scrapes)
-        go_on.set()
-        assert len({scrape.result().text for scrape in scrapes}) == 1
-    assert len(renderings) == 1
