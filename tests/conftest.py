@@ -41,7 +41,7 @@ LONG_FILES = [
         "observability/test_with_prometheus.py",
         "observability/test_pictures.py",
         "conversion/test_pipeline.py",
-        "kernels/test_build.py",
+        "kernels/test_nvcc.py",
         "engine/test_generate_equivalence.py",
         "server/test_bad_inputs.py",
         "server/test_drain.py",
