@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.batch import NEWEST_TOKEN, Batch, Span
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.decode_buffers import DecodeBuffers
+from engine.batch import Batch, Span
 from engine.decode_step import DecodeStep, Eager, Step, padded_sizes
-from engine.loading import load_engine_parts
 from engine.look_ahead import next_rows
-from engine.messages import Add, Attended, TokenLogprobs
-from engine.model.batch_tensors import BlockTables
+from engine.messages import Attended
 from engine.model.decoder import DecoderLayer
-from engine.request import Request, SamplingParams
-from engine.step import EngineParts
+from engine.request import SamplingParams
 from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
-from tests.engine.fake_channel import FakeChannel
+from tests.engine.decode_case import (
+    GREEDY,
+    MIXED,
+    MODEL,
+    POISONED,
+    PROMPTS,
+    generate,
+    greedy,
+    load,
+    same,
+)
 from tests.engine.launch_count import LaunchCount
 from tests.engine.look_ahead_case import compare
-from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 from tests.kernels.emulation.library import compiler
-
-MODEL = TinyModel(head_dim=64, block=16, index_dim=8, top_p=0.4)
-POISONED = 59  # token id whose embedding a test makes NaN
-CPU = torch.device("cpu")
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 
@@ -73,71 +71,6 @@ def backend(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> Counting
     monkeypatch.setattr("engine.loading.choose_kernels", lambda *_: library)
     monkeypatch.setattr("engine.worker.Eager", lambda: found)
     return found
-
-
-def load(folder: Path, **settings: Any) -> EngineParts:
-    options = {"max_num_seqs": 5, "max_model_len": 160, "kv_cache_bytes": CACHE_BYTES} | settings
-    return load_engine_parts(EngineConfig(model=str(folder), device="cpu", threads=1, **options))
-
-
-Answer = tuple[list[int], str | None, Attended]
-
-
-def generate(
-    parts: EngineParts,
-    requests: list[tuple[list[int], SamplingParams]],
-    on_logprobs: Callable[[int, list[TokenLogprobs]], None] = lambda _, __: None,
-    *,
-    look_ahead: bool | None = None,
-) -> list[Answer]:
-    """Tokens, finish reason and token budget of each request, all computed together."""
-    channel = FakeChannel()
-    core = EngineCore(parts.scheduler, parts.runner, channel, look_ahead=look_ahead)
-    for request_id, (prompt, params) in enumerate(requests):
-        ids = array("i", prompt).tobytes()
-        channel.inbox.append(Add(request_id=request_id, params=params, prompt=ids, arrival=0.0))
-    answers: dict[int, Answer] = {i: ([], None, Attended()) for i in range(len(requests))}
-    while any(reason is None for _, reason, _ in answers.values()):
-        core.turn()
-        for report in channel.reports:
-            for update in report.updates:
-                on_logprobs(update.request_id, update.logprobs or [])
-                tokens, reason, attended = answers[update.request_id]
-                answers[update.request_id] = (
-                    tokens + update.tokens,
-                    update.finish_reason or reason,
-                    update.attended or attended,
-                )
-        channel.reports.clear()
-    core.turn()  # a step may be under way for requests that have ended
-    assert parts.scheduler.queues.num_running == 0
-    parts.scheduler.check_integrity()
-    return [answers[i] for i in range(len(requests))]
-
-
-def greedy(count: int, **params: Any) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, **params)
-
-
-PROMPTS = [[7 + i * k % 50 for i in range(n)] for k, n in ((3, 40), (7, 3), (11, 90), (13, 17))]
-GREEDY = [(prompt, greedy(12 + 9 * i)) for i, prompt in enumerate(PROMPTS)]
-MIXED = [
-    (PROMPTS[0], greedy(30)),
-    (PROMPTS[1], greedy(25, logit_bias={9: 4.0}, repetition_penalty=1.3, logprobs=3)),
-    (
-        PROMPTS[2],
-        SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=40, ignore_eos=True),
-    ),
-    (PROMPTS[3], greedy(33, attention_top_p=0.05, presence_penalty=0.5, min_tokens=4)),
-]
-
-
-def same(got: list[Answer], want: list[Answer]) -> None:
-    for (tokens, reason, attended), (tokens_2, reason_2, attended_2) in zip(got, want, strict=True):
-        assert tokens == tokens_2
-        assert reason == reason_2
-        assert (attended.pairs, attended.tokens) == (attended_2.pairs, attended_2.tokens)
-        assert attended.fraction == pytest.approx(attended_2.fraction)
 
 
 def test_a_request_with_the_id_of_an_ended_one_reads_its_own_pages(folder: Path) -> None:
@@ -303,76 +236,6 @@ def test_models_without_a_selection_have_no_budget(
 )
 def test_padded_sizes(most: int, sizes: list[int]) -> None:
     assert padded_sizes(most) == sizes
-
-
-def buffers_of(rows: int) -> tuple[DecodeBuffers, BlockTables, BlockTables]:
-    full, window = (BlockTables(rows, 8, CPU) for _ in range(2))
-    return DecodeBuffers(rows, full, window, 16), full, window
-
-
-def test_buffers_hold_the_batch_and_padding() -> None:
-    buffers, full, _ = buffers_of(4)
-    spans = [
-        Span(1, 2, 35, [50], "decode", [4, 6, 5], [0, 3, 8], True),
-        Span(2, 0, 16, [51], "decode", [9, 7], [2, 1], False),
-    ]
-    params = {1: SamplingParams(attention_top_p=0.25), 2: SamplingParams()}
-    buffers.fill(Batch(spans), {i: Request(i, [0], p) for i, p in params.items()})
-    metadata = buffers.metadata(4)
-    assert metadata.token_ids_T.tolist() == [50, 51, 0, 0]
-    assert metadata.positions_T.tolist() == [35, 16, 0, 0]
-    assert metadata.decode_lens_R.tolist() == [36, 17, 0, 0]
-    assert metadata.full_slots_T.tolist() == [5 * 16 + 3, 7 * 16, 0, 0]
-    assert metadata.window_slots_T.tolist() == [8 * 16 + 3, 16, 0, 0]
-    assert metadata.decode_full_RB[:2, :3].tolist() == [[4, 6, 5], [9, 7, 0]]
-    assert not metadata.decode_full_RB[2:].any()
-    assert metadata.top_p_R[0] == 0.25
-    assert metadata.top_p_R[1:].isnan().all()
-    assert buffers._inputs[6].tolist() == [1, 0, 0, 0]
-    assert full.rows([2, 0], 3).tolist() == [[4, 6, 5], [9, 7, 0]]
-
-
-def test_a_row_goes_on_from_what_the_step_before_chose_in_its_slot() -> None:
-    """Whichever rows the two steps have it in; another token may have been drawn meanwhile."""
-    buffers, _, _ = buffers_of(4)
-    requests = {i: Request(i, [0], SamplingParams()) for i in (1, 2, 3)}
-
-    def fill(*rows: tuple[int, int, int]) -> None:
-        spans = [
-            Span(i, slot, 16, [token], "decode", [1, 2], [1, 2], True) for i, slot, token in rows
-        ]
-        buffers.fill(Batch(spans), requests)
-
-    fill((1, 2, 50), (2, 0, 51), (3, 3, 52))
-    logits = torch.zeros(4, 60)
-    logits[range(4), [7, 8, 9, 10]] = 1.0
-    buffers.pick_tokens(logits, torch.zeros(4, 8), None)
-    buffers.keep(torch.tensor([20]), torch.tensor([2]))
-    fill((3, 3, NEWEST_TOKEN), (1, 2, NEWEST_TOKEN), (2, 0, 53))
-    assert buffers.metadata(4).token_ids_T.tolist() == [20, 7, 53, 0]
-
-
-def test_a_copy_that_is_under_way_is_not_written_over() -> None:
-    """The inputs of two steps in a row leave from different memory."""
-    buffers, _, _ = buffers_of(1)
-    request = {1: Request(1, [0], SamplingParams())}
-    sources = []
-    for token in (50, 51, 52):
-        buffers.fill(Batch([Span(1, 0, 16, [token], "decode", [1, 2], [], True)]), request)
-        sources.append(buffers._host)
-        assert [source[0].item() for source in sources[-2:]] == [token - 1, token][-len(sources) :]
-
-
-def test_only_the_newest_page_is_left_to_the_device() -> None:
-    """A sequence that enters, or that missed pages, is sent whole; else one page a row suffices."""
-    buffers, full, _ = buffers_of(1)
-    request = {1: Request(1, [0], SamplingParams())}
-    pages = [3, 4, 5, 6]
-    for position, known in ((31, 2), (32, 3), (63, 4)):
-        span = Span(1, 0, position, [9], "decode", pages[:known], [], True)
-        buffers.fill(Batch([span]), request)
-        buffers.metadata(1)
-        assert full.rows([0], known).tolist() == [pages[:known]]
 
 
 def test_batches_that_need_more_than_a_token_a_row_are_left_alone() -> None:

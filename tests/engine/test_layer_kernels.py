@@ -17,9 +17,9 @@ from engine.model.layer_kernels import LayerKernels
 from engine.step import EngineParts
 from engine.worker import ModelRunner
 from kernels._launch import KernelLibrary
+from tests.engine.decode_case import generate, greedy
 from tests.engine.launch_count import LaunchCount
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
-from tests.engine.test_decode_step import generate, greedy
 from tests.kernels.emulation.library import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,26 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.counter_rng import mix64, uniform
-from engine.request import Request, SamplingParams
+from engine.counter_rng import uniform
+from engine.request import SamplingParams
 from engine.sampler import Sampler
 from engine.step import Sample
-
-VOCAB = 37
-EOS = 2
-
-
-def make_request(
-    request_id: int = 1,
-    *,
-    prompt: Sequence[int] = (5, 6),
-    output: Sequence[int] = (),
-    temperature: float = 1.0,
-    **params: Any,
-) -> Request:
-    sampling = SamplingParams(temperature=temperature, **params)
-    return Request(request_id, list(prompt), sampling, output=list(output))
-
+from tests.engine.sampler_case import EOS, VOCAB, make_request, random_logits, sample_one
 
 EXTREMES: dict[str, dict[str, Any]] = {
     "coldest": {"temperature": 5e-324},
@@ -67,15 +51,6 @@ def test_B01_legal_extremes_give_a_token_and_touch_no_neighbour(name: str, scale
     assert [first, last] == alone
 
 
-def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def sample_one(logits_V: torch.Tensor, request: Request) -> Sample:
-    (sample,) = Sampler([EOS]).sample(logits_V[None].clone(), [request])
-    return sample
-
-
 def allowed_tokens(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
     """Token -> probability by the textbook: temperature, then top-k, top-p, min-p in turn."""
     scaled = [x / params.temperature for x in logits_V.tolist()]
@@ -101,25 +76,6 @@ def draw_by_formula(probabilities: dict[int, float], draw: float) -> int:
         if draw < mass:
             return token
     return list(probabilities)[-1]
-
-
-def test_mix64_is_the_published_splitmix64() -> None:
-    """The first outputs of SplitMix64 with seed 1234567, from the authors' reference code."""
-    golden = 0x9E3779B97F4A7C15
-    outputs = [mix64(1234567 + golden * i) for i in (1, 2, 3)]
-    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-def test_draws_are_uniform_and_streams_do_not_resemble_each_other() -> None:
-    for seed in (0, 1, -1, 2**63 - 1):
-        draws = torch.tensor([uniform(seed, i) for i in range(4000)], dtype=torch.float64)
-        counts = torch.histc(draws, 20, 0, 1)
-        chi_square = ((counts - 200) ** 2 / 200).sum().item()
-        assert chi_square < 43.8  # 99.9 % quantile for 19 degrees of freedom
-        following = torch.tensor([uniform(seed + 1, i) for i in range(4000)], dtype=torch.float64)
-        assert abs(torch.corrcoef(torch.stack([draws, following]))[0, 1].item()) < 0.06
-        shifted = torch.corrcoef(torch.stack([draws[1:], following[:-1]]))[0, 1].item()
-        assert abs(shifted) < 0.06
 
 
 def test_greedy_is_argmax_and_takes_the_lowest_id_on_ties() -> None:
@@ -197,74 +153,6 @@ def test_b31_a_row_does_not_depend_on_its_neighbours() -> None:
     order = [4, 2, 6, 0, 5, 1, 3]
     shuffled = Sampler([EOS]).sample(logits[order].clone(), [requests[i] for i in order])
     assert shuffled == [alone[i] for i in order]
-
-
-def test_penalties_follow_their_published_formulas() -> None:
-    logits = random_logits(1, seed=8)[0]
-    request = make_request(
-        prompt=[1, 1, 9],
-        output=[4, 4, 9],
-        temperature=0.0,
-        repetition_penalty=1.3,
-        presence_penalty=0.7,
-        frequency_penalty=0.4,
-        logit_bias={20: 2.5},
-    )
-    expected = logits.tolist()
-    expected[20] += 2.5
-    for token in (1, 4, 9):
-        expected[token] = expected[token] * 1.3 if expected[token] < 0 else expected[token] / 1.3
-    for token, count in ((4, 2), (9, 1)):
-        expected[token] -= 0.7 + 0.4 * count
-    adjusted = logits[None].clone()
-    Sampler([EOS]).sample(adjusted, [request])  # changes the logits in place, as documented
-    torch.testing.assert_close(adjusted[0], torch.tensor(expected))
-
-
-@pytest.mark.parametrize(
-    ("generated", "ignore_eos", "expected"),
-    [(2, False, 30), (3, False, EOS), (2, True, EOS)],
-    ids=["masked", "enough tokens", "eos ignored"],
-)
-def test_min_tokens_masks_stop_ids_until_reached(
-    generated: int, ignore_eos: bool, expected: int
-) -> None:
-    logits = torch.zeros(VOCAB)
-    logits[[EOS, 11, 30]] = torch.tensor([9.0, 8.0, 7.0])
-    request = make_request(
-        output=[1] * generated,
-        temperature=0.0,
-        min_tokens=3,
-        ignore_eos=ignore_eos,
-        stop_token_ids=(11,),
-    )
-    assert sample_one(logits, request).token == expected
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 2.0])
-@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5}], ids=["plain", "restricted"])
-def test_b29_a_bias_or_mask_on_every_token_still_yields_a_token(
-    temperature: float, limits: dict[str, Any]
-) -> None:
-    logits = random_logits(1)[0]
-    everything = tuple(range(VOCAB))
-    biased = make_request(
-        temperature=temperature, logit_bias=dict.fromkeys(everything, -100.0), **limits
-    )
-    masked = make_request(
-        temperature=temperature, min_tokens=5, stop_token_ids=everything, logprobs=1, **limits
-    )
-    plain = make_request(temperature=temperature, **limits)
-    assert sample_one(logits, biased).token == sample_one(logits, plain).token
-    sample = sample_one(logits, masked)
-    assert sample.token in everything
-    assert sample.logprobs is not None
-    assert math.isfinite(sample.logprobs.logprob)
-
-
-def test_only_eos_left_is_sampled() -> None:
-    bias = dict.fromkeys((i for i in range(VOCAB) if i != EOS), -1e4)
-    assert sample_one(random_logits(1)[0], make_request(logit_bias=bias)).token == EOS
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

@@ -1,32 +1,25 @@
-"""The runner on its own: failures of one row, settings that cannot be, the token budget."""
+"""The runner on its own: failures of one row or one step, settings that cannot be."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.batch import Batch, Span
-from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.batch import Batch
 from engine.decode_buffers import DecodeBuffers
 from engine.errors import ConfigError
-from engine.loading import load_engine_parts
-from engine.messages import Add
-from engine.request import Request, SamplingParams
+from engine.request import Request
 from engine.step import EngineParts
-from engine.token_budget import queue_budget
-from engine.transfer import Readback
 from engine.worker import ModelRunner
-from tests.engine.fake_channel import FakeChannel
-from tests.engine.tiny_checkpoint import CACHE_BYTES, TinyModel, write_checkpoint
+from tests.engine.runner_session import Session, load
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
 POISONED = 5  # token id whose embedding the tests make NaN
 
@@ -34,59 +27,6 @@ POISONED = 5  # token id whose embedding the tests make NaN
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), TinyModel())
-
-
-def load(folder: Path, **settings: object) -> EngineParts:
-    options: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64}
-    options |= {"kv_cache_bytes": CACHE_BYTES} | settings
-    return load_engine_parts(EngineConfig(model=str(folder), device="cpu", threads=1, **options))
-
-
-class Session:
-    """An engine loop without a wire, for prompts one after another or together."""
-
-    def __init__(self, parts: EngineParts) -> None:
-        self.channel = FakeChannel()
-        self.parts = parts
-        self.core = EngineCore(parts.scheduler, parts.runner, self.channel)
-        self.next_id = 0
-        self.memory_retries = 0
-
-    def generate(
-        self,
-        *prompts: list[int],
-        max_tokens: int = 5,
-        beside: Sequence[dict[str, Any]] = (),
-    ) -> list[tuple[list[int], str | None]]:
-        """Tokens and finish reason of each prompt, all computed together.
-
-        Those with the parameters `beside` have a prompt of three tokens.
-        """
-        common = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
-        params = [common] * len(prompts) + [{"max_tokens": 5, **own} for own in beside]
-        prompts = (*prompts, *([4, 5, 6] for _ in beside))
-        ids = range(self.next_id, self.next_id + len(prompts))
-        self.next_id = ids.stop
-        for request_id, prompt, own in zip(ids, prompts, params, strict=True):
-            self.channel.inbox.append(
-                Add(
-                    request_id=request_id,
-                    params=SamplingParams(**own),
-                    prompt=array("i", prompt).tobytes(),
-                    arrival=0.0,
-                )
-            )
-        answers: dict[int, tuple[list[int], str | None]] = {i: ([], None) for i in ids}
-        while any(reason is None for _, reason in answers.values()):
-            self.core.turn()
-            for report in self.channel.reports:
-                self.memory_retries = report.stats.memory_retries
-                for update in report.updates:
-                    tokens, _ = answers[update.request_id]
-                    answers[update.request_id] = (tokens + update.tokens, update.finish_reason)
-            self.channel.reports.clear()
-        self.parts.scheduler.check_integrity()
-        return [answers[i] for i in ids]
 
 
 def poison(parts: EngineParts) -> None:
@@ -270,37 +210,3 @@ def test_a_cache_that_holds_no_request_is_refused_with_numbers(folder: Path) -> 
 def test_dtype_follows_the_setting(folder: Path) -> None:
     assert load(folder).runner.info.dtype == "float32"
     assert load(folder, dtype="bfloat16").runner.info.dtype == "bfloat16"
-
-
-def span(request_id: int, start: int, count: int, rule: str, sample: bool) -> Span:
-    tokens = [0] * count
-    return Span(request_id, 0, start, tokens, rule, [], [], sample)  # type: ignore[arg-type]  # Literal
-
-
-def test_the_budget_counts_rows_that_sample_and_selected() -> None:
-    batch = Batch(
-        [
-            span(1, 19, 1, "decode", True),  # row 0, context 20
-            span(2, 30, 3, "decode", True),  # rows 1 to 3: only the last is new, context 33
-            span(3, 40, 2, "decode", False),  # rows 4 and 5: replay goes on
-            span(4, 9, 1, "decode", True),  # row 6: below dense_below, selected nothing
-            span(5, 0, 8, "prefill", True),
-        ]
-    )
-    attended = {
-        0: torch.tensor([[10], [1], [1], [11], [1], [1], [0]]),
-        2: torch.tensor([[5, 20], [1, 1], [1, 1], [22, 33], [1, 1], [1, 1], [0, 0]]),
-    }
-    readback = Readback()
-    pending = queue_budget(batch, attended, readback)
-    assert pending is not None
-    by_request, by_layer = pending.read(readback.fetch())
-    assert [(i, a.pairs, a.tokens) for i, a in by_request.items()] == [(1, 3, 35), (2, 3, 66)]
-    assert by_request[1].fraction == pytest.approx(0.5 + 0.25 + 1.0)
-    assert by_request[2].fraction == pytest.approx(1 / 3 + 2 / 3 + 1.0)
-    assert by_layer[0] == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert by_layer[2] == pytest.approx((0.25 + 1 + 2 / 3 + 1) / 4)
-
-
-def test_the_budget_of_a_step_without_selection_is_empty() -> None:
-    assert queue_budget(Batch([span(1, 0, 4, "prefill", True)]), {}, Readback()) is None

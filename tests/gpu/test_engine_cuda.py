@@ -20,9 +20,9 @@ from engine.request import SamplingParams
 from engine.step import EngineParts
 from engine.tokenizer import Tokenizer
 from engine.worker import ModelRunner
+from tests.engine.decode_case import MIXED, POISONED, Answer, generate, greedy, same
+from tests.engine.decode_case import MODEL as TINY
 from tests.engine.model.tiny_models import FAMILIES
-from tests.engine.test_decode_step import MIXED, POISONED, Answer, generate, greedy, same
-from tests.engine.test_decode_step import MODEL as TINY
 from tests.engine.test_layer_kernels import answers
 from tests.engine.test_layer_kernels import write as write_family
 from tests.engine.tiny_checkpoint import write_checkpoint

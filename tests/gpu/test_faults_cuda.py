@@ -16,9 +16,9 @@ from engine.config import EngineConfig
 from engine.errors import StepMemoryError
 from engine.worker import ModelRunner
 from tests.engine.broken_device import generate_through_a_fault
+from tests.engine.decode_case import MODEL as TINY
+from tests.engine.decode_case import POISONED, generate, greedy
 from tests.engine.process_bench import run
-from tests.engine.test_decode_step import MODEL as TINY
-from tests.engine.test_decode_step import POISONED, generate, greedy
 from tests.engine.tiny_checkpoint import write_checkpoint
 from tests.gpu.test_engine_cuda import load, prompts, tokens_of
 

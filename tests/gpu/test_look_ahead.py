@@ -13,9 +13,9 @@ import torch
 
 from engine.step import EngineParts
 from engine.worker import ModelRunner
+from tests.engine.decode_case import MODEL as TINY
+from tests.engine.decode_case import POISONED, generate, greedy, same
 from tests.engine.look_ahead_case import compare
-from tests.engine.test_decode_step import MODEL as TINY
-from tests.engine.test_decode_step import POISONED, generate, greedy, same
 from tests.engine.tiny_checkpoint import write_checkpoint
 from tests.gpu.test_engine_cuda import load, prompts
 
