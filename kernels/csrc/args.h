@@ -1,4 +1,4 @@
-// Arguments of the launchers: plain structs of 8-byte fields, mirrored in kernels/_launch.py.
+// Arguments of the launchers: plain structs of 8-byte fields, mirrored in kernels/_args.py.
 //
 // Shapes as in kernels/reference.py: R decode rows, H query heads of the call, D head_dim,
 // I index_dim, P pages, K tokens of a page (block), B block-table width in logical blocks.
