@@ -12,13 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.distil_options import DistilOptions
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
-from conversion.parallel import Ranks
 from conversion.sequence import CachedSequence
 from conversion.stop_rule import Gap
-from conversion.student import Student
 from conversion.teacher_logits import TeacherCache
 from conversion.training_state import TrainingState
 from engine.model.weights import load_decoder
@@ -66,7 +63,6 @@ def test_the_gap_before_training_is_what_serving_shows(
         kl += float((p * (p / q).log()).sum())
         agreeing += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
         rows += response
-
     assert whole["before"]["kl"] == pytest.approx(kl / rows, rel=1e-4)
     assert whole["before"]["agreement"] == pytest.approx(agreeing / rows)
     assert kl / rows > 0.1
@@ -226,61 +222,6 @@ def test_rows_of_the_user(tiny: TinyDistillation) -> None:
     files = (tiny.folder / "rows" / "teacher").glob("*.safetensors")
     lengths = {(len(f["ids"]), len(f["top_ids"])) for f in map(load_file, files)}
     assert lengths == {(40 + i % 3 + 5 + i % 2, 5 + i % 2) for i in range(6)}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("steps", 0),
-        ("batch", -1),
-        ("facts_share", 1.5),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("weight_decay", -0.1),
-        ("response_tokens", 16384),
-    ],
-)
-def test_options_that_cannot_be(field: str, value: float) -> None:
-    with pytest.raises(ConversionError, match=field) as caught:
-        DistilOptions(**{field: value})  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-
-
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    options = DistilOptions(steps=8, warmup_steps=2, cooldown_steps=4, learning_rate=8.0)
-    assert [options.rate(step) for step in range(8)] == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
-    with pytest.raises(ConversionError, match="cooldown_steps must be at most 3"):
-        DistilOptions(steps=3, cooldown_steps=4)
-
-
-@pytest.mark.parametrize(("steps", "warmup"), [(600, 200), (150, 50), (2, 0)])
-def test_a_short_training_reaches_its_learning_rate(steps: int, warmup: int) -> None:
-    assert DistilOptions(steps=steps).warmup == warmup
-
-
-def test_steps_are_taken_on_float32_weights(tiny: TinyDistillation) -> None:
-    """A model in bfloat16 still adds up changes that it cannot hold, and starts from the truth."""
-    student = Student(tiny.checkpoint, Ranks(), torch.bfloat16, recompute=False)
-    exact = student.parameters["layers.0.attention.o_proj.weight"]
-    rounded = student.model.decoder.get_parameter("layers.0.attention.o_proj.weight")
-    before, rounded_before = exact.detach().clone(), rounded.detach().clone()
-    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
-    for _ in range(3):  # gradients of several batches add up, in float32
-        for parameter in student.model.parameters():
-            parameter.grad = torch.full_like(parameter, 1 / 3)
-        student.collect_gradients()
-    assert rounded.grad is None
-    torch.testing.assert_close(exact.grad, torch.ones_like(exact), rtol=1e-2, atol=0)
-
-    with torch.no_grad():
-        exact.sub_(exact.abs() * 1e-4)
-        student.round_weights()
-        assert (rounded == rounded_before).float().mean() > 0.9
-        exact.sub_(exact.abs() * 0.05)
-        student.round_weights()
-        assert (rounded == rounded_before).float().mean() < 0.1
-    assert torch.equal(rounded, exact.to(torch.bfloat16))
-    assert not torch.equal(exact, before)
 
 
 def test_a_state_of_other_processes_is_refused(

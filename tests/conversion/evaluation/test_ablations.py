@@ -310,16 +310,6 @@ def test_a_part_of_an_indexer_has_the_rows_of_its_heads(scope: str, tmp_path: Pa
     assert torch.equal(first.k_proj_HID, whole.k_proj_HID[rows])
 
 
-def edited(folder: Path, tmp_path: Path, **section: Any) -> Path:
-    """A copy of a converted folder with another sparse section, without state."""
-    copy = tmp_path / "edited"
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    config["rtpurbo"] |= section
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
-
-
 def test_what_cannot_be_ablated_is_refused(
     converted: Path, dense_folder: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,9 @@ import pytest
 from conversion.code_facts import FactDocument, Question
 from conversion.errors import ConversionError
 from conversion.evaluation.http_endpoint import HttpEndpoint
+from conversion.evaluation.run import evaluate
 from conversion.evaluation.samples import PromptSample, Sample
+from tests.conversion.evaluation.small_evaluation import QUIET, options
 from tests.engine.byte_tokenizer import byte_tokenizer
 
 URL = "http://server.test:8000"
@@ -164,3 +167,35 @@ def test_what_goes_wrong_is_said_in_one_line(handler: Reply, message: str) -> No
 def test_a_server_without_models_is_refused() -> None:
     with pytest.raises(ConversionError, match="v1/models: no model is listed"):
         endpoint(lambda request: httpx.Response(200, json={"data": []})).scores([PROMPT])
+
+
+def test_servers_are_compared_on_the_same_samples(dense_folder: Path, data: Path) -> None:
+    asked: dict[str, set[str]] = {"good": set(), "bad": set()}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        asked[request.url.host].add(body["prompt"])
+        name = re.search(r"assert (\w+) == $", body["prompt"])
+        assert name is not None
+        value = re.search(rf"^{name[1]} = (\d+)$", body["prompt"], re.MULTILINE)
+        assert value is not None
+        text = value[1] if request.url.host == "good" else "12"
+        return httpx.Response(200, json={"choices": [{"text": text}]})
+
+    found = evaluate(
+        dense_folder,
+        options(
+            data,
+            tasks=("code_constant",),
+            urls=("bad=http://bad", "good=http://good/v1"),
+            url_model="m",
+            api_key="secret",
+        ),
+        QUIET,
+        httpx.MockTransport(handler),
+    )
+    assert found.variants == ("bad", "good")
+    assert [cell.differences["good"].value for cell in found.cells] == [1.0, 1.0]
+    assert asked["good"] == asked["bad"]
+    assert len(asked["good"]) == 2 + 4
+    assert "secret" not in json.dumps(found.as_dict())

@@ -8,23 +8,23 @@ import re
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from rich.console import Console
 
 from conversion.errors import ConversionError
-from conversion.evaluation.options import GROUPS, TASKS, EvalOptions
 from conversion.evaluation.plots import plot_report
-from conversion.evaluation.report import Cell, EvalReport, averages, task_average
-from conversion.evaluation.ruler.tasks import RULER_TASKS
+from conversion.evaluation.report import EvalReport, task_average
 from conversion.evaluation.run import evaluate
 from conversion.evaluation.tables import print_report, result_console
+from tests.conversion.evaluation.small_evaluation import (
+    POSITIONS,
+    QUIET,
+    TASKS_OF_EVERY_KIND,
+    options,
+)
 from tests.engine.model.tiny_models import make_checkpoint
 
-QUIET = Console(file=io.StringIO())
-POSITIONS = 2048
 SECTION = {
     "retrieval_heads": [[0, 3], [], [5]],
     "window_tokens": 64,
@@ -36,15 +36,6 @@ SECTION = {
     "dense_below": 0,
 }
 EVERYTHING = {**SECTION, "window_tokens": 4096, "top_p": 1.0}
-TASKS_OF_EVERY_KIND = ("code_constant", "code_passkey", "passkey", "trace_counters", "text")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    lines = (f"value_{i} = compute({i}, {i * i})\n" for i in range(2000))
-    (folder / "source.py").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +43,6 @@ def sparse_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sparse"
     make_checkpoint("qwen3", folder, section=SECTION, max_position_embeddings=POSITIONS)
     return folder
-
-
-@pytest.fixture(scope="module")
-def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    make_checkpoint("llama", folder, max_position_embeddings=POSITIONS)
-    return folder
-
-
-def options(text: Path, **values: Any) -> EvalOptions:
-    small: dict[str, Any] = {
-        "tasks": TASKS_OF_EVERY_KIND,
-        "lengths": (1200,),
-        "samples": 2,
-        "facts": (1, 2),
-        "depths": (0.0, 1.0),
-        "text_samples": 2,
-        "decoded": 50,
-        "data": text,
-    }
-    return EvalOptions(**{**small, **values})
 
 
 @pytest.fixture(scope="module")
@@ -239,140 +209,10 @@ def test_the_same_options_give_the_same_report(sparse_folder: Path, data: Path) 
     assert first == second
 
 
-def test_servers_are_compared_on_the_same_samples(dense_folder: Path, data: Path) -> None:
-    asked: dict[str, set[str]] = {"good": set(), "bad": set()}
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
-        asked[request.url.host].add(body["prompt"])
-        name = re.search(r"assert (\w+) == $", body["prompt"])
-        assert name is not None
-        value = re.search(rf"^{name[1]} = (\d+)$", body["prompt"], re.MULTILINE)
-        assert value is not None
-        text = value[1] if request.url.host == "good" else "12"
-        return httpx.Response(200, json={"choices": [{"text": text}]})
-
-    found = evaluate(
-        dense_folder,
-        options(
-            data,
-            tasks=("code_constant",),
-            urls=("bad=http://bad", "good=http://good/v1"),
-            url_model="m",
-            api_key="secret",
-        ),
-        QUIET,
-        httpx.MockTransport(handler),
-    )
-    assert found.variants == ("bad", "good")
-    assert [cell.differences["good"].value for cell in found.cells] == [1.0, 1.0]
-    assert asked["good"] == asked["bad"]
-    assert len(asked["good"]) == 2 + 4
-    assert "secret" not in json.dumps(found.as_dict())
-
-
 def test_what_has_no_room_is_left_out_and_said(sparse_folder: Path, data: Path) -> None:
     found = evaluate(sparse_folder, options(data, tasks=("code_constant",), facts=(1, 40)), QUIET)
     assert [cell.setting for cell in found.cells] == [{"facts": "1"}]
     assert "code_constant at 1200: no room for 40 facts, left out" in found.notes
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"tasks": ("niah",)}, "unknown task 'niah'; known: ruler, code"),
-        ({"tasks": ()}, "tasks: none is given"),
-        ({"lengths": ()}, "lengths must be positive"),
-        ({"lengths": (700, 0)}, "lengths must be positive"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"facts": (0,)}, "facts must be positive"),
-        ({"depths": (1.5,)}, "depths must be from 0 to 1"),
-        ({"decoded": 1200}, "decoded must be less than every length"),
-        ({"attention": ("dense", "dense")}, "the same one is named twice"),
-        ({"urls": ("http://a",)}, "trace_counters needs the model in process"),
-        ({"urls": ("http://a",), "attention": ("dense",)}, "belong to a model in process"),
-        (
-            {"urls": ("x=http://a", "x=http://b"), "tasks": ("kv",)},
-            "the same name twice; give NAME=URL",
-        ),
-        ({"tasks": ("code_frequent",), "facts": (25,)}, "at most 24 for code_frequent"),
-    ],
-)
-def test_impossible_options_are_refused(data: Path, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConversionError, match=message):
-        options(data, **values)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"lengths": (POSITIONS + 1,)}, f"length 2049 is beyond the model's {POSITIONS} tokens"),
-        ({"attention": ("sparse",)}, "has no sparse attention to measure"),
-        ({"data": Path("/nowhere")}, "no such file or folder"),
-        ({"tasks": ("niah_single_2",), "haystack": Path("/nowhere")}, "no such file or folder"),
-        ({"tasks": ("code_list",), "lengths": (60,), "decoded": 9}, "60 is too short for 1 facts"),
-        ({"tasks": ("text",), "text_samples": 500}, "too little text"),
-        ({"device": "cuda:7"}, "device cuda:7 is not there"),
-    ],
-)
-def test_what_does_not_suit_the_model_is_refused(
-    dense_folder: Path, data: Path, values: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConversionError, match=message):
-        evaluate(dense_folder, options(data, **values), QUIET)
-
-
-def test_a_teacher_with_other_words_is_refused(
-    dense_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    make_checkpoint("llama", tmp_path, vocab_size=330)
-    with pytest.raises(ConversionError, match="its vocabulary has 330 tokens"):
-        evaluate(dense_folder, options(data, teacher=tmp_path), QUIET)
-
-
-def test_groups_hold_tasks_once_and_are_resolved() -> None:
-    for members in GROUPS.values():
-        assert set(members) <= set(TASKS)
-    selected = EvalOptions(tasks=("kv", "code", "code_list", "kv")).selected()
-    assert selected == ("kv", *GROUPS["code"])
-
-
-def cell(task: str, right: int, setting: dict[str, str] | None = None) -> Cell:
-    """Ten documents of one question, `right` of which are answered; all of them by "dense"."""
-    scores = {"dense": [(1.0,)] * 10, "sparse": [(float(n < right),) for n in range(10)]}
-    return Cell.of(task, 4096, setting or {}, scores)
-
-
-def test_a_task_counts_once_however_many_settings_it_has() -> None:
-    cells = [
-        cell("code_list", 2, {"facts": "1"}),
-        cell("code_list", 4, {"facts": "4"}),
-        cell("code_chain", 9),
-    ]
-    assert task_average("code_list", 4096, cells).scores["sparse"].value == pytest.approx(0.3)
-    code, retrieval = averages(cells)
-    assert (code.name, code.tasks) == ("code", ("code_list", "code_chain"))
-    assert code.scores["sparse"].value == pytest.approx(0.6)
-    assert code.differences["sparse"].value == pytest.approx(-0.4)
-    assert code.differences["sparse"].high < 0
-    assert (retrieval.name, retrieval.scores) == ("retrieval", code.scores)
-
-
-def test_retrieval_is_what_stands_in_the_text() -> None:
-    tasks = ("cwe", "niah_single_1", "vt", "kv", "passkey", "code_frequent", "trace_counters")
-    found = {line.name: line.tasks for line in averages([cell(task, 5) for task in tasks])}
-    assert found["retrieval"] == ("niah_single_1", "vt", "kv", "passkey")
-    assert found["ruler"] == ("cwe", "niah_single_1", "vt")
-
-
-def test_rulers_columns_weigh_its_variants_together() -> None:
-    """Three single and three multi-key tasks are one column each, as in the paper's tables."""
-    cells = [cell(task, 10 if task.startswith("niah_single") else 3) for task in RULER_TASKS]
-    found = {line.name: line for line in averages(cells)}
-    assert found["ruler"].scores["sparse"].value == pytest.approx((3 + 8 * 0.3) / 11)
-    columns = found["ruler, columns of the paper"]
-    assert columns.tasks == ("S", "mK", "mV", "mQ", "VT", "CWE", "FWE")
-    assert columns.scores["sparse"].value == pytest.approx((1 + 6 * 0.3) / 7)
 
 
 def test_the_json_has_every_task_over_its_settings(report: EvalReport) -> None:
