@@ -1,4 +1,4 @@
-"""What evaluations are made of; tests of ablations have their own, which are smaller."""
+"""What evaluations are made of; those of ablations/ have their own, which is smaller."""
 
 from __future__ import annotations
 

@@ -1,38 +1,32 @@
-"""Ablations of tiny random models: what is measured, what is left out, and a run that is killed."""
+"""Ablations of a tiny random model: what is measured, what is left out, what is refused."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from conversion.convert_options import ConvertOptions
 from conversion.errors import ConversionError
-from conversion.evaluation.ablation_model import AblationModel
-from conversion.evaluation.ablation_plan import TOP_P_POINTS, AblationPlan, indexers_of
+from conversion.evaluation.ablation_plan import TOP_P_POINTS
 from conversion.evaluation.ablation_table import print_ablations
-from conversion.evaluation.ablations import AblationRun, ablate
-from conversion.evaluation.in_process import InProcess
-from conversion.evaluation.options import EvalOptions
+from conversion.evaluation.ablations import ablate
 from conversion.evaluation.run import evaluate
-from conversion.fit_options import FitOptions
-from conversion.pipeline import convert
 from engine.model.config import SparseAttentionConfig
 from engine.model.config_reader import read_config
-from engine.model.decoder import Indexer
-from engine.model.weights import load_decoder
+from tests.conversion.evaluation.ablations.small_ablation import (
+    LENGTH,
+    POSITIONS,
+    QUIET,
+    options,
+    report,
+)
 from tests.engine.model.tiny_models import make_checkpoint
 
-QUIET = Console(file=io.StringIO())
-LENGTH, POSITIONS = 800, 900
 CURVES = [
     "window 32",
     "window 128",
@@ -45,67 +39,12 @@ CURVES = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for number in range(3):
-        lines = (f"value_{i} = compute({i}, {i * number})\n" for i in range(700))
-        (folder / f"{number}.py").write_text("".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    make_checkpoint("qwen3", folder, max_position_embeddings=POSITIONS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def converted(dense_folder: Path, data: Path) -> Path:
-    """A converted folder with its state beside it."""
-    folder = dense_folder.with_name("sparse")
-    options = ConvertOptions(
-        data=data,
-        heads_share=0.22,
-        window_tokens=64,
-        index_dim=8,
-        block_tokens=16,
-        top_p=0.6,
-        documents=1,
-        document_tokens=300,
-        fit=FitOptions(
-            steps=2, queries=16, moment_documents=1, trial_documents=1, quality_documents=1
-        ),
-    )
-    convert(dense_folder, folder, options, QUIET)
-    return folder
-
-
-def options(data: Path, **values: Any) -> EvalOptions:
-    small: dict[str, Any] = {
-        "tasks": ("code_constant", "trace_counters"),
-        "lengths": (LENGTH,),
-        "samples": 1,
-        "facts": (2,),
-        "text_samples": 1,
-        "decoded": 40,
-        "data": data,
-    }
-    return EvalOptions(**{**small, **values})
-
-
-@pytest.fixture(scope="module")
 def found(converted: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("out") / "ablations.json"
     wanted = options(data, tasks=("code_constant", "trace_counters", "text"), samples=2)
     content = ablate(converted, out, wanted, None, QUIET)
     assert content == json.loads(out.read_text())
     return content
-
-
-def report(content: dict[str, Any], name: str) -> dict[str, Any]:
-    own: dict[str, Any] = content["variants"][name]["report"]
-    return own
 
 
 def attended(content: dict[str, Any], name: str) -> float:
@@ -210,104 +149,6 @@ def test_the_table_has_a_line_for_each_variant_and_says_what_it_is(found: dict[s
         assert f"│ {name} " in text
         assert f"{name}: {own['description']}"[:150] in text
     assert "without stage 2: left out, " in text
-
-
-class KilledError(Exception):
-    """The process ends here."""
-
-
-def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
-    copy: dict[str, Any] = json.loads(json.dumps(content))
-    for own in copy["variants"].values():
-        own["report"].pop("seconds")
-    return copy
-
-
-def test_a_killed_run_goes_on_where_it_was_and_dense_is_asked_once(
-    converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = options(data, tasks=("code_constant",), lengths=(400,))
-    asked: list[str] = []
-    scores = InProcess.scores
-
-    def counted(self: InProcess, samples: Sequence[Any], *rest: Any) -> Any:
-        asked.append(self.name)
-        return scores(self, samples, *rest)
-
-    monkeypatch.setattr(InProcess, "scores", counted)
-    whole = ablate(converted, tmp_path / "whole.json", small, None, QUIET)
-    assert asked.count("dense") == 1
-    assert asked.count("sparse") == len(whole["variants"])
-
-    asked.clear()
-    keep, kept = AblationRun._keep, 0
-
-    def dying(self: AblationRun, *arguments: Any) -> None:
-        nonlocal kept
-        if kept == 3:
-            raise KilledError
-        kept += 1
-        keep(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AblationRun, "_keep", dying)
-        with pytest.raises(KilledError):
-            ablate(converted, tmp_path / "parts.json", small, None, QUIET)
-    parts = ablate(converted, tmp_path / "parts.json", small, None, QUIET)
-    assert without_seconds(parts) == without_seconds(whole)
-    assert asked.count("dense") == 1
-    assert asked.count("sparse") == len(whole["variants"]) + 1  # the one that was lost
-
-    asked.clear()
-    text = io.StringIO()
-    ablate(converted, tmp_path / "parts.json", replace(small, facts=(1,)), None, Console(file=text))
-    assert asked.count("sparse") == len(whole["variants"])
-    assert "of another model or other settings: closed form" in text.getvalue()
-
-
-def test_without_stage_2_the_sources_weights_are_measured(
-    dense_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    """The "distilled" model here is one of other random weights, so its source is far better."""
-    folder = tmp_path / "model"
-    section = {
-        "retrieval_heads": [[], [4], []],
-        "window_tokens": 64,
-        "index_dim": 16,
-        "block_tokens": 16,
-        "top_p": 0.99,
-        "calibration": {"distil": {"steps": 1}},
-    }
-    make_checkpoint("qwen3", folder, section=section, seed=1, max_position_embeddings=POSITIONS)
-    wanted = options(data, tasks=("text",), teacher=dense_folder, lengths=(300,))
-    content = ablate(folder, tmp_path / "out.json", wanted, None, QUIET)
-    kl = {name: report(content, name)["agreements"][0]["kl_mean"] for name in content["variants"]}
-    assert kl["without stage 2"] < kl["sparse"] / 2
-    assert content["skipped"]["heads"].startswith("no needle scores")
-    alone = AblationPlan(AblationModel(folder, options(data), None, QUIET), seed=0)
-    assert "--teacher" in alone.skipped["without stage 2"]
-    assert "without stage 2" not in [own.name for own in alone.ablations]
-
-
-@pytest.mark.parametrize("scope", ["query_head", "kv_head"])
-def test_a_part_of_an_indexer_has_the_rows_of_its_heads(scope: str, tmp_path: Path) -> None:
-    section = {
-        "retrieval_heads": [[0, 1, 5], [], [2, 4]],
-        "index_dim": 4,
-        "index_scope": scope,
-        "top_p": 0.9,
-    }
-    make_checkpoint("qwen3", tmp_path, section=section)
-    decoder = load_decoder(tmp_path, "cpu", torch.float32)
-    first, none, last = indexers_of(decoder.config, decoder.indexers, ((1, 5), (), ()))
-    whole = decoder.indexers[0]
-    assert isinstance(first, Indexer)
-    assert whole is not None
-    assert none is None
-    assert last is None
-    assert torch.equal(first.q_proj_HID, whole.q_proj_HID[[1, 2]])
-    rows = [0, 1] if scope == "kv_head" else [1, 2]  # heads 0 and 1 share KV head 0
-    assert torch.equal(first.k_proj_HID, whole.k_proj_HID[rows])
 
 
 def test_what_cannot_be_ablated_is_refused(
