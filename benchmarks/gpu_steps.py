@@ -56,9 +56,10 @@ class Step:
         path = str(folder / self.file)
         parts = [part.replace("{file}", path) for part in (*self.arguments, *attempt.arguments)]
         nice = ("nice", "-n", "10") if self.beside else ()
-        return [*nice, *self._checked(), sys.executable, *parts]
+        return [*nice, *self._under(), sys.executable, *parts]
 
-    def _checked(self) -> tuple[str, ...]:
+    def _under(self) -> tuple[str, ...]:
+        """The checker, in front of the interpreter."""
         if not self.checker:
             return ()
         return (sanitizer(), "--tool", self.checker, "--error-exitcode", str(FOUND))

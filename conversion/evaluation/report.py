@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -94,6 +94,11 @@ class EvalReport:
     averages: tuple[Average, ...] = field(default=())
     by_task: tuple[Average, ...] = ()  # each task over its settings, by length
 
+    def with_cells(self, cells: Iterable[Cell]) -> EvalReport:
+        """The report with these cells, and the averages over them."""
+        given = tuple(cells)
+        return replace(self, cells=given, averages=averages(given), by_task=task_averages(given))
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for json.dumps."""
         found = asdict(self)
@@ -104,14 +109,11 @@ class EvalReport:
 
 def joined_reports(reports: Sequence[EvalReport]) -> EvalReport:
     """Parts of one evaluation, by task and length, as one; settings are those of the first."""
-    cells = tuple(cell for report in reports for cell in report.cells)
+    joined = reports[0].with_cells(cell for report in reports for cell in report.cells)
     return replace(
-        reports[0],
-        cells=cells,
+        joined,
         agreements=tuple(line for report in reports for line in report.agreements),
         curves=tuple(curve for report in reports for curve in report.curves),
-        averages=averages(cells),
-        by_task=task_averages(cells),
         seconds=sum(report.seconds for report in reports),
     )
 

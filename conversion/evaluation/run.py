@@ -16,7 +16,7 @@ from rich.console import Console
 from conversion.evaluation.http_endpoint import HttpEndpoint
 from conversion.evaluation.in_process import InProcess
 from conversion.evaluation.options import TEXT_TASK, EvalOptions
-from conversion.evaluation.report import Cell, EvalReport, averages, task_averages
+from conversion.evaluation.report import Cell, EvalReport
 from conversion.evaluation.sample_maker import SampleMaker
 from conversion.evaluation.samples import Sample
 from conversion.evaluation.teacher_forced import Variant
@@ -157,8 +157,7 @@ class EvalRun:
                 curves=(*report.curves, *measure.curves()),
             )
         found = self._traces(task, length) if task in TRACE_TASKS else self._answers(task, length)
-        cells = (*report.cells, *found)
-        return replace(report, cells=cells, averages=averages(cells), by_task=task_averages(cells))
+        return report.with_cells((*report.cells, *found))
 
     def _answers(self, task: str, length: int) -> Iterator[Cell]:
         total = self._maker.settings(task, length) * self._options.samples * len(self._subjects)
