@@ -24,10 +24,12 @@ class Indexer:
 
     q_proj_HID: [retrieval heads, index_dim, head_dim]
     k_proj_HID: [retrieval heads or full KV heads (index_scope), index_dim, head_dim]
+    age_bias_HA: float32 [retrieval heads, AGE_RANGES], as `kernels.block_age`; None: no bias
     """
 
     q_proj_HID: Tensor
     k_proj_HID: Tensor
+    age_bias_HA: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
