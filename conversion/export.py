@@ -1,4 +1,4 @@
-"""Write a converted model folder (the format is in the README): atomically, never over another.
+"""Write a converted model folder (docs/checkpoint_format.md): atomically, never over another.
 
 Weights keep their names, shapes and dtypes, so that plain transformers still loads the folder.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from conversion.errors import ConversionError
 from conversion.trained_weights import write_shards
-from engine.model.checkpoint import INDEX_FILE, INDEXER_FILE, Checkpoint, preflight
+from engine.model.checkpoint import AGE_BIAS, INDEX_FILE, INDEXER_FILE, Checkpoint, preflight
 from engine.model.config import SparseAttentionConfig
 from engine.model.decoder import Indexer
 from engine.model.sparse_section import FORMAT_VERSION
@@ -47,6 +47,7 @@ def sparse_section(sparse: SparseAttentionConfig, calibration: dict[str, Any]) -
         "sink_tokens": sparse.sink_tokens,
         "index_dim": sparse.index_dim,
         "index_scope": sparse.index_scope,
+        "index_age_bias": sparse.index_age_bias,
         "block_tokens": sparse.block_tokens,
         "top_p": values[0] if same else values,
         "dense_below": sparse.dense_below,
@@ -125,4 +126,6 @@ def _fill(
             prefix = f"model.layers.{layer}.self_attn.indexer."
             tensors[prefix + "q_proj.weight"] = indexer.q_proj_HID.contiguous()
             tensors[prefix + "k_proj.weight"] = indexer.k_proj_HID.contiguous()
+            if indexer.age_bias_HA is not None:
+                tensors[prefix + AGE_BIAS] = indexer.age_bias_HA.float().contiguous()
     save_file(tensors, folder / INDEXER_FILE, metadata={"format": "pt"})

@@ -30,7 +30,10 @@ def age_bias(bias_HA: Tensor, context_lens_R: Tensor, width: int, block_tokens: 
         width: B, in blocks.
         block_tokens: tokens of a block.
     """
+    return bias_HA[:, row_ranges(context_lens_R, width, block_tokens)].transpose(0, 1)
+
+
+def row_ranges(context_lens_R: Tensor, width: int, block_tokens: int) -> Tensor:
+    """Range of every block's age, int64 [R, B]; arguments as `age_bias`."""
     newest_R = (context_lens_R - 1).div(block_tokens, rounding_mode="floor")
-    blocks_B = torch.arange(width, device=bias_HA.device)
-    ranges_RB = age_ranges(newest_R[:, None] - blocks_B)
-    return bias_HA[:, ranges_RB].transpose(0, 1)
+    return age_ranges(newest_R[:, None] - torch.arange(width, device=newest_R.device))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_shapes
+from kernels.block_age import age_bias
 from kernels.reference import BINS, BINS_PER_NAT, MASS_UNIT
 from kernels.row_slices import row_slices
 
@@ -31,8 +32,10 @@ def score_blocks(
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
     index_scales: Tensor | None = None,
+    age_bias_HA: Tensor | None = None,
 ) -> Tensor:
-    """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
+    """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens,
+    and the bias of the block's age.
 
     Args:
         qi_RHI: index queries.
@@ -41,6 +44,7 @@ def score_blocks(
         block_tables_RB: int64 pages by logical block.
         context_lens_R: int64, valid tokens of each row; blocks past them get -inf.
         index_scales: bfloat16 [P, index rows, K], of int8 keys: what q·k is multiplied by.
+        age_bias_HA: float32, as `kernels.block_age`; None: no bias.
     """
     sizes: dict[str, int] = {}
     check_shapes(
@@ -53,6 +57,8 @@ def score_blocks(
     )
     if index_scales is not None:
         check_shapes(sizes, index_scales=(index_scales, "P X K"))
+    if age_bias_HA is not None:
+        check_shapes(sizes, age_bias=(age_bias_HA, "H A"))
     rows, heads, dim = qi_RHI.shape
     width, block_tokens = block_tables_RB.shape[1], index_cache.shape[2]
     # Rows share a buffer as far as it goes, and a row is read to its own end only: fresh memory
@@ -73,6 +79,8 @@ def score_blocks(
             index_scales,
             buffer,
         )
+    if age_bias_HA is not None:
+        log_mass_RHB += age_bias(age_bias_HA, context_lens_R, width, block_tokens)
     return log_mass_RHB
 
 

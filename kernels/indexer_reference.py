@@ -1,7 +1,8 @@
 """The specification of `kernels.indexer`: one row and one head at a time, in float32.
 
     T tokens, R decode rows (one query token each), H query heads of the call, N heads to choose
-    from, D head_dim, I index_dim, P pages, K tokens of a page (block), B block-table width
+    from, D head_dim, I index_dim, P pages, K tokens of a page (block), B block-table width,
+    A ranges of ages
 
 Block tables are int64, indexed by logical block; `context_lens_R` counts a row's valid tokens.
 """
@@ -37,10 +38,13 @@ def score_blocks(
     block_tables_RB: Tensor,
     context_lens_R: Tensor,
     index_scales: Tensor | None = None,
+    age_bias_HA: Tensor | None = None,
 ) -> Tensor:
     """Log mass of every block, float32 [R, H, B]: logsumexp of q·k over the block's valid tokens.
 
     Blocks past the end of a row's context have -inf. With scales q·k is multiplied by the key's.
+    With a bias a block's log mass has that of its age added: how many blocks before the row's
+    newest one it lies, whose number of bits is the column, or the last column if there are more.
     """
     rows, width = block_tables_RB.shape
     log_mass_RHB = torch.full((rows, qi_RHI.shape[1], width), -math.inf)
@@ -54,7 +58,11 @@ def score_blocks(
                 scores = keys @ qi_RHI[row, head].float()
                 if index_scales is not None:
                     scores *= index_scales[page, index_row, :valid].float()
-                log_mass_RHB[row, head, block] = scores.logsumexp(0)
+                log_mass = scores.logsumexp(0)
+                if age_bias_HA is not None:
+                    age = (context - 1) // block_tokens - block
+                    log_mass += age_bias_HA[head, min(age.bit_length(), age_bias_HA.shape[1] - 1)]
+                log_mass_RHB[row, head, block] = log_mass
     return log_mass_RHB
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_shapes
+from kernels.block_age import row_ranges
 from kernels.head_groups import heads_by_row
 from kernels.indexer import select_blocks
 from kernels.paged_kv import gather_pages
@@ -35,6 +36,7 @@ def score_tiles(
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
     index_scales: Tensor | None = None,
+    age_bias_HA: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B].
 
@@ -44,14 +46,19 @@ def score_tiles(
         index_cache: [P, index rows, K, I]; the spans' own keys are already stored.
         block_tables_SB: int64 pages by logical block.
         index_scales: bfloat16 [P, index rows, K] of int8 keys.
+        age_bias_HA: float32, as `kernels.block_age`, where every query has ages of its own; None:
+            no bias.
     """
+    sizes: dict[str, int] = {}
     check_shapes(
-        {},
+        sizes,
         qi=(qi_THI, "T H I"),
         index_row=(index_row_H, "H"),
         index_cache=(index_cache, "P X K I"),
         block_tables=(block_tables_SB, "S B"),
     )
+    if age_bias_HA is not None:
+        check_shapes(sizes, age_bias=(age_bias_HA, "H A"))
     heads, width = qi_THI.shape[1], block_tables_SB.shape[1]
     log_share_ZHB = qi_THI.new_full((tiles.count, heads, width), float("-inf"), dtype=torch.float32)
     spans = tiles.span_Z.tolist()
@@ -61,7 +68,7 @@ def score_tiles(
             part = [tile for tile in range(start, stop) if spans[tile] == span]
             table_B = block_tables_SB[span]
             keys = (index_row_H, index_cache, index_scales)
-            _score_part(log_share_ZHB, part, qi_THI, *keys, table_B, tiles)
+            _score_part(log_share_ZHB, part, qi_THI, *keys, table_B, tiles, age_bias_HA)
     return log_share_ZHB
 
 
@@ -74,6 +81,7 @@ def _score_part(
     index_scales: Tensor | None,
     table_B: Tensor,
     tiles: PrefillTiles,
+    age_bias_HA: Tensor | None,
 ) -> None:
     """Fill in the tiles of `part`, which are of one span."""
     block_tokens = index_cache.shape[2]
@@ -81,6 +89,9 @@ def _score_part(
     positions_X1 = tiles.position_T[rows_X].unsqueeze(1)
     blocks = int(positions_X1.max()) // block_tokens + 1
     future_XS = torch.arange(blocks * block_tokens, device=table_B.device) > positions_X1
+    ranges_XB = None
+    if age_bias_HA is not None:
+        ranges_XB = row_ranges(tiles.position_T[rows_X] + 1, blocks, block_tokens)
     for head, index_row in enumerate(index_row_H.tolist()):
         pages_B = table_B[:blocks]
         keys_SI = gather_pages(index_cache, index_row, pages_B).to(qi_THI.dtype)
@@ -89,6 +100,8 @@ def _score_part(
             scores_XS = scores_XS * gather_pages(index_scales, index_row, pages_B)
         scores_XS = scores_XS.masked_fill_(future_XS, float("-inf"))
         log_mass_XB = scores_XS.view(len(rows_X), blocks, block_tokens).logsumexp(-1)
+        if age_bias_HA is not None:
+            log_mass_XB += age_bias_HA[head, ranges_XB]
         log_share_XB = log_mass_XB - log_mass_XB.logsumexp(-1, keepdim=True)
         log_share_ZHB[part, head, :blocks] = log_share_XB.view(len(part), -1, blocks).amax(1)
 

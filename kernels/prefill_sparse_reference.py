@@ -26,11 +26,13 @@ def score_tiles(
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
     index_scales: Tensor | None = None,
+    age_bias_HA: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B]; see `PrefillTiles`.
 
     The share of a block is the largest that a sampled query of the tile gives it: its mass over the
-    mass of all keys up to the query. Blocks past the newest sampled query have -inf.
+    mass of all keys up to the query. Blocks past the newest sampled query have -inf. Ages count
+    from the block that the query lies in.
     """
     heads, width = qi_THI.shape[1], block_tables_SB.shape[1]
     log_share_ZHB = torch.full((tiles.count, heads, width), -math.inf)
@@ -43,6 +45,7 @@ def score_tiles(
             block_tables_SB[span].expand(len(rows), -1),
             tiles.position_T[rows] + 1,
             index_scales,
+            age_bias_HA,
         )
         log_share_QHB = log_mass_QHB - log_mass_QHB.logsumexp(-1, keepdim=True)
         log_share_ZHB[tile] = log_share_QHB.amax(0)

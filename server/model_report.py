@@ -75,6 +75,7 @@ def _facts(
         "window_tokens": None if sparse is None else sparse.window_tokens,
         "sink_tokens": None if sparse is None else sparse.sink_tokens,
         "index_dim": None if sparse is None else sparse.index_dim,
+        "index_age_bias": None if sparse is None else sparse.index_age_bias,
         "index_dtype": "bfloat16" if index_dtype == "auto" else index_dtype,
         "dense_below": None if sparse is None else sparse.dense_below,
         "max_position_embeddings": config.max_position_embeddings,
@@ -133,6 +134,7 @@ def render_report(folder: Path, device_bytes: int, index_dtype: IndexDtype = "au
             "none: retrieval heads decode densely"
             if report["index_dim"] is None
             else f"{report['index_dim']} dimensions in {report['index_dtype']}, "
+            f"{'a bias by age, ' if report['index_age_bias'] else ''}"
             f"dense below {report['dense_below']:,} tokens"
         )
     lines = [f"{name:>16}  {value}" for name, value in facts.items()]

@@ -221,6 +221,7 @@ class PagedAttention:
             metadata.prefill_full_SB,
             tiles,
             cache.index_scales,
+            indexer.age_bias_HA,
         )
         rule = (dense_from_S, static.dense_below, static.block_tokens)
         return select_tiles(log_share_ZHB, roles.top_p_H, tiles, *rule)
@@ -264,6 +265,7 @@ class PagedAttention:
             metadata.decode_full_RB,
             lens_R,
             cache.index_scales,
+            indexer.age_bias_HA,
         )
         own_R1 = metadata.top_p_R.unsqueeze(1)
         top_p_RH = torch.where(own_R1.isnan(), roles.top_p_H, own_R1)

@@ -22,6 +22,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 INDEXER_FILE = "indexer.safetensors"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+AGE_BIAS = "age_bias"  # stored in float32, whatever the dtype of the weights
+AGE_RANGES = 16  # as `kernels.block_age`, which needs torch
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -77,6 +79,8 @@ def indexer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             prefix = f"model.layers.{layer}.self_attn.indexer."
             shapes[prefix + "q_proj.weight"] = (len(heads.retrieval), *size)
             shapes[prefix + "k_proj.weight"] = (heads.index_rows, *size)
+            if config.sparse.index_age_bias:
+                shapes[prefix + AGE_BIAS] = (len(heads.retrieval), AGE_RANGES)
     return shapes
 
 
@@ -135,16 +139,28 @@ def _indexer_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTenso
         return {}
     tensors = read_header(path)
     for name, shape in expected.items():
-        _check(path, name, shape, tensors)
+        dtypes = ("F32",) if name.endswith(AGE_BIAS) else FLOAT_DTYPES
+        _check(path, name, shape, tensors, dtypes)
     if surplus := sorted(set(tensors) - set(expected)):
+        biased = config.sparse is not None and config.sparse.index_age_bias
+        unnamed = surplus[0].endswith(AGE_BIAS) and not biased
         raise CheckpointError(
-            f"{path}: tensor {shown(surplus[0])} belongs to no retrieval head with an indexer"
+            f"{path}: tensor {shown(surplus[0])} "
+            + (
+                "is there, but config.json has no rtpurbo.index_age_bias: true"
+                if unnamed
+                else "belongs to no retrieval head with an indexer"
+            )
         )
     return tensors
 
 
 def _check(
-    file: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]
+    file: Path,
+    name: str,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, StoredTensor],
+    dtypes: tuple[str, ...] = FLOAT_DTYPES,
 ) -> None:
     """One expected tensor; `file` is named where it is missing."""
     stored = tensors.get(name)
@@ -155,8 +171,8 @@ def _check(
             f"{stored.file}: tensor {name!r} has shape {shown(list(stored.shape))}, "
             f"not {list(shape)}"
         )
-    if stored.dtype not in FLOAT_DTYPES:
+    if stored.dtype not in dtypes:
+        wanted = dtypes[0] if len(dtypes) == 1 else f"one of {', '.join(dtypes)}"
         raise CheckpointError(
-            f"{stored.file}: tensor {name!r} has dtype {stored.dtype}, "
-            f"not one of {', '.join(FLOAT_DTYPES)}"
+            f"{stored.file}: tensor {name!r} has dtype {stored.dtype}, not {wanted}"
         )

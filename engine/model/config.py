@@ -51,6 +51,7 @@ class SparseAttentionConfig:
     sink_tokens: int = 4
     index_dim: int | None = 16
     index_scope: IndexScope = "query_head"
+    index_age_bias: bool = False  # retrieval heads have a bias by age, `kernels.block_age`
     block_tokens: int = 64
     top_p: tuple[tuple[float, ...], ...] = ()
     dense_below: int = 0  # context length in tokens; shorter contexts decode densely

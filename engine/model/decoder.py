@@ -20,7 +20,7 @@ from engine.model.rope import RotaryEmbedding
 
 @dataclass(frozen=True, slots=True)
 class Indexer:
-    """Projections of one layer's retrieval heads to the index space.
+    """Projections of one layer's retrieval heads to the index space, and their bias by age.
 
     q_proj_HID: [retrieval heads, index_dim, head_dim]
     k_proj_HID: [retrieval heads or full KV heads (index_scope), index_dim, head_dim]
@@ -101,6 +101,7 @@ class Decoder(nn.Module):
         tensors: list[Tensor] = [*self.parameters()]
         for indexer in indexers:
             tensors += [indexer.q_proj_HID, indexer.k_proj_HID]
+            tensors += [] if indexer.age_bias_HA is None else [indexer.age_bias_HA]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def forward(self, token_ids_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:

@@ -12,8 +12,8 @@ from engine.model.json_object import JsonObject, shown
 
 FORMAT_VERSION = 1
 KEYS = frozenset(
-    """format_version retrieval_heads window_tokens sink_tokens index_dim index_scope block_tokens
-    top_p dense_below calibration""".split()
+    """format_version retrieval_heads window_tokens sink_tokens index_dim index_scope
+    index_age_bias block_tokens top_p dense_below calibration""".split()
 )
 MAX_INDEX_DIM = 1024
 MAX_BLOCK_TOKENS = 4096
@@ -48,12 +48,16 @@ def _rtpurbo(section: JsonObject, model: ModelConfig) -> SparseAttentionConfig:
     if scope not in ("query_head", "kv_head"):
         raise section.error("index_scope", 'must be "query_head" or "kv_head"')
     without_indexer = section.values.get("index_dim", 16) is None  # null says so; missing does not
+    age_bias = section.boolean("index_age_bias", False)
+    if age_bias and without_indexer:
+        raise section.error("index_age_bias", "needs an indexer, but index_dim is null")
     return SparseAttentionConfig(
         retrieval_heads=heads,
         window_tokens=section.integer("window_tokens", 8192),
         sink_tokens=section.integer("sink_tokens", 4, minimum=0, maximum=block),
         index_dim=None if without_indexer else section.integer("index_dim", 16, 1, MAX_INDEX_DIM),
         index_scope=scope,
+        index_age_bias=age_bias,
         block_tokens=block,
         top_p=_top_p(section, heads),
         dense_below=section.integer("dense_below", 0, minimum=0),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.model.checkpoint import Checkpoint, preflight
+from engine.model.checkpoint import AGE_BIAS, Checkpoint, preflight
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.safetensors_header import StoredTensor
@@ -129,7 +129,9 @@ def _load_indexers(
         q, k = (
             reader.read(f"{prefix}{name}.weight").to(device, dtype) for name in ("q_proj", "k_proj")
         )
-        indexers.append(Indexer(q_proj_HID=q, k_proj_HID=k))
+        bias = prefix + AGE_BIAS
+        bias_HA = reader.read(bias).to(device) if bias in checkpoint.indexer else None
+        indexers.append(Indexer(q_proj_HID=q, k_proj_HID=k, age_bias_HA=bias_HA))
     return indexers
 
 

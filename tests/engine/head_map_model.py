@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.model.config import IndexScope, ModelConfig, RopeConfig, SparseAttentionConfig
 from engine.model.decoder import Indexer
 from engine.model.head_layout import model_heads
+from kernels.block_age import AGE_RANGES
 
 
 def make_model(
@@ -22,6 +23,7 @@ def make_model(
     sinks: int = 3,
     index_dim: int | None = 4,
     scope: IndexScope = "query_head",
+    age_bias: bool = False,
     top_p: float = 0.5,
     dense_below: int = 0,
     layers: int = 1,
@@ -37,6 +39,7 @@ def make_model(
             sink_tokens=sinks,
             index_dim=index_dim,
             index_scope=scope,
+            index_age_bias=age_bias,
             block_tokens=block,
             top_p=tuple(tuple(top_p for _ in layer) for layer in retrieval),
             dense_below=dense_below,
@@ -71,8 +74,18 @@ def random_indexers(model: ModelConfig, generator: torch.Generator) -> list[Inde
         shape = (rows, model.sparse.index_dim, model.head_dim)
         return torch.randn(shape, generator=generator) * 0.6
 
+    def age_bias(rows: int) -> Tensor | None:
+        assert model.sparse is not None
+        if not model.sparse.index_age_bias:
+            return None
+        return torch.randn((rows, AGE_RANGES), generator=generator) * 2
+
     return [
-        Indexer(weights(len(heads.retrieval)), weights(heads.index_rows))
+        Indexer(
+            weights(len(heads.retrieval)),
+            weights(heads.index_rows),
+            age_bias(len(heads.retrieval)),
+        )
         if heads.has_indexer
         else None
         for heads in model_heads(model)

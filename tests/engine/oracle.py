@@ -127,7 +127,8 @@ class Oracle:
         for row, head in enumerate(model.retrieval_heads[layer]):
             scores_TT = self._index_scores(q_pre_THD, k_pre_TND, layer, row, head)
             rows = [m for m in range(prompt_len, T) if m + 1 >= model.dense_below]
-            for m, kept_B in zip(rows, self._select(scores_TT, rows, params), strict=True):
+            kept_RB = self._select(scores_TT, rows, params, self._age_bias(layer, row, rows, T))
+            for m, kept_B in zip(rows, kept_RB, strict=True):
                 kept_T = kept_B.repeat_interleave(model.block)[: m + 1]
                 allowed_HTT[head, m, : m + 1] &= kept_T
                 answer.pairs += 1
@@ -149,8 +150,21 @@ class Oracle:
             ki_TI = (ki_TI / scale_T1).round().clamp(-127, 127) * scale_T1
         return qi_TI @ ki_TI.T
 
+    def _age_bias(self, layer: int, row: int, rows: list[int], tokens: int) -> torch.Tensor:
+        """What a head adds to the log mass of blocks for queries at positions `rows`: [R, B]."""
+        blocks = range(-(-tokens // self.model.block))
+        if not self.model.index_age_bias:
+            return torch.zeros(len(rows), len(blocks), dtype=torch.float64)
+        bias_A = self.weights[f"model.layers.{layer}.self_attn.indexer.age_bias"][row].tolist()
+        ages = [[max(0, m // self.model.block - block) for block in blocks] for m in rows]
+        return torch.tensor([[bias_A[min(age.bit_length(), 15)] for age in row] for row in ages])
+
     def _select(
-        self, scores_TT: torch.Tensor, rows: list[int], params: SamplingParams
+        self,
+        scores_TT: torch.Tensor,
+        rows: list[int],
+        params: SamplingParams,
+        bias_RB: torch.Tensor,
     ) -> torch.Tensor:
         """Kept blocks of the queries at positions `rows`: bool [R, B]."""
         if not rows:
@@ -162,7 +176,7 @@ class Oracle:
         mass_BR = [part.logsumexp(dim=-1) for part in torch.split(scores_RT, block, -1)]
         top_p = self.model.top_p if params.attention_top_p is None else params.attention_top_p
         mask_R1B = select_blocks(
-            torch.stack(mass_BR, dim=-1)[:, None].float(),
+            (torch.stack(mass_BR, dim=-1) + bias_RB)[:, None].float(),
             torch.full((len(rows), 1), top_p),
             context_R,
             block,

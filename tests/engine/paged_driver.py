@@ -262,6 +262,9 @@ class Driver:
         log_mass_B = torch.full((blocks,), -torch.inf)
         for block, scores in enumerate(torch.split(ki_nI @ qi_I, self.block)):
             log_mass_B[block] = scores.logsumexp(0)
+            if indexer.age_bias_HA is not None:
+                age = query // self.block - block
+                log_mass_B[block] += indexer.age_bias_HA[row, age.bit_length()]
         top_p = sequence.top_p or sparse.top_p[layer][row]
         mask_11B = select_blocks(
             log_mass_B[None, None],

@@ -35,6 +35,10 @@ MODELS: dict[str, TinyModel] = {
         retrieval_heads=((2,), (0, 3), (1,)), num_kv_heads=4, top_p=0.7, seed=4
     ),
     "dense below 80": TinyModel(dense_below=80, seed=5),
+    "bias by age": TinyModel(index_age_bias=True),
+    "bias per KV head": TinyModel(
+        retrieval_heads=((1,), (0, 1, 2), ()), index_scope="kv_head", index_age_bias=True, seed=1
+    ),
 }
 Request = tuple[list[int], SamplingParams]
 
@@ -142,6 +146,18 @@ def test_greedy_equals_the_oracle_for_every_head_map(folders: dict[str, Path], n
         assert attended.fraction == pytest.approx(answer.fraction)
 
 
+def test_a_bias_by_age_selects_other_blocks(folders: dict[str, Path]) -> None:
+    """The same weights, prompts and first tokens: only then are there blocks to select."""
+    requests = [(prompt, greedy(2)) for prompt in make_prompts(3, seed=1, shortest=90)]
+    plain, biased = (
+        Run(folders[name], requests, max_batch_tokens=48, max_num_seqs=4)
+        for name in ("per query head", "bias by age")
+    )
+    for request_id in range(3):
+        assert plain.tokens(request_id)[0] == biased.tokens(request_id)[0]
+        assert plain.updates[request_id][-1].attended != biased.updates[request_id][-1].attended
+
+
 @pytest.mark.parametrize("max_batch_tokens", [5, 16, 33, 512])
 @pytest.mark.parametrize("max_num_seqs", [1, 5])
 def test_chunks_and_batches_do_not_change_tokens(
@@ -187,7 +203,7 @@ def test_prefix_hits_do_not_change_tokens(folders: dict[str, Path]) -> None:
     expect(folders[name], name, requests, run)
 
 
-@pytest.mark.parametrize("name", ["per query head", "blocks of 16", "groups of one"])
+@pytest.mark.parametrize("name", ["per query head", "blocks of 16", "groups of one", "bias by age"])
 def test_preemption_replays_generated_tokens_under_the_decode_rule(
     folders: dict[str, Path], name: str
 ) -> None:

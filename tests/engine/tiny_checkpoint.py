@@ -30,6 +30,7 @@ class TinyModel:
     block: int = 8
     index_dim: int = 4
     index_scope: Literal["query_head", "kv_head"] = "query_head"
+    index_age_bias: bool = False
     top_p: float = 0.6
     dense_below: int = 0
     max_position: int = 512
@@ -78,6 +79,7 @@ class TinyModel:
                 "sink_tokens": self.sinks,
                 "index_dim": self.index_dim,
                 "index_scope": self.index_scope,
+                "index_age_bias": self.index_age_bias,
                 "block_tokens": self.block,
                 "top_p": self.top_p,
                 "dense_below": self.dense_below,
@@ -87,9 +89,13 @@ class TinyModel:
 
 
 def write_checkpoint(folder: Path, model: TinyModel) -> Path:
-    """Random weights, large enough that logits are far apart and index masses differ widely."""
+    """Random weights, large enough that logits are far apart and index masses differ widely.
+
+    With `index_age_bias` the others are what they are without.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(model.seed)
+    of_biases = torch.Generator().manual_seed(model.seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * scale
@@ -123,6 +129,9 @@ def write_checkpoint(folder: Path, model: TinyModel) -> Path:
             shape, size = (model.index_dim, model.head_dim), model.head_dim**-0.5
             indexers[f"{attn}.indexer.q_proj.weight"] = normal(len(heads), *shape, scale=size)
             indexers[f"{attn}.indexer.k_proj.weight"] = normal(keys, *shape, scale=size)
+        if heads and model.index_age_bias:
+            bias = torch.randn(len(heads), 16, generator=of_biases)
+            indexers[f"{attn}.indexer.age_bias"] = 3 * bias
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if indexers:
         save_file(indexers, folder / "indexer.safetensors", metadata={"format": "pt"})

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import indexer, reference
+from kernels.block_age import AGE_RANGES, age_bias
 from tests.kernels.paged_case import PagedCase, random_tensor
 
 
@@ -30,6 +31,20 @@ def test_score_blocks(
     torch.testing.assert_close(indexer.score_blocks(*args), reference.score_blocks(*args))
 
 
+@pytest.mark.parametrize("lens", [[1], [7, 8, 9, 17], [1, 64, 33, 100], [900, 257]], ids=str)
+def test_score_blocks_with_a_bias_by_age(lens: list[int]) -> None:
+    """As specified; what is added is the bias alone, and nothing lies past the context."""
+    case, rows = PagedCase.make(lens), torch.tensor([2, 0, 0])
+    qi_RHI, bias_HA = random_tensor(len(lens), 3, 4), 3 * random_tensor(3, AGE_RANGES)
+    args = (qi_RHI, rows, case.index_cache, case.tables_SB, case.lens_S, None)
+    got = indexer.score_blocks(*args, bias_HA)
+    torch.testing.assert_close(got, reference.score_blocks(*args, bias_HA))
+    plain = indexer.score_blocks(*args)
+    assert torch.equal(got, plain + age_bias(bias_HA, case.lens_S, plain.shape[2], 8))
+    assert torch.equal(got.isfinite(), plain.isfinite())
+    assert torch.equal(indexer.score_blocks(*args, torch.zeros_like(bias_HA)), plain)
+
+
 @pytest.mark.parametrize("limit", [1, 2**24], ids=["row-by-row", "at-once"])
 @pytest.mark.parametrize("lens", [[1], [7, 8, 9, 17], [1, 64, 33, 100]], ids=str)
 def test_score_blocks_by_int8_keys(
@@ -48,6 +63,13 @@ def test_score_blocks_by_int8_keys(
     off = 0.75 * float(scales.nan_to_num().max()) * float(qi_RHI.abs().sum(-1).max())
     assert 0 < float((got - exact)[inside].abs().max()) <= off
     assert torch.equal(got.isfinite(), inside)
+
+
+def test_every_head_has_a_bias_of_its_own() -> None:
+    case = PagedCase.make([20])
+    args = (random_tensor(1, 3, 4), torch.tensor([0, 1, 2]), case.index_cache, case.tables_SB)
+    with pytest.raises(ValueError, match="age_bias"):
+        indexer.score_blocks(*args, case.lens_S, age_bias_HA=torch.zeros(2, AGE_RANGES))
 
 
 def test_score_blocks_takes_what_project_index_returns() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import prefill, prefill_sparse, reference
+from kernels.block_age import AGE_RANGES
 from kernels.prefill_tiles import PrefillTiles
 from tests.kernels.paged_case import PagedCase, random_tensor
 
@@ -60,6 +61,19 @@ def test_scores_by_int8_keys(case: Case) -> None:
     args = (case.qi_THI, case.index_rows, steps, case.pages.tables_SB, case.tiles, scales)
     got, want = prefill_sparse.score_tiles(*args), reference.score_tiles(*args)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_with_a_bias_by_age(case: Case) -> None:
+    """Queries of a tile lie in different blocks: each counts ages from its own."""
+    bias_HA = 3 * random_tensor(HEADS, AGE_RANGES, seed=4)
+    got = prefill_sparse.score_tiles(*case.score_arguments, age_bias_HA=bias_HA)
+    want = reference.score_tiles(*case.score_arguments, age_bias_HA=bias_HA)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    plain = prefill_sparse.score_tiles(*case.score_arguments)
+    zero = prefill_sparse.score_tiles(*case.score_arguments, age_bias_HA=torch.zeros_like(bias_HA))
+    assert torch.equal(zero, plain)
+    if plain.shape[2] > 2:
+        assert not torch.allclose(got, plain)
 
 
 @pytest.mark.parametrize(("dense_tail", "dense_below"), [(0, 0), (1, 0), (150, 0), (0, 300)])

@@ -27,6 +27,7 @@ def test_defaults_are_those_of_the_format(tmp_path: Path) -> None:
         sink_tokens=4,
         index_dim=16,
         index_scope="query_head",
+        index_age_bias=False,
         block_tokens=64,
         top_p=((0.9, 0.9), (), (0.9,)),
         dense_below=0,
@@ -77,6 +78,8 @@ def test_all_fields_are_read(tmp_path: Path) -> None:
         {"index_dim": 0},
         {"index_scope": "layer"},
         {"index_scope": None},
+        {"index_age_bias": 1},
+        {"index_age_bias": "true"},
         {"block_tokens": 48},
         {"top_p": 0},
         {"top_p": 1.1},
@@ -94,6 +97,12 @@ def test_a_wrong_section_is_refused_by_key(change: dict[str, Any], tmp_path: Pat
     message = refusal(tmp_path, rtpurbo={**SECTION, **change})
     assert message.startswith("rtpurbo.")
     assert key in message
+
+
+def test_a_bias_by_age_is_an_indexers(tmp_path: Path) -> None:
+    assert sparse(tmp_path, index_age_bias=True).index_age_bias
+    message = refusal(tmp_path, rtpurbo={**SECTION, "index_age_bias": True, "index_dim": None})
+    assert message == "rtpurbo.index_age_bias needs an indexer, but index_dim is null"
 
 
 @pytest.mark.parametrize("key", ["rtpurbo", "headwise_config"])
