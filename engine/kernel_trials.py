@@ -73,4 +73,5 @@ def _decode_kind(
         sinks=0 if sparse is None else sparse.sink_tokens,
         index_dim=None if sparse is None else sparse.index_dim,
         index_dtype=torch.int8 if index_dtype == "int8" else dtype,
+        has_age_bias=sparse is not None and sparse.index_age_bias,
     )

@@ -46,6 +46,7 @@ class SelectArgs(ctypes.Structure):
         ("index_cache", c_void_p),
         ("index_scales", c_void_p),
         ("index_row", c_void_p),
+        ("age_bias", c_void_p),
         ("index_rows", c_int64),
         ("index_dim", c_int64),
         ("data_type", c_int64),

@@ -22,6 +22,7 @@ from kernels.decode_inputs import (
     PagedPool,
     WindowRule,
     aligned_queries,
+    check_age_bias,
     check_index,
     check_tables,
 )
@@ -46,17 +47,19 @@ class CudaOps:
         block_tables_RB: Tensor,
         context_lens_R: Tensor,
         index_scales: Tensor | None = None,
+        age_bias_HA: Tensor | None = None,
     ) -> Tensor:
         """`kernels.indexer.score_blocks`: log mass of every block, float32 [R, H, B]."""
         check_tables("full", block_tables_RB)
         check_index(qi_RHI, index_cache, index_scales)
         rows, heads, _ = qi_RHI.shape
+        check_age_bias(age_bias_HA, heads)
         log_mass_RHB = torch.full(
             (rows, heads, block_tables_RB.shape[1]), -torch.inf, device=qi_RHI.device
         )
         qi_RHI = aligned_queries(qi_RHI)
         keys = (index_row_H, index_cache, block_tables_RB, context_lens_R, index_scales)
-        args = index_args(self._library, qi_RHI, *keys)
+        args = index_args(self._library, qi_RHI, *keys, age_bias_HA)
         args.log_mass = log_mass_RHB.data_ptr()
         self._library.launch_select("index_select", args, qi_RHI)
         return log_mass_RHB

@@ -52,6 +52,7 @@ def list_blocks(
         full.tables_RB,
         context_lens_R,
         selection.index_scales,
+        selection.age_bias_SA,
     )
     args.log_mass = workspace.log_mass.data_ptr()
     args.top_p = selection.top_p_S.data_ptr()
@@ -80,6 +81,7 @@ def index_args(
     tables_RB: Tensor,
     context_lens_R: Tensor,
     index_scales: Tensor | None,
+    age_bias_SA: Tensor | None,
 ) -> SelectArgs:
     """The arguments of scoring; `log_mass` is left to the caller.
 
@@ -94,6 +96,7 @@ def index_args(
         index_cache=index_cache.data_ptr(),
         index_scales=pointer(index_scales),
         index_row=index_row_S.data_ptr(),
+        age_bias=pointer(age_bias_SA),
         index_rows=index_cache.shape[1],
         index_dim=index_cache.shape[3],
         data_type=DATA_TYPES[qi_RSI.dtype],

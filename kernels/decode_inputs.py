@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels._args import DATA_TYPES, MAX_BLOCKS
 from kernels._checks import check_shapes
+from kernels.block_age import AGE_RANGES
 from kernels.head_tiles import HeadTiles
 
 
@@ -36,6 +37,7 @@ class Selection:
     own_top_p_R: float32, a row's own value; NaN where it has none.
     dense_below: rows of shorter contexts attend everything, and count 0 tokens as attended.
     index_scales: bfloat16 [P, index rows, K], of int8 keys.
+    age_bias_SA: float32, each head's bias by range of ages (`kernels.block_age`).
     """
 
     qi_RSI: Tensor
@@ -45,6 +47,7 @@ class Selection:
     own_top_p_R: Tensor | None = None
     dense_below: int = 0
     index_scales: Tensor | None = None
+    age_bias_SA: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,15 @@ def check_index(qi_RSI: Tensor, index_cache: Tensor, index_scales: Tensor | None
         raise ValueError("scales must be bfloat16, and index keys with scales int8")
     if not index_scales.is_contiguous():
         raise ValueError("scales of index keys must be contiguous")
+
+
+def check_age_bias(age_bias_SA: Tensor | None, heads: int) -> None:
+    """Raises ValueError for biases that the kernels do not take."""
+    if age_bias_SA is None:
+        return
+    check_shapes({"S": heads, "A": AGE_RANGES}, age_bias=(age_bias_SA, "S A"))
+    if age_bias_SA.dtype != torch.float32 or not age_bias_SA.is_contiguous():
+        raise ValueError("age_bias must be torch.float32 and contiguous")
 
 
 def check_layer_inputs(
@@ -165,4 +177,5 @@ def checked_selection(
     if selection.own_top_p_R is not None:
         check_shapes(sizes, own_top_p=(selection.own_top_p_R, "R"))
     check_index(selection.qi_RSI, selection.index_cache, selection.index_scales)
+    check_age_bias(selection.age_bias_SA, sizes["S"])
     return replace(selection, qi_RSI=aligned_queries(selection.qi_RSI))

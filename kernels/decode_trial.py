@@ -81,7 +81,7 @@ def _checked_selection(library: KernelLibrary, layer: TrialLayer) -> Tensor:
     """Blocks that the kernel's own scores select, [R, S, B]: those differ in the last digits."""
     given = layer.selection
     assert given is not None
-    pages = (layer.full.tables_RB, layer.lens_R, given.index_scales)
+    pages = (layer.full.tables_RB, layer.lens_R, given.index_scales, given.age_bias_SA)
     row_S, keys = given.index_row_S, given.index_cache
     log_mass_RSB = CudaOps(library).score_blocks(given.qi_RSI, row_S, keys, *pages)
     wide_keys = keys if keys.dtype == torch.int8 else keys.float()

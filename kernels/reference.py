@@ -13,7 +13,8 @@ All arithmetic is float32. Shapes, here and in what refers to this module:
 
     T tokens, S prefill spans, R decode rows (one query token each), H query heads of the call,
     N KV heads in the cache, D head_dim, I index_dim, P pages, K tokens of a page (block),
-    B block-table width in logical blocks, Z tiles of prefill queries, Q sampled queries of a tile
+    B block-table width in logical blocks, A ranges of blocks' ages, Z tiles of prefill queries,
+    Q sampled queries of a tile
 
 A cache is [P, N, K, D]; page 0 is the null page that padding points to. Block tables are int64,
 indexed by logical block. `kv_row_H` gives each query head its row among the N cached KV heads.

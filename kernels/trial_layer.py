@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kernels.block_age import AGE_RANGES
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.head_tiles import HeadRole
 from kernels.paged_kv import quantise_index_keys
@@ -35,6 +36,7 @@ class DecodeKind:
     has_local: some heads see the last `window` tokens and the first `sinks` only.
     index_dim: None lets retrieval heads see the whole context.
     index_dtype: of index keys, `dtype` or int8.
+    has_age_bias: the index has a bias by age.
     """
 
     dtype: torch.dtype
@@ -46,6 +48,7 @@ class DecodeKind:
     sinks: int = 0
     index_dim: int | None = None
     index_dtype: torch.dtype = torch.float32
+    has_age_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,9 @@ def _selection(
         shape, stored = keys.shape, ~keys.isnan()
         keys, scales = quantise_index_keys(keys.flatten(0, 1))
         keys, scales = keys.view(shape).where(stored, 127), scales.view(shape[:3])
+    age_bias_SA = None
+    if kind.has_age_bias:
+        age_bias_SA = 2 * random_numbers(torch.float32, seed=3)(heads, AGE_RANGES)
     own_top_p_R = torch.full((len(lens_R),), torch.nan)
     own_top_p_R[2] = 0.1
     return Selection(
@@ -169,6 +175,7 @@ def _selection(
         own_top_p_R=own_top_p_R,
         dense_below=kind.block_tokens + 2,
         index_scales=scales,
+        age_bias_SA=age_bias_SA,
     )
 
 

@@ -130,6 +130,7 @@ class DecodeKernels:
                 own_top_p_R=metadata.top_p_R[part],
                 dense_below=layers.dense_below,
                 index_scales=cache.index_scales,
+                age_bias_SA=indexer.age_bias_HA,
             )
         return (full, window), selection
 

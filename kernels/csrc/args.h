@@ -12,6 +12,7 @@ namespace rtpurbo {
 constexpr int kTileHeads = 16;
 constexpr int kMaxItems = 1024;    // rows x group tiles of one launch
 constexpr int kMaxBlocks = 65535;  // of one sequence
+constexpr int kAgeRanges = 16;     // of blocks, kernels/block_age.py
 
 enum DataType : int64_t { kBfloat16 = 0, kFloat32 = 1, kInt8 = 2 };
 
@@ -45,6 +46,7 @@ struct SelectArgs {
     const void* index_cache;    // [P, index_rows, K, I]
     const uint16_t* index_scales;  // bfloat16 [P, index_rows, K], of int8 keys
     const int64_t* index_row;   // [H]
+    const float* age_bias;      // [H, kAgeRanges] added to log masses, or null
     int64_t index_rows;
     int64_t index_dim;
     int64_t data_type;  // of the queries

@@ -13,7 +13,10 @@ namespace rtpurbo {
 constexpr int kBlocksAtOnce = 4;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Log masses of blocks [first, first + count) of one row and head.
+// Which bias a block that lies `age` before the newest one has: the number of bits of its age.
+DEVICE int age_range(int age) { return age <= 0 ? 0 : min(log2_of(age) + 1, kAgeRanges - 1); }
+
+// Log masses of blocks [first, first + count) of one row and head, with the bias of their age.
 template <typename Keys>
 DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, int count) {
     using Piece = typename Keys::Piece;
@@ -24,6 +27,7 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
     const int block_tokens = static_cast<int>(args.block_tokens);
     const int loads = ceil_div(block_tokens, kTokens);
     const int end = static_cast<int>(args.context_lens[row]) - first * block_tokens;
+    const int newest = divide(end - 1, block_tokens);  // counted from `first`
     const int64_t index_row = args.index_row[head];
     const Piece* cache = static_cast<const Piece*>(args.index_cache);
 
@@ -46,6 +50,9 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
                row * args.query_row_stride + head * args.query_head_stride +
                    lane % kLanes * kElements,
                query);
+    const bool is_biased = args.age_bias != nullptr;
+    float bias = 0.0f;  // of the range that the lane counts
+    if (is_biased) bias = args.age_bias[head * kAgeRanges + lane % kAgeRanges];
 
     for (int base = warp; base < count; base += kSelectWarps * kBlocksAtOnce) {
         uint32_t place[kBlocksAtOnce];
@@ -134,9 +141,10 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
             const float total =
                 warp_sum(sum[u] * exp2_fast(largest[u] - reference)) * (1.0f / kLanes);
             const int index = base + u * kSelectWarps;
+            float log_mass = (reference + log2f(total)) * kLn2;
+            if (is_biased) log_mass += __shfl_sync(kAllLanes, bias, age_range(newest - index));
             if (lane == 0 && index < count) {
-                args.log_mass[(row * args.heads + head) * args.width + first + index] =
-                    (reference + log2f(total)) * kLn2;
+                args.log_mass[(row * args.heads + head) * args.width + first + index] = log_mass;
             }
         }
     }

@@ -34,6 +34,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "window-of-a-block": {"retrieval": [[1]], "window": 8},
     "window-longer-than-all": {"retrieval": [[1]], "window": 500},
     "top-p-one": {"retrieval": [[0, 2]], "top_p": 1.0},
+    "bias-by-age": {"retrieval": [[0, 3], [1, 2, 3]], "age_bias": True},
+    "bias-and-index-per-kv-head": {
+        "retrieval": [[0, 1, 3]],
+        "age_bias": True,
+        "scope": "kv_head",
+    },
 }
 
 

@@ -92,6 +92,24 @@ def test_int8_index_keys(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("int8_index", [False, True], ids=["own-index", "int8-index"])
+@DTYPES
+def test_a_bias_by_age(library: KernelLibrary, dtype: torch.dtype, int8_index: bool) -> None:
+    """Ages up to the last range, which is open."""
+    shape = {"block": 16, "index_dim": 8, "dtype": dtype, "device": DEVICE}
+    lens = [*EDGES, 16 * 40000 + 5]
+    case = LayerCase.make(lens, top_p=0.3, int8_index=int8_index, age_bias=True, **shape)  # type: ignore[arg-type]
+    check_layer(case, library)
+    given = case.selection
+    assert given is not None
+    keys = given.index_cache if int8_index else given.index_cache.float()
+    tail = (case.full.tables_RB, case.lens_R, given.index_scales)
+    ops, bias_SA = CudaOps(library), given.age_bias_SA
+    got = ops.score_blocks(given.qi_RSI, given.index_row_S, given.index_cache, *tail, bias_SA)
+    want = indexer.score_blocks(given.qi_RSI.float(), given.index_row_S, keys, *tail, bias_SA)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("int8_index", [False, True], ids=["bf16", "int8"])
 def test_contexts_of_a_million_tokens_and_more(library: KernelLibrary, int8_index: bool) -> None:
     """More log masses than shared memory keeps; ten repeats are identical."""

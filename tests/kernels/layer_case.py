@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import decode, indexer
 from kernels._launch import KernelLibrary
+from kernels.block_age import AGE_RANGES
 from kernels.cuda_decode import attend
 from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
@@ -74,6 +75,7 @@ class LayerCase:
         indexed: bool = True,
         split_roles: bool = False,
         int8_index: bool = False,
+        age_bias: bool = False,
         device: str = "cpu",
         seed: int = 0,
     ) -> LayerCase:
@@ -122,6 +124,8 @@ class LayerCase:
             )
             if int8_index:
                 selection = with_int8_keys(selection)
+            if age_bias:
+                selection = replace(selection, age_bias_SA=2 * random(selecting, AGE_RANGES))
         return cls(
             roles=roles,
             tiles=HeadTiles.make(roles, torch.device(device), split_roles=split_roles),
@@ -174,7 +178,7 @@ class LayerCase:
         if self.selection is None:
             return None
         given = self.selection
-        pages = (self.full.tables_RB, self.lens_R, given.index_scales)
+        pages = (self.full.tables_RB, self.lens_R, given.index_scales, given.age_bias_SA)
         log_mass = ops.score_blocks(given.qi_RSI, given.index_row_S, given.index_cache, *pages)
         top_p_RS = given.top_p_S.expand(log_mass.shape[:2])
         if given.own_top_p_R is not None:

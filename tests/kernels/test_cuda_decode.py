@@ -49,6 +49,25 @@ def test_a_layer_with_int8_index_keys(
     check_layer(case, library)
 
 
+@pytest.mark.parametrize("int8_index", [False, True], ids=["bf16", "int8"])
+def test_a_layer_with_a_bias_by_age(library: KernelLibrary, int8_index: bool) -> None:
+    """It selects other blocks than the same index without."""
+    case = LayerCase.make(
+        [*EDGES, 1700],
+        dtype=torch.bfloat16,
+        split_roles=True,
+        int8_index=int8_index,
+        age_bias=True,
+    )
+    check_layer(case, library)
+    _, biased_RS = case.run(case.workspace(library))
+    plain = case.with_selection(age_bias_SA=None)
+    _, plain_RS = plain.run(plain.workspace(library))
+    assert biased_RS is not None
+    assert plain_RS is not None
+    assert (biased_RS[-1] != plain_RS[-1]).all()
+
+
 @pytest.mark.parametrize("shared_bytes", [0, 1064], ids=["none", "256-blocks"])
 def test_log_masses_that_shared_memory_does_not_hold(
     library: KernelLibrary, shared_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from kernels import indexer, reference
 from kernels._launch import KernelLibrary
+from kernels.block_age import AGE_RANGES
 from kernels.cuda_ops import CudaOps
 from tests.kernels.emulation.library import compiler
 from tests.kernels.layer_case import LayerCase
@@ -53,6 +55,39 @@ def test_score_blocks_by_int8_keys(
     tail = (rows, steps, case.tables_SB, case.lens_S, scales)
     got = CudaOps(library).score_blocks(qi, *tail)
     torch.testing.assert_close(got, reference.score_blocks(qi.float(), *tail), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("int8_index", "rows", "blocks"),
+    [(True, [2, 0], 300), (False, [1], 2**14 + 9)],
+    ids=["int8", "every-range"],
+)
+def test_score_blocks_with_a_bias_by_age(
+    library: KernelLibrary, int8_index: bool, rows: list[int], blocks: int
+) -> None:
+    """On pages that rows share; the longer context has ages of the open range too."""
+    case = PagedCase.make([16 * 9], block=16, index_dim=8, dim=1)
+    keys, scales = case.int8_index() if int8_index else (case.index_cache, None)
+    qi, bias = random_tensor(4, len(rows), 8), 3 * random_tensor(len(rows), AGE_RANGES)
+    tables, lens = case.tables_SB[:, :9].repeat(4, 1822), torch.tensor([1, 16, 17, 16 * blocks - 3])
+    tail = (torch.tensor(rows), keys, tables, lens, scales)
+    got = CudaOps(library).score_blocks(qi, *tail, bias)
+    torch.testing.assert_close(got, indexer.score_blocks(qi, *tail, bias), rtol=1e-5, atol=1e-5)
+    plain = CudaOps(library).score_blocks(qi, *tail)
+    none = CudaOps(library).score_blocks(qi, *tail, torch.zeros_like(bias))
+    assert torch.equal(none, plain)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.zeros(1, 16), torch.zeros(2, 15), torch.zeros(2, 16).double(), torch.zeros(16, 2).T],
+    ids=["heads", "ranges", "float64", "strided"],
+)
+def test_biases_of_another_layout_are_refused(library: KernelLibrary, bias: Tensor) -> None:
+    case = PagedCase.make([70], block=16, index_dim=8, dim=1)
+    tail = (torch.tensor([2, 0]), case.index_cache, case.tables_SB, case.lens_S, None)
+    with pytest.raises(ValueError, match="age_bias"):
+        CudaOps(library).score_blocks(random_tensor(1, 2, 8), *tail, bias)
 
 
 def test_score_blocks_takes_queries_that_are_not_contiguous(library: KernelLibrary) -> None:

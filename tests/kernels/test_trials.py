@@ -31,6 +31,7 @@ DECODE = DecodeKind(
     index_dim=8,
 )
 BF16_INT8 = replace(DECODE, dtype=torch.bfloat16, index_dtype=torch.int8)
+BIASED = replace(DECODE, has_age_bias=True)
 DENSE = replace(DECODE, has_local=False, index_dim=None)
 LAYERS = LayerKind(
     attention=DECODE,
@@ -53,10 +54,11 @@ def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
     "kind",
     [
         BF16_INT8,
+        BIASED,
         replace(DECODE, dtype=torch.bfloat16, index_dim=None, group=1),
         DENSE,
     ],
-    ids=["bf16-int8", "no-index", "dense-f32"],
+    ids=["bf16-int8", "bias-by-age", "no-index", "dense-f32"],
 )
 def test_good_decode_kernels_pass(library: KernelLibrary, kind: DecodeKind) -> None:
     try_decode(library, kind, CPU)
