@@ -49,7 +49,9 @@ class StudentAttention:
         outs_ZLD: dict[int, Tensor] = {}
         if heads.far:
             picked = self._pick(heads.far, q_ZHLD, k_ZNLD, v_ZNLD)
-            out_ZHLD = self._retrieve(*picked, self._selected(layer, q_pre_THD, k_pre_TND))
+            with torch.no_grad():
+                seen_ZHRL = self._selected(layer, q_pre_THD, k_pre_TND)
+            out_ZHLD = self._retrieve(*picked, seen_ZHRL)
             outs_ZLD.update(zip(heads.far, out_ZHLD.unbind(1), strict=True))
         if heads.near:
             out_ZHLD = self._window(*self._pick(heads.near, q_ZHLD, k_ZNLD, v_ZNLD))
@@ -118,7 +120,6 @@ class StudentAttention:
         sinks_bZHSD = sinks_ZHSD.expand(len(x_bZHFD), -1, -1, -1, -1)
         return torch.cat([before_bZHFD, x_bZHFD, sinks_bZHSD], dim=3)
 
-    @torch.no_grad()
     def _selected(self, layer: int, q_pre_THD: Tensor, k_pre_TND: Tensor) -> Tensor | None:
         """Tokens that retrieval heads attend from response rows, bool [Z, H, R, L]; None: all."""
         indexer, heads = self.layers.indexers[layer], self.layers.heads[layer]

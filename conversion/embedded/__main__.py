@@ -36,6 +36,7 @@ from conversion.state import write_json
 from engine.model.config_reader import read_config
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+FOR_WINDOWS = SDPBackend.EFFICIENT_ATTENTION  # takes the masks that the others may not take
 
 
 def pretrain(
@@ -95,12 +96,16 @@ def _judge(
     network: Network, corpus: Corpus, options: PretrainingOptions, documents: int
 ) -> dict[str, Any]:
     lengths = [n for n in (2048, 4096, 8192, 16384, 32768) if n <= options.max_length]
-    return {
+    lengths, judge = lengths or [options.max_length], Judge(corpus, options.seed)
+    report = {
         "parameters": sum(p.numel() for p in network.parameters()),
         "corpus": corpus.description,
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        **Judge(corpus, options.seed).report(network, lengths or [options.max_length], documents),
+        **judge.report(network, lengths, documents),
     }
+    if options.retrieval_heads:
+        report["limited"] = judge.report(network, lengths, documents, limited=True)
+    return report
 
 
 def _hardware(ranks: Ranks) -> str:
@@ -132,6 +137,13 @@ def main(
     stop_after: Annotated[
         float | None, typer.Option(help="Save and stop after so many seconds of training.")
     ] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="heads.json of a conversion: its retrieval heads, for limited phases."),
+    ] = None,
+    window_tokens: Annotated[
+        int, typer.Option(help="That all other heads see in limited sequences.")
+    ] = 512,
     attention: Annotated[
         Literal["flash", "cudnn"], typer.Option(help="Attention kernel on CUDA.")
     ] = "flash",
@@ -145,7 +157,10 @@ def main(
         options = PretrainingOptions(
             text=tuple(text or ()), phases=phases, init=init, device=device, seed=seed
         )
-        with sdpa_kernel(BACKENDS[attention] if device != "cpu" else SDPBackend.MATH):
+        if heads is not None:
+            options = options.with_heads(heads, window_tokens)
+        wanted = [BACKENDS[attention], FOR_WINDOWS] if device != "cpu" else [SDPBackend.MATH]
+        with sdpa_kernel(wanted, set_priority=True):
             command = " ".join(["python -m conversion.embedded", *sys.argv[1:]])
             pretrain(out, options, Console(width=110), stop_after, documents, command)
     except ConversionError as error:

@@ -43,6 +43,8 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
                 f"too few for {ranks.world} processes"
             )
         self._rows = range(ranks.rank, rows, ranks.world)
+        self.limited = sum(row < round(self._phase.limited * rows) for row in self._rows)
+        """Sequences of every item, the first ones, in which heads are limited to their roles."""
         self._writer = EpisodeWriter(tokenizer, options.answer_weight)
         assert len(train) > self._phase.length + 1, "less text than one sequence"
 

@@ -33,8 +33,12 @@ class Judge:
         self._seed = seed
 
     @torch.no_grad()
-    def loss(self, network: Network, length: int, tokens: int) -> float:
-        """Nats per token over about `tokens` tokens in windows of `length`."""
+    def loss(self, network: Network, length: int, tokens: int, *, limited: bool = False) -> float:
+        """Nats per token over about `tokens` tokens in windows of `length`.
+
+        Args:
+            limited: heads see by their roles, here and below.
+        """
         held_out = self._corpus.held_out
         count = max(1, min(tokens, len(held_out) - 1) // length)
         total = 0.0
@@ -42,12 +46,21 @@ class Judge:
             window = held_out[number * length : (number + 1) * length + 1].astype(np.int64)
             ids = torch.from_numpy(window).to(_device(network))
             with _precision(network):
-                logits = network.decoder.logits(network.hidden(ids[None, :-1]))
+                logits = network.decoder.logits(network.hidden(ids[None, :-1], int(limited)))
             total += float(cross_entropy(logits, ids[1:]))
         return total / count
 
     @torch.no_grad()
-    def facts(self, network: Network, kind: FactKind, length: int, facts: int, count: int) -> float:
+    def facts(
+        self,
+        network: Network,
+        kind: FactKind,
+        length: int,
+        facts: int,
+        count: int,
+        *,
+        limited: bool = False,
+    ) -> float:
         """Share of right answers over `count` documents of `length` tokens with `facts` facts.
 
         All facts are asked, one after the other at the document's end.
@@ -57,21 +70,27 @@ class Judge:
             episode = self._episode(kind, length, facts, number)
             ids = torch.from_numpy(episode.ids).to(_device(network))
             with _precision(network):
-                hidden = network.hidden(ids[None])
+                hidden = network.hidden(ids[None], int(limited))
                 for start, stop in episode.answers:
                     guesses = network.decoder.logits(hidden[start - 1 : stop - 1]).argmax(-1)
                     right += bool((guesses == ids[start:stop]).all())
                     asked += 1
         return right / asked
 
-    def report(self, network: Network, lengths: Sequence[int], documents: int) -> dict[str, Any]:
+    def report(
+        self, network: Network, lengths: Sequence[int], documents: int, *, limited: bool = False
+    ) -> dict[str, Any]:
         """Loss by length, and accuracy by kind, length and number of facts."""
         return {
-            "held_out_loss": {str(n): self.loss(network, n, LOSS_TOKENS) for n in lengths},
+            "held_out_loss": {
+                str(n): self.loss(network, n, LOSS_TOKENS, limited=limited) for n in lengths
+            },
             "facts": {
                 kind: {
                     str(length): {
-                        str(others): self.facts(network, kind, length, others + 1, documents)
+                        str(others): self.facts(
+                            network, kind, length, others + 1, documents, limited=limited
+                        )
                         for others in DISTRACTORS
                     }
                     for length in lengths

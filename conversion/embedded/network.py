@@ -1,57 +1,32 @@
-"""The decoder that serves, as it trains: dense causal attention and a chunked loss.
+"""The decoder that serves, as it trains: whole sequences and a chunked loss.
 
-Shapes: B sequences, T tokens each, E hidden size, V vocabulary, H query heads, N KV heads,
-D head_dim, F = B * T.
+Shapes: B sequences, T tokens each, E hidden size, V vocabulary, F = B * T.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from conversion.embedded.attention import TrainingAttention
+from conversion.student_layers import StudentLayers
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 
 LOSS_ROWS = 32_768  # positions whose logits are held at once
 
 
-@dataclass(frozen=True, slots=True)
-class BatchAttention:
-    """Implements `engine.model.layers.Attention` for sequences of equal length, side by side."""
-
-    length: int
-    group_size: int
-
-    def attend(
-        self,
-        layer: int,
-        q_pre_THD: Tensor,
-        k_pre_TND: Tensor,
-        q_THD: Tensor,
-        k_TND: Tensor,
-        v_TND: Tensor,
-    ) -> Tensor:
-        dtype = v_TND.dtype  # the product's, bfloat16 under autocast; norms come in float32
-        q, k, v = (
-            x.to(dtype).view(-1, self.length, *x.shape[1:]).transpose(1, 2)
-            for x in (q_THD, k_TND, v_TND)
-        )
-        k, v = (x.repeat_interleave(self.group_size, 1) for x in (k, v))
-        out_BHTD = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out_BHTD.transpose(1, 2).flatten(0, 1)
-
-
 class Network(nn.Module):
     """Token ids in, loss out."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, roles: StudentLayers | None = None) -> None:
+        """`roles` are those of the heads in sequences that are limited to them."""
         super().__init__()
         self.config = config
         self.decoder = Decoder(config)
+        self.roles = roles
 
     def initialise(self, seed: int) -> None:
         """Normal weights; what writes to the residual stream starts smaller, as in GPT-2."""
@@ -65,17 +40,19 @@ class Network(nn.Module):
             values = torch.randn(parameter.shape, generator=generator) * deviation
             parameter.data.copy_(values)
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states [F, E] after the final norm."""
+    def hidden(self, ids_BT: Tensor, limited: int = 0) -> Tensor:
+        """Hidden states [F, E] after the final norm; the first `limited` sequences by roles."""
         length = ids_BT.shape[1]
         positions_F = torch.arange(length, device=ids_BT.device).repeat(len(ids_BT))
-        attention = BatchAttention(length, self.config.group_size)
+        attention = TrainingAttention(length, self.config.group_size, limited, self.roles)
         hidden_FE: Tensor = self.decoder(ids_BT.flatten(), positions_F, attention)
         return hidden_FE
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor, limited: int = 0
+    ) -> Tensor:
         """Weighted sum of losses in nats; logits are made in chunks and again in the backward."""
-        hidden_FE = self.hidden(ids_BT)
+        hidden_FE = self.hidden(ids_BT, limited)
         total = hidden_FE.new_zeros((), dtype=torch.float32)
         targets_F, weights_F = targets_BT.flatten(), weights_BT.flatten()
         for start in range(0, len(hidden_FE), LOSS_ROWS):

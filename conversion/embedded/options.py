@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conversion.errors import ConversionError
+from conversion.head_roles import read_heads
 from conversion.schedule import warmup_constant
 
 
@@ -22,6 +23,7 @@ class Phase:
     first_rate: float  # learning rate at its start, as a share of the peak
     last_rate: float  # at its end; linear between
     batch_tokens: int = 131_072  # of one optimizer step
+    limited: float = 0.0  # share of the sequences that see by `retrieval_heads`
 
 
 # One H100 trains 2.0 M tokens/s at 512, 1.7 M at 2K, 0.66 M at 16K and 0.38 M at 32K.
@@ -47,6 +49,9 @@ class PretrainingOptions:
     text: tuple[Path, ...] = ()  # folders with Python sources; none: this environment's
     phases: tuple[Phase, ...] = CURRICULUM
     init: Path | None = None  # model folder to start from; None: random weights
+    retrieval_heads: tuple[tuple[int, ...], ...] = ()  # per layer; of limited sequences
+    window_tokens: int = 512  # that their other heads see
+    sink_tokens: int = 4
     vocab_size: int = 4096
     layers: int = 8
     hidden: int = 320
@@ -78,6 +83,10 @@ class PretrainingOptions:
                 )
             if phase.steps < 1 or not 0 <= phase.episodes <= 1:
                 raise ConversionError("a phase needs steps, and a share of episodes from 0 to 1")
+            if not 0 <= phase.limited <= 1:
+                raise ConversionError(f"limited must be a share from 0 to 1, got {phase.limited}")
+            if phase.limited and not self.retrieval_heads:
+                raise ConversionError("a phase with limited sequences needs retrieval heads")
         if self.vocab_size > 2**16:
             raise ConversionError(f"vocab_size must be at most 65536, got {self.vocab_size}")
 
@@ -95,6 +104,11 @@ class PretrainingOptions:
         """
         rate = phase.first_rate + (phase.last_rate - phase.first_rate) * share
         return rate * warmup_constant(step, self.warmup_steps)
+
+    def with_heads(self, path: Path, window_tokens: int) -> PretrainingOptions:
+        """The same with the retrieval heads of a heads.json; raises ConversionError."""
+        chosen = tuple(map(tuple, read_heads(path, self.layers, self.heads)))
+        return replace(self, retrieval_heads=chosen, window_tokens=window_tokens)
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model, a plain Qwen3."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from conversion.code_facts import FACT_KINDS
+from conversion.embedded.attention import head_roles
 from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import Corpus
 from conversion.embedded.judge import Judge
@@ -23,6 +25,7 @@ from conversion.embedded.optimizers import Optimizers
 from conversion.embedded.options import Phase, PretrainingOptions
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks
+from conversion.student_layers import StudentLayers
 from engine.model.checkpoint import preflight
 from engine.model.config import ModelConfig
 from engine.model.weights import load_decoder
@@ -64,7 +67,7 @@ class Trainer:
         Raises:
             ConversionError: the checkpoint is of other options, or training has diverged.
         """
-        network = Network(self.config).to(self.ranks.device)
+        network = Network(self.config, self._roles()).to(self.ranks.device)
         network.initialise(self.options.seed)
         if self.options.init is not None:
             weights = load_decoder(preflight(self.options.init), "cpu", torch.float32)
@@ -86,13 +89,15 @@ class Trainer:
         options, place = self.options, self.place
         phase = options.phases[place.phase]
         compiled = torch.compile(network, dynamic=False) if options.compile else network
-        batches = TrainingBatches(
+        source = TrainingBatches(
             self.corpus.train, self.corpus.tokenizer, options, place.phase, self.ranks
-        ).stream(place.inside, options.workers, self._on_cuda)
+        )
+        batches = source.stream(place.inside, options.workers, self._on_cuda)
+        loss = partial(compiled, limited=source.limited)
         window: list[Tensor] = []
         tick = time.monotonic()
         while place.inside < phase.steps:
-            window.append(self._gradients(network, compiled, next(batches)))
+            window.append(self._gradients(network, loss, next(batches)))
             torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
             optimizers.step(options.rate(phase, place.inside / phase.steps, place.step))
             place.step += 1
@@ -108,14 +113,14 @@ class Trainer:
         return place.inside == phase.steps
 
     def _gradients(
-        self, network: Network, compiled: Callable[..., Tensor], batch: tuple[Tensor, Tensor]
+        self, network: Network, loss_of: Callable[..., Tensor], batch: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Gradients of the whole batch's mean loss; this process's part of that loss."""
         device = self.ranks.device
         ids, weights = (x.to(device, non_blocking=True) for x in batch)
         total = self.ranks.summed(weights.sum())
         with torch.autocast(device.type, torch.bfloat16, enabled=self._on_cuda):
-            loss = compiled(ids[:, :-1], ids[:, 1:], weights) / total
+            loss = loss_of(ids[:, :-1], ids[:, 1:], weights) / total
         torch.autograd.backward(loss)
         self.ranks.sum_in_place([p.grad for p in network.parameters() if p.grad is not None])
         return loss.detach()
@@ -144,11 +149,19 @@ class Trainer:
         judge = Judge(self.corpus, self.options.seed)
         line: dict[str, Any] = {"step": self.place.step, "length": phase.length}
         for kind in FACT_KINDS:
-            line[kind] = round(
-                judge.facts(network, kind, phase.length, JUDGED_FACTS, JUDGED_DOCUMENTS), 3
-            )
+            asked = (network, kind, phase.length, JUDGED_FACTS, JUDGED_DOCUMENTS)
+            line[kind] = round(judge.facts(*asked), 3)
+            if phase.limited:
+                line[f"{kind}, limited"] = round(judge.facts(*asked, limited=True), 3)
         self.progress.append(line)
         self.console.print(f"judged: {line}", highlight=False)
+
+    def _roles(self) -> StudentLayers | None:
+        options = self.options
+        if not options.retrieval_heads:
+            return None
+        heads, window = options.retrieval_heads, options.window_tokens
+        return head_roles(self.config, heads, window, options.sink_tokens, self.ranks.device)
 
     @property
     def _on_cuda(self) -> bool:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +25,13 @@ from conversion.parallel import Ranks
 from engine.model.checkpoint import preflight
 from engine.model.config_reader import read_config
 from engine.model.weights import load_decoder
+from tests.conversion.embedded.little_text import VOCABULARY, copy_of, text_folders
 from tests.conversion.two_processes import in_two_processes
 
 QUIET = Console(quiet=True)
 ODD_PHASE = Phase(
     length=256, steps=1, episodes=0.5, first_rate=1.0, last_rate=1.0, batch_tokens=1000
 )
-VOCABULARY = 800
-PACKAGES = ("asyncio", "json", "http", "logging")
-
-
-def text_folders() -> tuple[Path, ...]:
-    """A few packages of the standard library: real text, read in a second."""
-    return tuple(Path(sysconfig.get_paths()["stdlib"]) / name for name in PACKAGES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_text() -> Iterator[None]:
-    """Of which enough is held out, and not all of that is judged by."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conversion.embedded.corpus.HELD_OUT_SHARE", 0.2)
-        patch.setattr("conversion.embedded.judge.LOSS_TOKENS", 2**12)
-        yield
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, little_text: None) -> Path:
-    """A folder to train in, whose text was read and tokenised already."""
-    folder = tmp_path_factory.mktemp("prepared")
-    Corpus.prepare(text_folders(), VOCABULARY, folder / "corpus")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def corpus(prepared: Path) -> Corpus:
-    return Corpus.open(prepared / "corpus")
-
-
-def copy_of(prepared: Path, folder: Path) -> Path:
-    """Likewise, to change."""
-    shutil.copytree(prepared, folder)
-    return folder
 
 
 @pytest.fixture

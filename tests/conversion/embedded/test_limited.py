@@ -1,0 +1,149 @@
+"""Sequences limited to head roles in training: what they see, how many they are, what is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from conversion.embedded.__main__ import pretrain
+from conversion.embedded.attention import head_roles
+from conversion.embedded.batches import TrainingBatches
+from conversion.embedded.corpus import Corpus
+from conversion.embedded.network import Network
+from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.errors import ConversionError
+from conversion.parallel import Ranks
+from conversion.sequence import CachedSequence
+from engine.model.config import ModelConfig, SparseAttentionConfig
+from engine.model.config_reader import read_config
+from tests.conversion.embedded.little_text import VOCABULARY, copy_of, text_folders
+
+HEADS = ((0, 3), (), (2,))
+WINDOW, SINKS, LENGTH = 16, 2, 75
+PHASE = Phase(
+    length=256, steps=2, episodes=0.5, first_rate=1.0, last_rate=0.5, batch_tokens=1536, limited=0.5
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def options() -> PretrainingOptions:
+    return PretrainingOptions(
+        phases=(PHASE,),
+        retrieval_heads=HEADS,
+        window_tokens=WINDOW,
+        vocab_size=VOCABULARY,
+        layers=3,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        intermediate=48,
+        device="cpu",
+        compile=False,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def config(options: PretrainingOptions, tmp_path: Path) -> ModelConfig:
+    (tmp_path / "config.json").write_text(json.dumps(options.model_config()))
+    return read_config(tmp_path)
+
+
+@pytest.fixture
+def network(config: ModelConfig) -> Network:
+    network = Network(config, head_roles(config, HEADS, WINDOW, SINKS, CPU))
+    network.initialise(3)
+    for parameter in network.parameters():
+        parameter.data.mul_(4)  # so that it matters what is seen
+    return network
+
+
+@pytest.fixture
+def ids_BT(config: ModelConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (3, LENGTH), generator=generator)
+
+
+def served(network: Network, ids: Tensor, sparse: SparseAttentionConfig | None) -> Tensor:
+    config = dataclasses.replace(network.config, sparse=sparse)
+    sequence = CachedSequence(network.decoder, config, [None] * config.num_layers, len(ids))
+    return sequence.prefill(ids.tolist())
+
+
+@torch.no_grad()
+def test_limited_sequences_see_what_the_served_model_sees(network: Network, ids_BT: Tensor) -> None:
+    sparse = SparseAttentionConfig(
+        retrieval_heads=HEADS, window_tokens=WINDOW, sink_tokens=SINKS, index_dim=None
+    )
+    hidden_BTE = network.hidden(ids_BT, limited=2).view(3, LENGTH, -1)
+    for ids, hidden, roles in zip(ids_BT, hidden_BTE, (sparse, sparse, None), strict=True):
+        torch.testing.assert_close(hidden, served(network, ids, roles), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(hidden_BTE[0], served(network, ids_BT[0], None), atol=1e-3)
+
+
+def test_gradients_reach_every_weight_from_limited_sequences(
+    network: Network, ids_BT: Tensor
+) -> None:
+    loss = network(ids_BT[:, :-1], ids_BT[:, 1:], torch.ones(3, LENGTH - 1), limited=3)
+    torch.autograd.backward(loss)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+@pytest.mark.parametrize("limited", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_limited_sequences_of_a_batch(
+    options: PretrainingOptions, corpus: Corpus, limited: float, world: int
+) -> None:
+    phases = (dataclasses.replace(PHASE, limited=limited),)
+    given = dataclasses.replace(options, phases=phases)
+    shares = [
+        TrainingBatches(corpus.train, corpus.tokenizer, given, 0, Ranks(rank, world))
+        for rank in range(world)
+    ]
+    assert sum(share.limited for share in shares) == round(limited * 6)
+    assert max(share.limited for share in shares) - min(share.limited for share in shares) <= 1
+
+
+def test_heads_come_from_the_file_of_a_conversion(
+    options: PretrainingOptions, tmp_path: Path
+) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps({"retrieval_heads": [[1], [], [2, 0]], "scores": []}))
+    given = options.with_heads(file, 128)
+    assert given.retrieval_heads == ((1,), (), (0, 2))
+    assert given.window_tokens == 128
+    with pytest.raises(ConversionError, match="must list 2 layers"):
+        dataclasses.replace(options, layers=2).with_heads(file, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retrieval_heads": ()}, "needs retrieval heads"),
+        ({"phases": (dataclasses.replace(PHASE, limited=1.5),)}, "from 0 to 1, got 1.5"),
+    ],
+)
+def test_impossible_limits(options: PretrainingOptions, change: Any, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        dataclasses.replace(options, **change)
+
+
+def test_a_training_with_limits_is_judged_both_ways(
+    options: PretrainingOptions, prepared: Path, tmp_path: Path
+) -> None:
+    out = copy_of(prepared, tmp_path / "out")
+    given = dataclasses.replace(options, text=text_folders(), save_every=1)
+    pretrain(out, given, Console(quiet=True), documents=1)
+    report = json.loads((out / "training.json").read_text())
+    assert report["limited"]["facts"].keys() == report["facts"].keys()
+    assert report["limited"]["held_out_loss"] != report["held_out_loss"]
+    assert "list, limited" in report["progress"][0]
