@@ -143,13 +143,13 @@ def _tried_prefill(
     block_tokens: int,
     prefill_attention: AttentionMode,
 ) -> DevicePrefill:
-    index_dim = None
+    index_dim, has_age_bias = None, False
     if prefill_attention == "sparse" and model.sparse is not None:
-        index_dim = model.sparse.index_dim
+        index_dim, has_age_bias = model.sparse.index_dim, model.sparse.index_age_bias
     try:
         with torch.cuda.device(device):
             found = DevicePrefill(device, dtype, model.head_dim, block_tokens, library)
-            found.try_out(index_dim)
+            found.try_out(index_dim, has_age_bias=has_age_bias)
     except Exception as error:  # Triton's compilers fail in their own ways on a host without them
         lines = str(error).strip().splitlines() or [""]
         raise _UnsupportedError(f"{type(error).__name__}: {lines[0]}") from error

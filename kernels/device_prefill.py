@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import cuda_prefill
 from kernels._launch import KernelError, KernelLibrary
+from kernels.block_age import AGE_RANGES
 from kernels.prefill_tiles import MAX_MASSES, SAMPLED, PrefillTiles
 from kernels.span_inputs import EVERYTHING, SpanInputs
 
@@ -60,11 +61,12 @@ class DevicePrefill:
         """What the kernels of dense and windowed attention are written in."""
         return "Triton" if self.library is None else "CUDA"
 
-    def try_out(self, index_dim: int | None) -> None:
+    def try_out(self, index_dim: int | None, *, has_age_bias: bool = False) -> None:
         """Run every kernel once, so that it is compiled, and hold it to a known answer.
 
         Args:
             index_dim: of a sparse prefill; None: there will be none.
+            has_age_bias: of its index.
 
         Raises:
             KernelError: it gives something else.
@@ -85,9 +87,9 @@ class DevicePrefill:
             tiles = PrefillTiles.of_spans([0, 3], [3], ones.device)
             mass = torch.ones(1, device=ones.device)
             qi_TGI, emptied = index[0, :, :3].transpose(0, 1), out_THD.zero_()
-            self.attend_sparse(
-                inputs._replace(out_THD=emptied), tiles, qi_TGI, zero, index, mass, zero, 0, 1.0
-            )
+            bias_GA = mass.new_zeros((1, AGE_RANGES)) if has_age_bias else None
+            given = (inputs._replace(out_THD=emptied), tiles, qi_TGI, zero, index, mass, zero)
+            self.attend_sparse(*given, 0, 1.0, age_bias_GA=bias_GA)
             results.append(emptied)
         # Every mean of ones is one.
         if not bool((torch.stack(results).float() - 1).abs().max() < 0.01):
@@ -125,6 +127,7 @@ class DevicePrefill:
         dense_below: int,
         scale: float,
         index_scales: Tensor | None = None,
+        age_bias_GA: Tensor | None = None,
     ) -> None:
         """Retrieval heads read what their tiles select: `score_tiles`, `select_tiles` and
         `prefill_sparse` of `kernels.reference`, written into `inputs.out_THD`.
@@ -136,7 +139,7 @@ class DevicePrefill:
         from kernels.device_sparse_prefill import attend_lists, choose_lists, score_tiles
 
         tables_SB, block_tokens = inputs.block_tables_SB, inputs.k_cache.shape[2]
-        index = (index_row_G, index_cache, tables_SB, tiles, index_scales)
+        index = (index_row_G, index_cache, tables_SB, tiles, index_scales, age_bias_GA)
         share_ZGB = score_tiles(qi_TGI, *index)
         lists = choose_lists(share_ZGB, top_p_G, tiles, dense_from_S, dense_below, block_tokens)
         attend_lists(self.library, inputs, tiles, lists, scale)

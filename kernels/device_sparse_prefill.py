@@ -18,6 +18,7 @@ from kernels._checks import check_shapes
 from kernels._launch import KernelLibrary
 from kernels.block_choice import choose_blocks
 from kernels.cuda_prefill import BlockLists
+from kernels.decode_inputs import check_age_bias
 from kernels.list_attention import list_attention
 from kernels.prefill_tiles import MAX_MASSES, SAMPLED, TILE_QUERIES, PrefillTiles
 from kernels.prefill_triton import TileConfig, is_supported, pages_of
@@ -36,6 +37,7 @@ def score_tiles(
     block_tables_SB: Tensor,
     tiles: PrefillTiles,
     index_scales: Tensor | None = None,
+    age_bias_HA: Tensor | None = None,
 ) -> Tensor:
     """Log share of every block for every tile of queries, float32 [Z, H, B]; waits for nothing.
 
@@ -50,10 +52,12 @@ def score_tiles(
         block_tables=(block_tables_SB, "S B"),
     )
     heads, dim = qi_THI.shape[1:]
+    check_age_bias(age_bias_HA, heads)
     width, block_tokens = block_tables_SB.shape[1], index_cache.shape[2]
     if not is_supported(dim, block_tokens):
         raise ValueError(f"no kernel for pages of {block_tokens} tokens with index_dim {dim}")
     scales = index_cache if index_scales is None else index_scales
+    biases = index_cache if age_bias_HA is None else age_bias_HA
     qi_THI = qi_THI.contiguous()
     share_ZHB = qi_THI.new_empty((tiles.count, heads, width), dtype=torch.float32)
     runs = triton.cdiv(width, RUN_BLOCKS)
@@ -69,6 +73,7 @@ def score_tiles(
             index_row_H,
             index_cache,
             scales,
+            biases,
             block_tables_SB,
             tiles.span_Z[part],
             tiles.sampled_ZQ[part],
@@ -85,6 +90,7 @@ def score_tiles(
             KEYS=block_tokens,
             BLOCKS=RUN_BLOCKS,
             SCALED=index_scales is not None,
+            BIASED=age_bias_HA is not None,
             STAGES=3,
             num_warps=1,
         )

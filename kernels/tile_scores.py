@@ -16,7 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.block_age import AGE_RANGES
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+AGES = tl.constexpr(AGE_RANGES)
 
 
 @triton.jit
@@ -30,16 +33,25 @@ def key_scores(x, keys_ptr, scales_ptr, key, i, SCALED: tl.constexpr):
 
 
 @triton.jit
-def block_mass(s, key_position, position, base, SHOWN: tl.constexpr):
+def age_bias(biases, age):
+    """log2 of what queries multiply a block's mass by that lies `age` blocks before their own."""
+    # The number of bits of an age is the exponent of the float, which is exact for so few blocks.
+    bits = (age.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.load(biases + tl.minimum(tl.maximum(bits, 0), AGES - 1)) * LOG2_E
+
+
+@triton.jit
+def block_mass(s, key_position, position, base, bias, SHOWN: tl.constexpr):
     """Weights of a block's keys, summed by query: relative to 2^base, which this block may raise.
 
-    SHOWN: every query sees all of them. Returns log2 of the masses, the sums, and the base.
+    All of them are multiplied by 2^bias. SHOWN: every query sees all of them. Returns log2 of the
+    masses, the sums, and the base.
     """
     if not SHOWN:
         s = tl.where(key_position[None, :] <= position[:, None], s, float("-inf"))
-    base = tl.maximum(base, tl.max(s, 1) * LOG2_E)
+    base = tl.maximum(base, tl.max(s, 1) * LOG2_E + bias)
     origin = base if SHOWN else tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(tl.exp2(s * LOG2_E - origin[:, None]), 1)
+    total = tl.sum(tl.exp2(s * LOG2_E - (origin - bias)[:, None]), 1)
     # 126 below what came before, nothing is left of it: no selection would take it.
     seen = total > 0.0
     mass = tl.where(seen, origin + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
@@ -52,6 +64,7 @@ def tile_masses(
     index_rows,
     keys_ptr,
     scales_ptr,
+    biases_ptr,
     tables,
     span_of,
     sampled,
@@ -69,12 +82,13 @@ def tile_masses(
     KEYS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A run of BLOCKS blocks for one tile and head: log2 of masses [Z, H, B, Q], and of their sum
     over the run [Z, H, R, Q].
 
-    SCALED: keys are int8, and each has a scale of its own.
+    SCALED: keys are int8, and each has a scale of its own. BIASED: heads have a bias by age.
     """
     tile = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -87,6 +101,8 @@ def tile_masses(
     position = tl.load(positions + row).to(tl.int32)
     x = tl.load(qi_ptr + row[:, None] * qi_row + head * qi_head + i[None, :])
     index_row = tl.load(index_rows + head).to(tl.int64)
+    own = position // KEYS
+    biases = biases_ptr + head * AGES
     pages = tables + tl.load(span_of + tile).to(tl.int64) * table_row
     at = tile * heads + head
     masses = masses_ptr + at * width * SAMPLED + q
@@ -98,16 +114,18 @@ def tile_masses(
         page = tl.load(pages + block).to(tl.int64)
         key = (page * cache_rows + index_row) * KEYS + n
         s = key_scores(x, keys_ptr, scales_ptr, key, i, SCALED)
+        bias = age_bias(biases, own - block) if BIASED else 0.0
         before = base
-        mass, total, base = block_mass(s, block * KEYS + n, position, base, True)
+        mass, total, base = block_mass(s, block * KEYS + n, position, base, bias, True)
         sums = sums * tl.exp2(before - base) + total
         tl.store(masses + block * SAMPLED, mass)
     for block in tl.range(shown, stop, num_stages=1):
         page = tl.load(pages + block).to(tl.int64)
         key = (page * cache_rows + index_row) * KEYS + n
         s = key_scores(x, keys_ptr, scales_ptr, key, i, SCALED)
+        bias = age_bias(biases, own - block) if BIASED else 0.0
         before = base
-        mass, total, base = block_mass(s, block * KEYS + n, position, base, False)
+        mass, total, base = block_mass(s, block * KEYS + n, position, base, bias, False)
         sums = sums * tl.where(before == base, 1.0, tl.exp2(before - base)) + total
         tl.store(masses + block * SAMPLED, mass)
     seen = sums > 0.0

@@ -47,6 +47,7 @@ class SpanKernels(Protocol):
         dense_below: int,
         scale: float,
         index_scales: Tensor | None = None,
+        age_bias_GA: Tensor | None = None,
     ) -> None: ...
 
 
@@ -90,6 +91,7 @@ def attend_prefill(
                 layers.dense_below,
                 layers.scale,
                 cache.index_scales,
+                indexer.age_bias_HA,
             )
     if heads.local_on_full:
         kernels.attend_windowed(inputs(roles.local_on_full, full), *rule)

@@ -129,10 +129,19 @@ def _load_indexers(
         q, k = (
             reader.read(f"{prefix}{name}.weight").to(device, dtype) for name in ("q_proj", "k_proj")
         )
-        bias = prefix + AGE_BIAS
-        bias_HA = reader.read(bias).to(device) if bias in checkpoint.indexer else None
+        bias_HA = _load_age_bias(checkpoint, reader, prefix + AGE_BIAS)
+        bias_HA = None if bias_HA is None else bias_HA.to(device)  # in float32, as it is stored
         indexers.append(Indexer(q_proj_HID=q, k_proj_HID=k, age_bias_HA=bias_HA))
     return indexers
+
+
+def _load_age_bias(checkpoint: Checkpoint, reader: TensorReader, name: str) -> Tensor | None:
+    if name not in checkpoint.indexer:
+        return None
+    bias_HA = reader.read(name)
+    if not bool(bias_HA.isfinite().all()):
+        raise CheckpointError(f"{checkpoint.indexer[name].file}: tensor {name!r} is not finite")
+    return bias_HA
 
 
 def decoder_with_random_weights(config: ModelConfig, seed: int, std: float = 0.02) -> Decoder:

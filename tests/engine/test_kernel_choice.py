@@ -14,6 +14,7 @@ from engine.config import AttentionMode, EngineConfig, KernelMode
 from engine.errors import ConfigError
 from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
 from engine.memory_budget import max_blocks
+from engine.model.config import ModelConfig
 from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
@@ -212,10 +213,10 @@ class FakePrefill:
     problem: Exception | None = None
 
     def __init__(self, *_: object) -> None:
-        self.tried: list[int | None] = []
+        self.tried: list[tuple[int | None, bool]] = []
 
-    def try_out(self, index_dim: int | None) -> None:
-        self.tried.append(index_dim)
+    def try_out(self, index_dim: int | None, *, has_age_bias: bool) -> None:
+        self.tried.append((index_dim, has_age_bias))
         if self.problem is not None:
             raise self.problem
 
@@ -229,10 +230,13 @@ def fake_prefill(monkeypatch: pytest.MonkeyPatch, a_gpu: None) -> type[FakePrefi
 
 
 def prefill(
-    mode: KernelMode, device: torch.device = CUDA, attention: AttentionMode = "dense"
+    mode: KernelMode,
+    device: torch.device = CUDA,
+    attention: AttentionMode = "dense",
+    model: ModelConfig = MODEL,
 ) -> object:
     library: KernelLibrary | None = None
-    return choose_prefill(mode, library, MODEL, device, torch.float32, 16, attention)
+    return choose_prefill(mode, library, model, device, torch.float32, 16, attention)
 
 
 @pytest.mark.parametrize(
@@ -254,15 +258,24 @@ def test_prefill_on_the_ops_has_its_reason(
     assert message in reason(caplog)
 
 
-@pytest.mark.parametrize(("attention", "tried"), [("dense", None), ("sparse", 8)])
+@pytest.mark.parametrize(
+    ("attention", "model", "tried"),
+    [
+        ("dense", MODEL, (None, False)),
+        ("sparse", MODEL, (8, False)),
+        ("sparse", make_model([[0]], dim=64, index_dim=8, block=16, age_bias=True), (8, True)),
+    ],
+    ids=["dense", "sparse", "sparse-with-a-bias"],
+)
 def test_prefill_kernels_are_tried_out(
     fake_prefill: type[FakePrefill],
     attention: AttentionMode,
-    tried: int | None,
+    model: ModelConfig,
+    tried: tuple[int | None, bool],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    found = prefill("auto", attention=attention)
+    found = prefill("auto", attention=attention, model=model)
     assert isinstance(found, FakePrefill)
     assert found.tried == [tried]
     assert "prefill attention runs on the CUDA kernels" in reason(caplog)

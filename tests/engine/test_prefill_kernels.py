@@ -56,9 +56,10 @@ class Specification:
         dense_below: int,
         scale: float,
         index_scales: Tensor | None = None,
+        age_bias_GA: Tensor | None = None,
     ) -> None:
         tables_SB, block = inputs.block_tables_SB, inputs.k_cache.shape[2]
-        index = (index_row_G, index_cache, tables_SB, tiles, index_scales)
+        index = (index_row_G, index_cache, tables_SB, tiles, index_scales, age_bias_GA)
         shares = reference.score_tiles(qi_TGI, *index)
         rule = (top_p_G, tiles, dense_from_S, dense_below, block)
         mask_ZGB = reference.select_tiles(shares, *rule)
@@ -93,7 +94,9 @@ def test_ragged_batches_equal_naive_masks(layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("index_dtype", ["auto", "int8"])
-@pytest.mark.parametrize("layout", ["mixed-groups", "index-per-kv-head", "dense-below"])
+@pytest.mark.parametrize(
+    "layout", ["mixed-groups", "index-per-kv-head", "dense-below", "bias-by-age"]
+)
 def test_sparse_prompts_equal_those_of_the_ops(layout: str, index_dtype: str) -> None:
     model = make_model(**LAYOUTS[layout] | {"top_p": 0.3})
     kernels = Specification()
@@ -125,13 +128,13 @@ def test_a_sequence_full_of_nan_spoils_no_other() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("mode", ["dense", "sparse", "sparse-with-a-bias"])
 def test_tritons_kernels_in_the_engine(mode: Any) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     kernels = DevicePrefill(CPU, torch.float32, 16, 16, None)
     sizes: dict[str, Any] = {"dim": 16, "index_dim": 16, "block": 16, "window": 21, "top_p": 0.3}
-    model = make_model([[0, 3]], **sizes)
-    given: dict[str, Any] = {"prefill_attention": mode, "prompt_tokens": 400}
+    model = make_model([[0, 3]], **sizes, age_bias=mode == "sparse-with-a-bias")
+    given: dict[str, Any] = {"prefill_attention": mode.split("-")[0], "prompt_tokens": 400}
     takes: Any = [(0, 20, "prefill")], [(0, 30, "prefill"), (1, 33, "prefill")]
     outputs = []
     for found in (kernels, None):
@@ -146,6 +149,7 @@ def test_kernels_are_tried_out_before_they_are_used(monkeypatch: pytest.MonkeyPa
     kernels = DevicePrefill(CPU, torch.float32, 16, 16, None)
     assert kernels.name == "Triton"
     kernels.try_out(16)
+    kernels.try_out(16, has_age_bias=True)
     with pytest.raises(ValueError, match="index_dim 8"):
         kernels.try_out(8)
     monkeypatch.setattr("kernels.prefill_triton.attend_spans", lambda *_: None)

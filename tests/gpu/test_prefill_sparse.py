@@ -13,6 +13,7 @@ import torch
 from kernels import prefill_sparse
 from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
+from kernels.block_age import AGE_RANGES
 from kernels.cuda_prefill import BlockLists
 from kernels.paged_kv import quantise_index_keys
 from kernels.prefill_tiles import PrefillTiles
@@ -66,6 +67,10 @@ def test_shares(spans: list[tuple[int, int]], dtype: torch.dtype) -> None:
     rounded = (rows, steps.view(keys.shape), tables_SB, tiles, scales.view(keys.shape[:3]))
     got = score_tiles(qi_THI, *rounded)
     want = prefill_sparse.score_tiles(qi_THI.float(), *rounded)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    bias_HA = 2 * random_tensor(2, AGE_RANGES, seed=4).to("cuda")
+    got = score_tiles(qi_THI, *rounded, bias_HA)
+    want = prefill_sparse.score_tiles(qi_THI.float(), *rounded, bias_HA)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import prefill_sparse, reference
+from kernels.block_age import AGE_RANGES
 from kernels.cuda_prefill import BlockLists
 from kernels.paged_kv import quantise_index_keys
 from kernels.prefill_tiles import PrefillTiles
@@ -72,6 +73,43 @@ def test_scores_lists_and_attention(spans: list[tuple[int, int]]) -> None:
             q_TGD, kv_row_G, k_cache, v_cache, tables_SB, tiles, mask_ZHB, 0.25
         ),
     )
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["f32", "int8"])
+def test_scores_with_a_bias_by_age(scaled: bool) -> None:
+    """Two runs of blocks that all queries see and ends that some do; ages of eight ranges."""
+    spans = [(16 * 70 + 5, 20), (60, 37)]
+    case = SpanCase.make(spans)
+    tiles = PrefillTiles.of_spans(case.starts.tolist(), case.pages.lens_S.tolist())
+    tables_SB = case.pages.tables_SB
+    keys = random_tensor(case.pages.index_cache.shape[0], 2, 16, 16, seed=5)
+    scales = None
+    if scaled:
+        steps, scales = quantise_index_keys(keys.flatten(0, 1))
+        keys, scales = steps.view(keys.shape), scales.view(keys.shape[:3])
+    arguments = (random_tensor(len(case.q_THD), 1, 16, seed=7), torch.tensor([1]), keys)
+    bias_HA = 3 * random_tensor(1, AGE_RANGES, seed=9)
+    tail = (tables_SB, tiles, scales)
+    shares = score_tiles(*arguments, *tail, bias_HA)
+    want = prefill_sparse.score_tiles(*arguments, *tail, bias_HA)
+    torch.testing.assert_close(shares, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_lifts_a_mass_however_small() -> None:
+    """A bias counts before masses are compared: e^-100 of an older block's is nothing to a float,
+    and with 200 nats more it is all there is."""
+    case = SpanCase.make([(64, 64)])
+    tiles = PrefillTiles.of_spans(case.starts.tolist(), case.pages.lens_S.tolist())
+    keys = torch.zeros(case.pages.index_cache.shape[0], 2, 16, 16)
+    keys[case.pages.tables_SB[0, 0], 0, :, 0] = 100.0  # the oldest block has e^100 times the mass
+    bias_HA = torch.zeros(1, AGE_RANGES)
+    bias_HA[0, 0] = 200.0
+    given = (torch.ones(64, 1, 16), torch.tensor([0]), keys, case.pages.tables_SB, tiles)
+    shares = score_tiles(*given, age_bias_HA=bias_HA)
+    want = reference.score_tiles(*given, age_bias_HA=bias_HA)
+    torch.testing.assert_close(shares, want, rtol=1e-5, atol=1e-4)
+    none = score_tiles(*given, age_bias_HA=torch.zeros_like(bias_HA))
+    assert torch.equal(none, score_tiles(*given))
 
 
 @settings(deadline=None, max_examples=8)

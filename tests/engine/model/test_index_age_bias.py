@@ -110,6 +110,18 @@ def test_a_tensor_that_does_not_fit_is_refused(
     assert str(caught.value) == f"{file}: {message}"
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
+def test_a_bias_that_is_not_finite_is_refused(folder: Path, value: float) -> None:
+    """No block of such an age would ever be selected, and nothing would say why."""
+    file = folder / "indexer.safetensors"
+    tensors = load_file(file)
+    tensors[BIAS.format(2)][0, 5] = value
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError) as caught:
+        load_decoder(folder, "cpu", torch.float32)
+    assert str(caught.value) == f"{file}: tensor '{BIAS.format(2)}' is not finite"
+
+
 def test_tensors_that_config_json_does_not_name_are_refused(folder: Path) -> None:
     """Served without them, the model would select other blocks than it was trained to."""
     config = json.loads((folder / "config.json").read_text())
