@@ -3,7 +3,8 @@
     paged_kv   store_kv, store_index_keys, gather_pages
     prefill    prefill_dense, prefill_windowed
     prefill_sparse   score_tiles, select_tiles, prefill_sparse (prefill_tiles: queries in tiles)
-    indexer    project_index, score_blocks, select_blocks, count_attended
+    indexer    project_index, score_blocks, select_blocks, count_attended (block_age: what the two
+               score_* add for how far back a block lies)
     decode     decode_sparse, decode_windowed, decode_dense (window_plan: what a step shares)
 
 On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_launch`):

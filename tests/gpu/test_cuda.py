@@ -17,6 +17,7 @@ from engine.model.config_reader import read_config
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
 from kernels import decode, indexer, prefill, reference
+from kernels.block_age import AGE_RANGES
 from tests.engine.fake_channel import FakeChannel
 from tests.kernels.paged_case import PagedCase, random_tensor
 
@@ -40,6 +41,9 @@ def test_decode_ops_equal_the_specification() -> None:
     log_mass = reference.score_blocks(*scored)
     got_mass = indexer.score_blocks(*on_gpu(*scored))  # type: ignore[arg-type]
     torch.testing.assert_close(got_mass.cpu(), log_mass)
+    biased = (*scored, None, 2 * random_tensor(5, AGE_RANGES))
+    got_mass = indexer.score_blocks(*on_gpu(*biased))  # type: ignore[arg-type]
+    torch.testing.assert_close(got_mass.cpu(), reference.score_blocks(*biased))
     top_p = torch.full((4, 5), 0.6)
     mask = reference.select_blocks(log_mass, top_p, case.lens_S, 8)
     got_mask = indexer.select_blocks(*on_gpu(log_mass, top_p, case.lens_S, 8))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from engine.kernel_choice import choose_kernels, choose_layer_kernels
+from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
 from engine.model.config import MoeConfig
 from engine.model.kv_bytes import IndexDtype
 from tests.engine.head_map_model import make_model
@@ -54,6 +54,15 @@ def test_a_good_device_passes(
     assert layers is not None
     del layers
     assert torch.cuda.memory_allocated(DEVICE) == held
+
+
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_an_index_with_a_bias_by_age(dtype: torch.dtype, index_dtype: IndexDtype) -> None:
+    sizes: dict[str, int] = {"heads": 8, "dim": 128, "window": 8192, "index_dim": 16, "block": 64}
+    model = make_model([[0]], age_bias=True, **sizes)  # type: ignore[arg-type]  # ints
+    assert choose_kernels("cuda", None, model, DEVICE, dtype, 64, 2048, index_dtype) is not None
+    assert choose_prefill("cuda", None, model, DEVICE, dtype, 64, "sparse") is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

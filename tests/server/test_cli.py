@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from engine.embedded import embedded_model_path
 from server.cli import app
+from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
 
 FLAGS = {
     "serve": """allow-unauthenticated api-key-file attention cache-generated cuda-graphs device
@@ -88,6 +89,15 @@ def test_inspect_shows_head_map_costs_and_plan() -> None:
     assert code == 0
     for words in ("retrieval heads", "KV per token", "memory plan", "tokens that fit", "#"):
         assert words in text
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias-by-age"])
+def test_inspect_tells_of_a_bias_by_age(biased: bool, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, TinyModel(index_age_bias=biased))
+    code, text, _ = run("inspect", folder)
+    assert code == 0
+    assert ("a bias by age" in text) == biased
+    assert json.loads(run("inspect", "--json", folder)[1])["index_age_bias"] == biased
 
 
 def test_inspect_as_json_agrees_with_itself() -> None:
