@@ -31,6 +31,7 @@ from conversion.embedded.network import Network
 from conversion.embedded.options import CURRICULUM, PretrainingOptions, read_curriculum
 from conversion.embedded.trainer import Trainer
 from conversion.errors import ConversionError
+from conversion.head_roles import read_heads
 from conversion.parallel import Ranks, joined
 from conversion.state import write_json
 from engine.model.config_reader import read_config
@@ -122,6 +123,12 @@ def _export(
         console.print(f"made {model}")
 
 
+def _retrieval_heads(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Those of a heads.json, for the shape that is trained here."""
+    shape = PretrainingOptions()
+    return tuple(map(tuple, read_heads(path, shape.layers, shape.heads)))
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to work in.")],
     text: Annotated[
@@ -155,10 +162,14 @@ def main(
     try:
         phases = CURRICULUM if curriculum is None else read_curriculum(curriculum)
         options = PretrainingOptions(
-            text=tuple(text or ()), phases=phases, init=init, device=device, seed=seed
+            text=tuple(text or ()),
+            phases=phases,
+            init=init,
+            retrieval_heads=() if heads is None else _retrieval_heads(heads),
+            window_tokens=window_tokens,
+            device=device,
+            seed=seed,
         )
-        if heads is not None:
-            options = options.with_heads(heads, window_tokens)
         wanted = [BACKENDS[attention], FOR_WINDOWS] if device != "cpu" else [SDPBackend.MATH]
         with sdpa_kernel(wanted, set_priority=True):
             command = " ".join(["python -m conversion.embedded", *sys.argv[1:]])

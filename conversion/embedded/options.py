@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conversion.errors import ConversionError
-from conversion.head_roles import read_heads
 from conversion.schedule import warmup_constant
 
 
@@ -104,11 +103,6 @@ class PretrainingOptions:
         """
         rate = phase.first_rate + (phase.last_rate - phase.first_rate) * share
         return rate * warmup_constant(step, self.warmup_steps)
-
-    def with_heads(self, path: Path, window_tokens: int) -> PretrainingOptions:
-        """The same with the retrieval heads of a heads.json; raises ConversionError."""
-        chosen = tuple(map(tuple, read_heads(path, self.layers, self.heads)))
-        return replace(self, retrieval_heads=chosen, window_tokens=window_tokens)
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model, a plain Qwen3."""

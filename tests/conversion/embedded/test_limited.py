@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
-from conversion.embedded.__main__ import pretrain
+from conversion.embedded.__main__ import main, pretrain
 from conversion.embedded.attention import head_roles
 from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import Corpus
@@ -113,16 +115,25 @@ def test_processes_share_the_limited_sequences_of_a_batch(
     assert max(share.limited for share in shares) - min(share.limited for share in shares) <= 1
 
 
-def test_heads_come_from_the_file_of_a_conversion(
-    options: PretrainingOptions, tmp_path: Path
-) -> None:
-    file = tmp_path / "heads.json"
-    file.write_text(json.dumps({"retrieval_heads": [[1], [], [2, 0]], "scores": []}))
-    given = options.with_heads(file, 128)
-    assert given.retrieval_heads == ((1,), (), (0, 2))
-    assert given.window_tokens == 128
-    with pytest.raises(ConversionError, match="must list 2 layers"):
-        dataclasses.replace(options, layers=2).with_heads(file, 128)
+def run_main(*arguments: object) -> str:
+    """What the command says where it ends."""
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+    assert result.exit_code == 1
+    return result.output
+
+
+def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
+    heads, curriculum, text = (tmp_path / name for name in ("heads.json", "phases.json", "text"))
+    text.mkdir()
+    curriculum.write_text(json.dumps([dataclasses.asdict(PHASE)]))
+    given = (tmp_path / "out", "--text", text, "--curriculum", curriculum)
+    assert "needs retrieval heads" in run_main(*given)
+    heads.write_text(json.dumps({"retrieval_heads": [[1], [], [2, 0]], "scores": []}))
+    assert "must list 8 layers" in run_main(*given, "--heads", heads)
+    heads.write_text(json.dumps({"retrieval_heads": [[1], [], [2, 0], [], [], [7], [], []]}))
+    assert "too little text" in run_main(*given, "--heads", heads)
 
 
 @pytest.mark.parametrize(
