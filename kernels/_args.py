@@ -79,13 +79,23 @@ class SelectArgs(ctypes.Structure):
         ("ctas", c_int64),
         ("shared_bytes", c_int64),
         ("most_kept", c_int64),
+        ("cluster", c_int64),
     ]
 
 
 class SelectPlan(ctypes.Structure):
     """How a launch of `index_select` fills a device."""
 
-    _fields_ = [("ctas", c_int64), ("shared_bytes", c_int64)]
+    _fields_ = [
+        ("ctas", c_int64),
+        ("shared_bytes", c_int64),
+        ("clusters_of_8", c_int64),
+        ("clusters_of_16", c_int64),
+    ]
+
+    def cluster(self, heads: int) -> int:
+        """CTAs of a cluster, if those of so many heads run at once; else 0."""
+        return 16 if heads <= self.clusters_of_16 else 8 if heads <= self.clusters_of_8 else 0
 
 
 class DecodeArgs(ctypes.Structure):

@@ -2,7 +2,8 @@
 
 Index keys are scored, each head's blocks chosen by top-p (`kernels.reference.select_blocks`), and
 what a tile's heads chose is listed, so that attention reads each block once for all of them.
-Attention to the lists is `kernels.cuda_decode`'s.
+Attention to the lists is `kernels.cuda_decode`'s. Of a single row each head has a cluster of CTAs,
+where the GPU has clusters enough at once; many rows share out all blocks among the CTAs.
 
 Shapes: R decode rows, S query heads with an index, I index_dim, P pages, K tokens of a page,
 B block-table width, G tiles (`head_tiles`). An index cache is [P, index rows, K, I].
@@ -109,4 +110,5 @@ def index_args(
         width=tables_RB.shape[1],
         ctas=plan.ctas,
         shared_bytes=plan.shared_bytes,
+        cluster=plan.cluster(qi_RSI.shape[1]) if len(qi_RSI) == 1 else 0,
     )

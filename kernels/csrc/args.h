@@ -79,12 +79,15 @@ struct SelectArgs {
     int64_t ctas;
     int64_t shared_bytes;  // of a CTA, for where rows start and for log masses
     int64_t most_kept;     // log masses that fit; set by the launcher
+    int64_t cluster;       // CTAs for each head of a single row, which then leave no log masses; 0: none
 };
 
 // How a launch of index_select fits the current device.
 struct SelectPlan {
     int64_t ctas;
     int64_t shared_bytes;
+    int64_t clusters_of_8;   // CTAs; how many run at once, 0: none
+    int64_t clusters_of_16;
 };
 
 struct DecodeArgs {

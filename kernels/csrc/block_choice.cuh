@@ -12,19 +12,46 @@ namespace rtpurbo {
 
 constexpr int kMassesToKeep = 32;  // log masses that a thread reads at once in the first pass,
 constexpr int kMassesAtOnce = 8;   // and in the others, of those that were not kept
-constexpr int kReplicas = 16;      // of the histogram, so that few lanes meet in one bin
+constexpr int kReplicas = 16;      // of the histogram
 
 static_assert(kSelectThreads == kListThreads, "a thread is a bin and a word");
 
+// Of masses, by all threads of a CTA. `kCopies`, so that few lanes meet in one bin.
+template <int kCopies>
 struct Histogram {
     // Masses in two halves of 16 bits, since shared memory adds 32-bit integers natively.
-    uint32_t high[kBins * kReplicas];
-    uint32_t low[kBins * kReplicas];
+    uint32_t high[kBins * kCopies];
+    uint32_t low[kBins * kCopies];
+
+    DEVICE void clear() {
+        for (int i = threadIdx.x; i < kBins * kCopies; i += kSelectThreads) {
+            high[i] = 0;
+            low[i] = 0;
+        }
+    }
+
+    DEVICE void add(int bin, uint64_t mass) {
+        const int place = bin * kCopies + threadIdx.x % kCopies;
+        atomicAdd(&high[place], static_cast<uint32_t>(mass >> 16));
+        atomicAdd(&low[place], static_cast<uint32_t>(mass & 0xffffu));
+    }
+
+    // Of the bin that has this thread's number.
+    DEVICE uint64_t sum() const {
+        const int thread = threadIdx.x;
+        uint64_t sum = 0;
+        for (int i = 0; i < kCopies; ++i) {
+            // Each lane begins elsewhere: bins are a multiple of the banks apart.
+            const int place = thread * kCopies + (i + thread * kCopies / 32) % kCopies;
+            sum += (static_cast<uint64_t>(high[place]) << 16) + low[place];
+        }
+        return sum;
+    }
 };
 
 struct SelectScratch {
     union {
-        Histogram histogram;
+        Histogram<kReplicas> histogram;
         ListScratch list;
     };
     uint64_t sums[kSelectWarps];
@@ -92,35 +119,38 @@ struct Masses {
     }
 };
 
+// The bin up to which blocks are kept, from the mass of the bin that has this thread's number.
+DEVICE int threshold_bin(uint64_t mass, float top_p, uint64_t* sums) {
+    uint64_t total = 0;
+    const uint64_t cumulative = cta_running_sum(mass, sums, total);
+    const double wanted = wanted_mass(top_p, total);
+    const int bin = __syncthreads_count(static_cast<double>(cumulative) < wanted);
+    return top_p >= 1.0f || bin > kBins - 1 ? kBins - 1 : bin;
+}
+
 DEVICE Threshold find_threshold(const Masses& masses, float top_p, SelectScratch& scratch) {
-    const int thread = threadIdx.x;
-    Histogram& histogram = scratch.histogram;
-    for (int i = thread; i < kBins * kReplicas; i += kSelectThreads) {
-        histogram.high[i] = 0;
-        histogram.low[i] = 0;
-    }
+    Histogram<kReplicas>& histogram = scratch.histogram;
+    histogram.clear();
     const float most = cta_max(masses.keep(), scratch.most);
     masses.for_each([&](int, float log_mass) {
         const float below = most - log_mass;
         const uint64_t mass = fixed_mass(below);
-        if (mass != 0) {
-            const int place = mass_bin(below) * kReplicas + thread % kReplicas;
-            atomicAdd(&histogram.high[place], static_cast<uint32_t>(mass >> 16));
-            atomicAdd(&histogram.low[place], static_cast<uint32_t>(mass & 0xffffu));
-        }
+        if (mass != 0) histogram.add(mass_bin(below), mass);
     });
     __syncthreads();
-    uint64_t cumulative = 0;
-    for (int i = 0; i < kReplicas; ++i) {
-        // Each lane begins elsewhere: bins are a multiple of the banks apart.
-        const int place = thread * kReplicas + (i + thread / 2) % kReplicas;
-        cumulative += (static_cast<uint64_t>(histogram.high[place]) << 16) + histogram.low[place];
-    }
-    uint64_t total = 0;
-    cumulative = cta_running_sum(cumulative, scratch.sums, total);
-    const double wanted = wanted_mass(top_p, total);
-    const int bin = __syncthreads_count(static_cast<double>(cumulative) < wanted);
-    return {top_p >= 1.0f || bin > kBins - 1 ? kBins - 1 : bin, most};
+    return {threshold_bin(histogram.sum(), top_p, scratch.sums), most};
+}
+
+// The share of a head's mass that is to be kept.
+DEVICE float wanted_share(const SelectArgs& args, int64_t row, int64_t head) {
+    const float own = args.own_top_p == nullptr ? NAN : args.own_top_p[row];
+    const float common = args.top_p[row * args.top_p_row_stride + head * args.top_p_head_stride];
+    return isnan(own) ? common : own;
+}
+
+// Tokens in `kept` of a context's blocks: the newest is always kept, and alone may be partial.
+DEVICE int64_t tokens_of(int64_t kept, int blocks, int64_t block_tokens, int64_t context) {
+    return kept * block_tokens - (blocks * block_tokens - context);
 }
 
 // Chooses the blocks of one row and head from its log masses.
@@ -131,9 +161,7 @@ DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, float* kep
     const int64_t at = row * args.heads + head;
     const Masses masses{args.log_mass + at * args.width, blocks, kept,
                         static_cast<int>(args.most_kept)};
-    float top_p = args.top_p[row * args.top_p_row_stride + head * args.top_p_head_stride];
-    if (args.own_top_p != nullptr && !isnan(args.own_top_p[row])) top_p = args.own_top_p[row];
-    const Threshold threshold = find_threshold(masses, top_p, scratch);
+    const Threshold threshold = find_threshold(masses, wanted_share(args, row, head), scratch);
 
     uint32_t* words = args.words + at * args.words_width;
     uint8_t* mask = args.mask == nullptr ? nullptr : args.mask + at * args.width;
@@ -153,9 +181,8 @@ DEVICE void choose(const SelectArgs& args, int64_t row, int64_t head, float* kep
     uint64_t total = 0;
     cta_running_sum(kept_blocks, scratch.sums, total);
     if (thread == 0 && args.attended != nullptr) {
-        // The newest block is always kept, and the only one that may be partial.
-        const int64_t kept = static_cast<int64_t>(total) * args.block_tokens;
-        args.attended[at] = kept - (blocks * args.block_tokens - args.context_lens[row]);
+        args.attended[at] = tokens_of(static_cast<int64_t>(total), blocks, args.block_tokens,
+                                      args.context_lens[row]);
     }
 }
 

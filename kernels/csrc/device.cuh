@@ -102,6 +102,9 @@ DEVICE uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
+// A product that no addition after it is fused with: rounded alike wherever it is compiled.
+DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+
 // Always 0 (bit 1 of a square), which no compiler knows: what it is put into waits for `value`.
 DEVICE uint32_t zero_after(uint32_t value) {
     uint32_t zero;
@@ -150,22 +153,106 @@ DEVICE void wait_for_previous_kernel() {
 #endif
 }
 
+// Which bytes of `four` are at most `bound`, as bits 0 to 3.
+DEVICE uint32_t bytes_up_to(uint32_t four, uint32_t bound) {
+    // A one in each such byte; the product moves them side by side, to the top.
+    return (__vcmpleu4(four, bound * 0x01010101u) & 0x01010101u) * 0x10204080u >> 28;
+}
+
+// Clusters of CTAs (compute capability 9.0): they run at the same time, and may write to each other's
+// shared memory from the moment that all have started until the one written to ends.
+DEVICE int cluster_rank() {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+#endif
+    return static_cast<int>(rank);
+}
+
+DEVICE int cluster_size() {
+    uint32_t size = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+#endif
+    return static_cast<int>(size);
+}
+
+// Where another CTA of the cluster has what `own` is here, in shared memory.
+template <typename Value>
+DEVICE Value* in_cluster(Value* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;\n" : "=l"(there) : "l"(own), "r"(rank));
+    return reinterpret_cast<Value*>(there);
+#else
+    return own;
+#endif
+}
+
+// All threads of a cluster arrive, and then wait for all others that have not left. Who waits sees what
+// was written before the others arrived.
+DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#endif
+}
+
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+}
+
+// How to launch in clusters of so many CTAs, 1 for none; `overlap`: may start early.
+struct LaunchAttributes {
+    cudaLaunchAttribute values[2] = {};
+    unsigned count = 0;
+
+    LaunchAttributes(bool overlap, int cluster) {
+        if (overlap) {
+            values[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            values[count++].val.programmaticStreamSerializationAllowed = 1;
+        }
+        if (cluster > 1) {
+            values[count].id = cudaLaunchAttributeClusterDimension;
+            values[count].val.clusterDim.x = static_cast<unsigned>(cluster);
+            values[count].val.clusterDim.y = 1;
+            values[count++].val.clusterDim.z = 1;
+        }
+    }
+};
+
 // All kernels take one struct by value. Returns a cudaError_t.
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
-           bool overlap = false) {
+           bool overlap = false, int cluster = 1) {
     void* parameters[] = {&args};
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    LaunchAttributes attributes(overlap, cluster);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
+    config.attrs = attributes.values;
+    config.numAttrs = attributes.count;
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+}
+
+// Clusters of so many CTAs that run at the same time; 0 where the device cannot have any.
+template <typename Args>
+int clusters_at_once(void (*kernel)(Args), int threads, int shared_bytes, int cluster) {
+    LaunchAttributes attributes(false, cluster);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(cluster));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.attrs = attributes.values;
+    config.numAttrs = attributes.count;
+    int found = 0;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (cudaOccupancyMaxActiveClusters(&found, function, &config) == cudaSuccess) return found;
+    cudaGetLastError();  // has been answered
+    return 0;
 }
 
 }  // namespace rtpurbo

@@ -72,6 +72,27 @@ struct Int8Keys<8> {
     }
 };
 
+using SelectKernel = void (*)(SelectArgs);
+
+// kernel_of(Keys()) for the type of keys and index_dim that are asked for, or null.
+template <typename KernelOf>
+SelectKernel kernel_for_keys(const SelectArgs& args, KernelOf kernel_of) {
+    const auto of_dim = [&](auto keys8, auto keys16, auto keys32) -> SelectKernel {
+        if (args.index_dim == 8) return kernel_of(keys8);
+        if (args.index_dim == 16) return kernel_of(keys16);
+        if (args.index_dim == 32) return kernel_of(keys32);
+        return nullptr;
+    };
+    if (args.key_type == kBfloat16) {
+        return of_dim(Bfloat16Keys<8>(), Bfloat16Keys<16>(), Bfloat16Keys<32>());
+    }
+    if (args.key_type == kFloat32) {
+        return of_dim(Float32Keys<8>(), Float32Keys<16>(), Float32Keys<32>());
+    }
+    if (args.key_type == kInt8) return of_dim(Int8Keys<8>(), Int8Keys<16>(), Int8Keys<32>());
+    return nullptr;
+}
+
 // Elements [at, at + kElements) of the queries, times log2(e).
 template <int kElements>
 DEVICE void load_query(const SelectArgs& args, int64_t at, float (&query)[kElements]) {

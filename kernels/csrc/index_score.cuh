@@ -13,8 +13,73 @@ namespace rtpurbo {
 constexpr int kBlocksAtOnce = 4;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Of the tokens of a block that a lane has seen: the largest score, in powers of two, and the sum of
+// all relative to it.
+struct TokenSum {
+    float largest = -INFINITY;
+    float sum = 0.0f;
+};
+
+// Adds what a warp has loaded of a block, from token `first` on; those from `valid` on do not count.
+template <typename Keys>
+DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
+                       const uint16_t (&scale)[Keys::kLoadsAtOnce],
+                       const float (&query)[Keys::kElements], int first, int valid, TokenSum& sum) {
+    constexpr int kLanes = Keys::kLanes, kLoadsAtOnce = Keys::kLoadsAtOnce;
+    const int lane = threadIdx.x % 32;
+    float scores[kLoadsAtOnce];
+    float most = sum.largest;
+#pragma unroll
+    for (int i = 0; i < kLoadsAtOnce; ++i) {
+        float key[Keys::kElements];
+        Keys::unpack(raw[i], key);
+        float dot = 0.0f;
+#pragma unroll
+        for (int e = 0; e < Keys::kElements; ++e) dot = fmaf(key[e], query[e], dot);
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+        if (Keys::kScaled) dot *= bits_to_float(static_cast<uint32_t>(scale[i]) << 16);
+        const int token = first + i * (32 / kLanes) + lane / kLanes;
+        scores[i] = token < valid ? dot : -INFINITY;
+        most = fmaxf(most, scores[i]);
+    }
+    const float reference = most == -INFINITY ? 0.0f : most;
+    float total = sum.sum * exp2_fast(sum.largest - reference);
+#pragma unroll
+    for (int i = 0; i < kLoadsAtOnce; ++i) total += exp2_fast(scores[i] - reference);
+    sum = {most, total};
+}
+
+// The log mass of a block, in all lanes, from what each has seen of it.
+template <typename Keys>
+DEVICE float log_mass_of(const TokenSum& sum) {
+    const float most = warp_max(sum.largest);
+    const float reference = most == -INFINITY ? 0.0f : most;
+    // The lanes of a key hold the same score, so each was counted kLanes times.
+    const float total =
+        warp_sum(sum.sum * exp2_fast(sum.largest - reference)) * (1.0f / Keys::kLanes);
+    return multiply(reference + log2f(total), kLn2);
+}
+
 // Which bias a block that lies `age` before the newest one has: the number of bits of its age.
 DEVICE int age_range(int age) { return age <= 0 ? 0 : min(log2_of(age) + 1, kAgeRanges - 1); }
+
+// The bias of a head by age, a range for each lane.
+struct AgeBias {
+    const SelectArgs& args;
+    float own = 0.0f;
+
+    DEVICE AgeBias(const SelectArgs& args, int64_t head) : args(args) {
+        if (args.age_bias == nullptr) return;
+        own = args.age_bias[head * kAgeRanges + threadIdx.x % kAgeRanges];
+    }
+
+    // The log mass of a block of that age, with its bias; all lanes call it.
+    DEVICE float add_to(float log_mass, int age) const {
+        if (args.age_bias == nullptr) return log_mass;
+        return log_mass + __shfl_sync(kAllLanes, own, age_range(age));
+    }
+};
 
 // Log masses of blocks [first, first + count) of one row and head, with the bias of their age.
 template <typename Keys>
@@ -27,7 +92,6 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
     const int block_tokens = static_cast<int>(args.block_tokens);
     const int loads = ceil_div(block_tokens, kTokens);
     const int end = static_cast<int>(args.context_lens[row]) - first * block_tokens;
-    const int newest = divide(end - 1, block_tokens);  // counted from `first`
     const int64_t index_row = args.index_row[head];
     const Piece* cache = static_cast<const Piece*>(args.index_cache);
 
@@ -50,18 +114,14 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
                row * args.query_row_stride + head * args.query_head_stride +
                    lane % kLanes * kElements,
                query);
-    const bool is_biased = args.age_bias != nullptr;
-    float bias = 0.0f;  // of the range that the lane counts
-    if (is_biased) bias = args.age_bias[head * kAgeRanges + lane % kAgeRanges];
+    const AgeBias bias(args, head);
 
     for (int base = warp; base < count; base += kSelectWarps * kBlocksAtOnce) {
         uint32_t place[kBlocksAtOnce];
-        float largest[kBlocksAtOnce], sum[kBlocksAtOnce];
+        TokenSum sums[kBlocksAtOnce];
 #pragma unroll
         for (int u = 0; u < kBlocksAtOnce; ++u) {
             if (kLooksAhead) place[u] = next[u];
-            largest[u] = -INFINITY;
-            sum[u] = 0.0f;
         }
         if (kLooksAhead) {
             find_places(base + kSelectWarps * kBlocksAtOnce, next);
@@ -103,48 +163,18 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
             }
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
-                float scores[kLoadsAtOnce];
-                float most = largest[u];
                 const int index = base + u * kSelectWarps;
                 const int valid = index < count ? min(end - index * block_tokens, block_tokens) : 0;
-#pragma unroll
-                for (int i = 0; i < kLoadsAtOnce; ++i) {
-                    float key[kElements];
-                    Keys::unpack(raw[u][i], key);
-                    float dot = 0.0f;
-#pragma unroll
-                    for (int e = 0; e < kElements; ++e) dot = fmaf(key[e], query[e], dot);
-#pragma unroll
-                    for (int step = 1; step < kLanes; step *= 2) {
-                        dot += __shfl_xor_sync(kAllLanes, dot, step);
-                    }
-                    if (Keys::kScaled) {
-                        dot *= bits_to_float(static_cast<uint32_t>(scale[u][i]) << 16);
-                    }
-                    const int token = (load + i) * kTokens + lane / kLanes;
-                    scores[i] = token < valid ? dot : -INFINITY;
-                    most = fmaxf(most, scores[i]);
-                }
-                const float reference = most == -INFINITY ? 0.0f : most;
-                float total = sum[u] * exp2_fast(largest[u] - reference);
-#pragma unroll
-                for (int i = 0; i < kLoadsAtOnce; ++i) total += exp2_fast(scores[i] - reference);
-                largest[u] = most;
-                sum[u] = total;
+                add_tokens<Keys>(raw[u], scale[u], query, load * kTokens, valid, sums[u]);
             }
         }
 #pragma unroll
         for (int u = 0; u < kBlocksAtOnce; ++u) {
-            const float most = warp_max(largest[u]);
-            const float reference = most == -INFINITY ? 0.0f : most;
-            // The lanes of a key hold the same score, so each was counted kLanes times.
-            const float total =
-                warp_sum(sum[u] * exp2_fast(largest[u] - reference)) * (1.0f / kLanes);
             const int index = base + u * kSelectWarps;
-            float log_mass = (reference + log2f(total)) * kLn2;
-            if (is_biased) log_mass += __shfl_sync(kAllLanes, bias, age_range(newest - index));
+            const int newest = divide(end - 1, block_tokens);  // not kept, to save a register
+            const float mass = bias.add_to(log_mass_of<Keys>(sums[u]), newest - index);
             if (lane == 0 && index < count) {
-                args.log_mass[(row * args.heads + head) * args.width + first + index] = log_mass;
+                args.log_mass[(row * args.heads + head) * args.width + first + index] = mass;
             }
         }
     }

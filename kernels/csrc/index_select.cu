@@ -7,13 +7,14 @@
 // that completes a row's head chooses that head's blocks from the log masses (block_choice.cuh); the one
 // that completes the heads of a group writes the list of blocks that sparse_decode.cu reads
 // (block_list.cuh). Masses are summed as integers, so neither depends on who came last. Bytes read once:
-// index keys; bound by memory bandwidth.
+// index keys; bound by memory bandwidth. A single row has index_cluster.cu.
 
 #include "args.h"
 #include "block_choice.cuh"
 #include "block_list.cuh"
 #include "cta.cuh"
 #include "device.cuh"
+#include "index_cluster.h"
 #include "index_keys.cuh"
 #include "index_score.cuh"
 #include "partition.cuh"
@@ -119,22 +120,8 @@ __global__ void __launch_bounds__(kSelectThreads)
     write_group_list(args, row, blockIdx.x, scratch);
 }
 
-using SelectKernel = void (*)(SelectArgs);
-
-template <template <int> typename Keys>
-SelectKernel kernel_of(int64_t index_dim) {
-    if (index_dim == 8) return index_select_kernel<Keys<8>>;
-    if (index_dim == 16) return index_select_kernel<Keys<16>>;
-    if (index_dim == 32) return index_select_kernel<Keys<32>>;
-    return nullptr;
-}
-
-// The kernel for a type of keys and index_dim, or null.
 SelectKernel find_kernel(const SelectArgs& args) {
-    if (args.key_type == kBfloat16) return kernel_of<Bfloat16Keys>(args.index_dim);
-    if (args.key_type == kFloat32) return kernel_of<Float32Keys>(args.index_dim);
-    if (args.key_type == kInt8) return kernel_of<Int8Keys>(args.index_dim);
-    return nullptr;
+    return kernel_for_keys(args, [](auto keys) { return index_select_kernel<decltype(keys)>; });
 }
 
 // Log masses that a launch keeps: of its longest row, as far as `bytes` of shared memory go.
@@ -150,6 +137,7 @@ int64_t kept_masses(int64_t width, int64_t bytes) {
 using namespace rtpurbo;
 
 extern "C" int rtpurbo_index_select(const SelectArgs* args, void* stream) {
+    if (args->cluster != 0 && suits_clusters(*args)) return launch_index_cluster(*args, stream);
     const SelectKernel kernel = find_kernel(*args);
     if (kernel == nullptr || args->rows > kMaxItems) return cudaErrorInvalidValue;
     const int64_t start_bytes = (args->rows + 1) * static_cast<int64_t>(sizeof(int64_t));
@@ -208,5 +196,5 @@ extern "C" int rtpurbo_select_plan(const SelectArgs* args, SelectPlan* plan) {
         return error;
     }
     plan->ctas = static_cast<int64_t>(multiprocessors) * resident;
-    return cudaSuccess;
+    return plan_index_cluster(*args, *plan);
 }

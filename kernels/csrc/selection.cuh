@@ -39,4 +39,13 @@ HOST_DEVICE double wanted_mass(float top_p, uint64_t total) {
 // A block that is kept whatever its mass: that of the sinks, the newest, and the one before it.
 HOST_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - 2; }
 
+// Those of them among the 32 blocks of a word, as bits.
+HOST_DEVICE uint32_t forced_bits(int word, int blocks) {
+    const int newest = blocks - 1 - word * 32, before = newest - 1;
+    uint32_t bits = word == 0;
+    if (newest >= 0 && newest < 32) bits |= 1u << newest;
+    if (before >= 0 && before < 32) bits |= 1u << before;
+    return bits;
+}
+
 }  // namespace rtpurbo

@@ -26,6 +26,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this host")
 pytestmark = pytest.mark.timeout(400)  # half a minute of a core, which others may be using too
 KERNELS = {
     "index_select": 11,
+    "index_cluster": 9,
     "sparse_decode": 6,
     "host_checks": 0,
     "span_prefill": 4,

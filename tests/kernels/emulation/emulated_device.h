@@ -1,12 +1,14 @@
 // CUDA on the CPU, for tests: the kernels' sources compiled by a host compiler run here as they are.
 //
-// CTAs run one after the other in a random order. The threads of a CTA are fibers that run, in a
-// random order too, from one barrier to the next; a warp's collective operations are such barriers.
+// CTAs run one after the other in a random order, or clusters of them. Their threads are fibers that run,
+// in a random order too, from one barrier to the next; a warp's collective operations are such barriers.
 // What is wrong on a GPU only at times is wrong here more often: shared memory starts as NaN, a
 // copy under way leaves NaN at its destination and is made as late as the program allows, threads
 // that disagree about a barrier end the launch with an error, and so does a write past the end of
-// the shared memory asked for. What the chip does beside its threads (`Machine::deferred`) happens at
-// a random time too. Interleaving of CTAs and the memory model are not emulated.
+// the shared memory asked for, or into that of a CTA of the cluster that may not have started or has
+// ended. What the chip does beside its threads (`Machine::deferred`) happens at a random time too.
+// Interleaving of CTAs that are no cluster and the memory model are not emulated. Variables that are
+// `__shared__` are one for all CTAs, so kernels that run in clusters must not have any.
 #pragma once
 
 #include <setjmp.h>
@@ -55,6 +57,14 @@ using std::isnan;
 using std::max;
 using std::min;
 
+using cudaError_t = int;
+enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoKernelImageForDevice = 209
+};
+
 namespace rtpurbo::emulation {
 
 constexpr int kLanes = 32;
@@ -85,6 +95,7 @@ struct Thread {
     Barrier* waits_at = nullptr;
     uint64_t waits_for = 0;
     uint64_t collectives = 0;
+    uint64_t clusters_met = 0;  // barriers of the cluster that it has arrived at
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
     Group products;
@@ -96,16 +107,24 @@ struct Lane {
     alignas(16) unsigned char bytes[64];
 };
 
+// A CTA of the cluster that runs.
+struct Cta {
+    dim3 block;
+    int left = 0;  // threads that have not ended
+    Barrier barrier;
+    std::vector<unsigned char> memory;
+};
+
 struct Machine {
     std::mt19937 random{12345};
-    std::vector<Thread> threads;
+    std::vector<Thread> threads;  // of all CTAs of a cluster, one CTA after the other
     std::vector<std::unique_ptr<char[]>> stacks;  // by thread, kept for launches to come
     std::vector<Barrier> warps;
     std::vector<std::vector<Lane>> lanes[2];  // deposits of a collective, by parity and warp
-    Barrier cta;
+    std::vector<Cta> ctas;
+    Barrier cluster;
     std::map<const void*, Barrier> others;  // by address or number
     std::deque<std::function<void()>> deferred;
-    std::vector<unsigned char> memory;
     size_t shared_bytes = 0;
     jmp_buf scheduler;
     int current = 0;
@@ -116,10 +135,14 @@ struct Machine {
 
 inline Machine machine;
 
-inline unsigned char* shared_memory() {
-    auto address = reinterpret_cast<uintptr_t>(machine.memory.data());
+inline size_t current_rank() { return static_cast<size_t>(machine.current) / blockDim.x; }
+
+inline unsigned char* shared_memory(size_t rank) {
+    auto address = reinterpret_cast<uintptr_t>(machine.ctas[rank].memory.data());
     return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
 }
+
+inline unsigned char* shared_memory() { return shared_memory(current_rank()); }
 
 inline void fail(const std::string& message) {
     if (machine.error.empty()) machine.error = message;
@@ -186,18 +209,27 @@ inline void run_body() {
     yield();
 }
 
-inline void run_cta(int threads, dim3 block) {
-    blockIdx = block;
-    std::fill(machine.memory.begin(), machine.memory.end(), kPoison);
-    machine.cta = Barrier{threads};
+// Before its CTAs start.
+inline void prepare(int threads, const std::vector<dim3>& blocks) {
+    machine.ctas.resize(blocks.size());
+    for (size_t rank = 0; rank < blocks.size(); ++rank) {
+        Cta& cta = machine.ctas[rank];
+        cta.block = blocks[rank];
+        cta.left = threads;
+        cta.barrier = Barrier{threads};
+        const size_t bytes = machine.shared_bytes + 128 + kGuardBytes + 128;
+        cta.memory.assign(bytes, kPoison);
+    }
+    const int all = threads * static_cast<int>(blocks.size());
+    machine.cluster = Barrier{all};
     machine.others.clear();
     machine.deferred.clear();
-    machine.warps.assign(threads / kLanes, Barrier{kLanes});
+    machine.warps.assign(all / kLanes, Barrier{kLanes});
     for (auto& set : machine.lanes) {
-        set.assign(threads / kLanes, std::vector<Lane>(kLanes));
+        set.assign(all / kLanes, std::vector<Lane>(kLanes));
     }
     machine.threads.clear();
-    machine.threads.resize(threads);
+    machine.threads.resize(all);
     while (machine.stacks.size() < machine.threads.size()) {
         machine.stacks.push_back(std::make_unique_for_overwrite<char[]>(kStackBytes));
     }
@@ -209,9 +241,33 @@ inline void run_cta(int threads, dim3 block) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_body, 0);
     }
-    std::vector<int> order(threads / kLanes);
+}
+
+// After the last thread has ended.
+inline void check_end() {
+    if (!machine.deferred.empty()) fail("a load was still under way at the end");
+    for (const Thread& thread : machine.threads) {
+        bool pending = !thread.open.empty();
+        for (const auto& group : thread.committed) pending = pending || !group.empty();
+        if (pending) fail("a copy was still under way at the end");
+        if (!thread.products.empty() || !thread.committed_products.empty()) {
+            fail("a product was still under way at the end");
+        }
+    }
+    for (size_t rank = 0; rank < machine.ctas.size(); ++rank) {
+        const unsigned char* end = shared_memory(rank) + machine.shared_bytes;
+        for (const unsigned char* byte = end; byte < end + kGuardBytes; ++byte) {
+            if (*byte != kPoison) fail("wrote past the end of shared memory");
+        }
+    }
+}
+
+// A cluster, or a single CTA.
+inline void run_ctas(int threads, const std::vector<dim3>& blocks) {
+    prepare(threads, blocks);
+    int left = static_cast<int>(machine.threads.size());
+    std::vector<int> order(machine.warps.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-    int left = threads;
     while (left > 0 && machine.error.empty()) {
         bool progress = false;
         std::shuffle(order.begin(), order.end(), machine.random);
@@ -227,9 +283,12 @@ inline void run_cta(int threads, dim3 block) {
                 }
                 progress = true;
                 machine.current = index;
-                threadIdx = dim3(static_cast<unsigned>(index));
+                Cta& cta = machine.ctas[static_cast<size_t>(index / threads)];
+                threadIdx = dim3(static_cast<unsigned>(index % threads));
+                blockIdx = cta.block;
                 resume(thread);
                 left -= thread.done;
+                cta.left -= thread.done;
             }
         }
         if (!machine.deferred.empty() && (!progress || machine.random() % 8 == 0)) {
@@ -239,28 +298,20 @@ inline void run_cta(int threads, dim3 block) {
         }
         if (!progress) fail("threads wait for others that never come");
     }
-    if (!machine.deferred.empty()) fail("a load was still under way at the end");
-    for (const Thread& thread : machine.threads) {
-        bool pending = !thread.open.empty();
-        for (const auto& group : thread.committed) pending = pending || !group.empty();
-        if (pending) fail("a copy was still under way at the end");
-        if (!thread.products.empty() || !thread.committed_products.empty()) {
-            fail("a product was still under way at the end");
-        }
-    }
-    const unsigned char* end = shared_memory() + machine.shared_bytes;
-    for (const unsigned char* byte = end; byte < end + kGuardBytes; ++byte) {
-        if (*byte != kPoison) fail("wrote past the end of shared memory");
-    }
+    check_end();
 }
 
 }  // namespace rtpurbo::emulation
 
 // Collective operations.
-inline void __syncthreads() { rtpurbo::emulation::meet(rtpurbo::emulation::machine.cta, "cta"); }
+namespace rtpurbo::emulation {
+inline Barrier& cta_barrier() { return machine.ctas[current_rank()].barrier; }
+}  // namespace rtpurbo::emulation
+
+inline void __syncthreads() { rtpurbo::emulation::meet(rtpurbo::emulation::cta_barrier(), "cta"); }
 
 inline int __syncthreads_count(int predicate) {
-    auto& barrier = rtpurbo::emulation::machine.cta;
+    auto& barrier = rtpurbo::emulation::cta_barrier();
     rtpurbo::emulation::meet(barrier, "count", predicate);
     return barrier.last_count;
 }
@@ -302,7 +353,7 @@ inline bool __any_sync(uint32_t lanes, bool predicate) {
 
 // Operations of one thread.
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
-inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline void __threadfence() {}
 template <typename Value>
 Value __ldcg(const Value* address) { return *address; }
@@ -333,6 +384,7 @@ inline uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float multiply(float a, float b) { return a * b; }
 inline uint32_t zero_after(uint32_t) { return 0; }
 template <typename Value>
 Value load_streaming(const Value* address) { return *address; }
@@ -439,26 +491,77 @@ inline void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
+inline int cluster_rank() { return static_cast<int>(emulation::current_rank()); }
+inline int cluster_size() { return static_cast<int>(emulation::machine.ctas.size()); }
+
+template <typename Value>
+Value* in_cluster(Value* own, int rank) {
+    if (rank != cluster_rank()) {
+        const bool has_ended = emulation::machine.ctas[static_cast<size_t>(rank)].left == 0;
+        if (has_ended) emulation::fail("shared memory of a CTA that has ended");
+        if (emulation::machine.cluster.generation == 0) {
+            emulation::fail("shared memory of a CTA that may not have started");
+        }
+    }
+    const auto offset = reinterpret_cast<unsigned char*>(own) - emulation::shared_memory();
+    return reinterpret_cast<Value*>(emulation::shared_memory(static_cast<size_t>(rank)) + offset);
+}
+
+inline void cluster_arrive() {
+    auto& machine = emulation::machine;
+    auto& thread = machine.threads[machine.current];
+    if (thread.clusters_met++ != machine.cluster.generation) emulation::fail("did not wait before");
+    if (++machine.cluster.arrived < machine.cluster.expected) return;
+    machine.cluster.arrived = 0;
+    ++machine.cluster.generation;
+}
+
+inline void cluster_wait() {
+    auto& machine = emulation::machine;
+    auto& thread = machine.threads[machine.current];
+    if (machine.cluster.generation >= thread.clusters_met) return;
+    thread.waits_at = &machine.cluster;
+    thread.waits_for = thread.clusters_met;
+    emulation::yield();
+}
+
+inline uint32_t bytes_up_to(uint32_t four, uint32_t bound) {
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) found |= uint32_t{(four >> 8 * i & 0xff) <= bound} << i;
+    return found;
+}
+
+// Few at once, so that small layers have clusters of both sizes and larger ones none.
+template <typename Args>
+int clusters_at_once(void (*)(Args), int, int, int cluster) {
+    return cluster == 16 ? 2 : 4;
+}
+
 // Runs a kernel to its end. `stream` is the seed of the order of CTAs and threads.
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
-           bool = false) {
+           bool = false, int cluster = 1) {
     static void (*current)(Args);
     current = kernel;
     auto& machine = emulation::machine;
     machine.random.seed(static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream)) + 1);
     machine.error.clear();
     machine.shared_bytes = static_cast<size_t>(shared_bytes);
-    machine.memory.resize(machine.shared_bytes + 128 + emulation::kGuardBytes + 128);
     machine.arguments = &args;
     machine.body = [](const void* given) { current(*static_cast<const Args*>(given)); };
     gridDim = grid;
     blockDim = dim3(static_cast<unsigned>(threads));
-    std::vector<unsigned> order(grid.x * grid.y);
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
+    const unsigned size = static_cast<unsigned>(cluster);
+    if (grid.x % size != 0) return cudaErrorInvalidValue;
+    std::vector<unsigned> order(grid.x * grid.y / size);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i) * size;
     std::shuffle(order.begin(), order.end(), machine.random);
-    for (unsigned cta : order) {
-        emulation::run_cta(threads, dim3(cta % grid.x, cta / grid.x));
+    for (unsigned first : order) {
+        std::vector<dim3> blocks;
+        for (unsigned cta = first; cta < first + size; ++cta) {
+            blocks.emplace_back(cta % grid.x, cta / grid.x);
+        }
+        emulation::run_ctas(threads, blocks);
         if (!machine.error.empty()) return 719;  // cudaErrorLaunchFailure
     }
     return 0;
@@ -467,13 +570,6 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void*
 }  // namespace rtpurbo
 
 // The device: few multiprocessors, so that small inputs still give each several items.
-using cudaError_t = int;
-enum {
-    cudaSuccess = 0,
-    cudaErrorInvalidValue = 1,
-    cudaErrorInvalidConfiguration = 9,
-    cudaErrorNoKernelImageForDevice = 209
-};
 enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -482,6 +578,7 @@ enum {
     cudaDevAttrComputeCapabilityMinor,
     cudaFuncAttributeMaxDynamicSharedMemorySize,
     cudaFuncAttributePreferredSharedMemoryCarveout,
+    cudaFuncAttributeNonPortableClusterSizeAllowed,
     cudaSharedmemCarveoutMaxShared = 100
 };
 inline int cudaGetDevice(int* device) { return *device = 0; }

@@ -1,0 +1,240 @@
+// The indexer of a single row in one launch: a cluster of CTAs for each head, which score its blocks
+// (index_ring.cuh) and choose among them without a trip to memory.
+//
+// Twice all CTAs of a cluster wait for each other: the largest log mass must be known before masses are
+// counted in bins, and all bins before one is the last that is kept. They write to each other's shared
+// memory: every CTA its largest mass to all, then its bins, and their masses, to the first. That one
+// alone goes on, from bins to words to the list of the head's group; the others make room for the
+// attention that starts meanwhile. If other heads select for the group, the last of them writes the
+// list, from words in memory. What is summed and compared is what index_select.cu sums and compares,
+// so both give the same bits.
+
+#include "args.h"
+#include "block_choice.cuh"
+#include "block_list.cuh"
+#include "cta.cuh"
+#include "device.cuh"
+#include "index_cluster.h"
+#include "index_keys.cuh"
+#include "index_ring.cuh"
+#include "partition.cuh"
+#include "selection.cuh"
+
+namespace rtpurbo {
+namespace {
+
+constexpr int kMostRanks = 16;
+constexpr int kClusterCopies = 4;  // of the histogram
+constexpr int kMostWords = (kMaxBlocks + kWordBlocks) / kWordBlocks;
+
+// What the CTAs of a cluster leave with the first one, where its rings were.
+struct Gathered {
+    uint64_t masses[kMostRanks][kBins];
+    alignas(16) uint8_t bins[kMostWords * kWordBlocks];  // of blocks
+    uint32_t words[kMostWords];                          // those that are kept, by the first one
+};
+
+// Shared memory of a CTA, followed by log masses of its blocks.
+struct ClusterShared {
+    union alignas(128) {
+        unsigned char rings[kSelectWarps][kRingBytes];
+        Gathered gathered;
+    };
+    Histogram<kClusterCopies> histogram;
+    uint64_t sums[kSelectWarps];
+    float most[kSelectWarps];
+    float peaks[kMostRanks];  // largest log mass of each CTA
+    Group group;
+    ListScratch list;
+    int flag;
+
+    DEVICE float* masses() { return reinterpret_cast<float*>(this + 1); }
+
+    static int bytes(int64_t width, int ranks) {
+        const int words = Dealt{0, ranks}.words(static_cast<int>(width));
+        return static_cast<int>(sizeof(ClusterShared) + words * kWordBlocks * sizeof(float));
+    }
+};
+
+// Largest log mass of the head, from the `most` of this warp's blocks. Begins to wait for the cluster;
+// `meanwhile` may load what is needed later.
+template <typename Meanwhile>
+DEVICE float largest_of_cluster(float most, Dealt dealt, ClusterShared& shared,
+                                Meanwhile meanwhile) {
+    const int thread = threadIdx.x;
+    if (thread % 32 == 0) shared.most[thread / 32] = most;
+    __syncthreads();
+    cluster_wait();  // all have started
+    if (thread < dealt.ranks) {
+        float peak = shared.most[0];
+#pragma unroll
+        for (int warp = 1; warp < kSelectWarps; ++warp) peak = fmaxf(peak, shared.most[warp]);
+        *in_cluster(shared.peaks + dealt.rank, thread) = peak;
+    }
+    cluster_arrive();
+    meanwhile();
+    cluster_wait();
+    float largest = shared.peaks[0];
+    for (int rank = 1; rank < dealt.ranks; ++rank) largest = fmaxf(largest, shared.peaks[rank]);
+    return largest;
+}
+
+// Leaves bins of this CTA's blocks, and their masses, with the first CTA.
+DEVICE void give_bins(float largest, int blocks, Dealt dealt, ClusterShared& shared) {
+    const int thread = threadIdx.x;
+    const int places = dealt.words(blocks) * kWordBlocks;
+    uint8_t* bins = in_cluster(shared.gathered.bins, 0);
+    for (int place = thread * 4; place < places; place += kSelectThreads * 4) {
+        const float4 four = *reinterpret_cast<const float4*>(shared.masses() + place);
+        const float masses[4] = {four.x, four.y, four.z, four.w};
+        uint32_t packed = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float below = largest - masses[i];
+            const uint64_t mass = fixed_mass(below);
+            const int bin = mass_bin(below);
+            if (mass != 0) shared.histogram.add(bin, mass);
+            packed |= static_cast<uint32_t>(bin) << 8 * i;
+        }
+        const int block = dealt.block(place);
+        if (block < blocks) *reinterpret_cast<uint32_t*>(bins + block) = packed;
+    }
+    __syncthreads();
+    *in_cluster(&shared.gathered.masses[dealt.rank][thread], 0) = shared.histogram.sum();
+}
+
+// Blocks of bins up to `last` and those that are kept anyway, as words; returns how many.
+DEVICE int64_t keep_words(const SelectArgs& args, int64_t head, int blocks, int last,
+                          ClusterShared& shared) {
+    Gathered& gathered = shared.gathered;
+    uint64_t kept = 0, total = 0;
+    for (int word = threadIdx.x; word * kWordBlocks < blocks; word += kSelectThreads) {
+        const uint4* bins = reinterpret_cast<const uint4*>(gathered.bins + word * kWordBlocks);
+        const uint4 low = bins[0], high = bins[1];
+        const uint32_t fours[8] = {low.x,  low.y,  low.z,  low.w,
+                                   high.x, high.y, high.z, high.w};
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            bits |= bytes_up_to(fours[i], static_cast<uint32_t>(last)) << 4 * i;
+        }
+        const int left = blocks - word * kWordBlocks;
+        if (left < kWordBlocks) bits &= (1u << left) - 1;
+        bits |= forced_bits(word, blocks);
+        gathered.words[word] = bits;
+        args.words[head * args.words_width + word] = bits;
+        kept += static_cast<uint64_t>(__popc(bits));
+    }
+    cta_running_sum(kept, shared.sums, total);
+    return static_cast<int64_t>(total);
+}
+
+// The list of a head's group, unless another head of the group is to write it.
+DEVICE void write_own_list(const SelectArgs& args, int64_t head, int group, int context,
+                           ClusterShared& shared) {
+    const uint32_t heads = __popc(static_cast<uint32_t>(shared.group.retrieval));
+    if (heads > 1 && !arrive(args.group_done + group, 1, heads, &shared.flag)) return;
+    const SelectedWords selected{args.words, args.words_width, static_cast<int>(head),
+                                 shared.gathered.words};
+    const WindowBlocks window = window_blocks(context, args.block_tokens, args.window, args.sinks);
+    const int count = write_list(selected, shared.group, window, args.lists + group * args.width,
+                                 shared.list);
+    if (threadIdx.x == 0) args.list_counts[group] = count;
+}
+
+template <typename Keys>
+__global__ void __launch_bounds__(kSelectThreads, 2)
+    index_cluster_kernel(const __grid_constant__ SelectArgs args) {
+    DYNAMIC_SHARED(dynamic);
+    cluster_arrive();
+    let_next_kernel_start();
+    ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic);
+    const int thread = threadIdx.x;
+    const Dealt dealt{cluster_rank(), cluster_size()};
+    const int64_t head = static_cast<int>(blockIdx.x) / dealt.ranks;
+    const bool is_first = dealt.rank == 0;
+    DealtScores<Keys> scores(args, dealt, 0, head);
+    const int group = args.groups == nullptr ? -1 : args.group_of_head[head];
+    const int context = static_cast<int>(args.context_lens[0]);
+    const int blocks = scored_blocks(args, 0);
+    if (blocks == 0) {
+        if (is_first && thread == 0 && args.attended != nullptr) args.attended[head] = 0;
+        return;
+    }
+    shared.histogram.clear();
+    float most = -FLT_MAX;
+    scores.run(context, blocks, shared.rings[thread / 32], [&](int place, int block, float mass) {
+        const float finite = block < blocks ? finite_or_none(mass) : -INFINITY;
+        if (thread % 32 == 0) shared.masses()[place] = finite;
+        most = fmaxf(most, finite);
+    });
+    float share = 0.0f;
+    int32_t group_word = 0;
+    constexpr int kGroupWords = sizeof(Group) / sizeof(int32_t);
+    const bool has_word = group >= 0 && thread < kGroupWords;
+    const float largest = largest_of_cluster(most, dealt, shared, [&] {
+        if (!is_first) return;
+        share = wanted_share(args, 0, head);
+        if (has_word) group_word = reinterpret_cast<const int32_t*>(args.groups + group)[thread];
+    });
+    give_bins(largest, blocks, dealt, shared);
+    cluster_arrive();
+    if (!is_first) return;
+    if (has_word) reinterpret_cast<int32_t*>(&shared.group)[thread] = group_word;
+    cluster_wait();
+    uint64_t mass = 0;
+    for (int rank = 0; rank < dealt.ranks; ++rank) mass += shared.gathered.masses[rank][thread];
+    const int last = threshold_bin(mass, share, shared.sums);
+    const int64_t kept = keep_words(args, head, blocks, last, shared);
+    if (group >= 0) write_own_list(args, head, group, context, shared);
+    if (thread == 0 && args.attended != nullptr) {
+        args.attended[head] = tokens_of(kept, blocks, args.block_tokens, context);
+    }
+}
+
+SelectKernel find_kernel(const SelectArgs& args) {
+    return kernel_for_keys(args, [](auto keys) { return index_cluster_kernel<decltype(keys)>; });
+}
+
+}  // namespace
+
+int launch_index_cluster(const SelectArgs& args, void* stream) {
+    const SelectKernel kernel = find_kernel(args);
+    const int ranks = static_cast<int>(args.cluster);
+    if (kernel == nullptr || ranks > kMostRanks) return cudaErrorInvalidValue;
+    return launch(kernel, dim3(static_cast<unsigned>(args.heads * ranks)), kSelectThreads,
+                  ClusterShared::bytes(args.width, ranks), stream, args, false, ranks);
+}
+
+int plan_index_cluster(const SelectArgs& args, SelectPlan& plan) {
+    plan.clusters_of_8 = plan.clusters_of_16 = 0;
+    const SelectKernel kernel = find_kernel(args);
+    int device = 0, major = 0, most_bytes = 0;
+    if (int error = cudaGetDevice(&device)) return error;
+    if (int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
+        return error;
+    }
+    if (int error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                           device)) {
+        return error;
+    }
+    const int bytes = ClusterShared::bytes(kMaxBlocks, 8);
+    if (kernel == nullptr || major < 9 || bytes > most_bytes) return cudaSuccess;
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         bytes)) {
+        return error;
+    }
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared)) {
+        return error;
+    }
+    plan.clusters_of_8 = clusters_at_once(kernel, kSelectThreads, bytes, 8);
+    if (int error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
+        return error;
+    }
+    plan.clusters_of_16 = clusters_at_once(kernel, kSelectThreads, bytes, 16);
+    return cudaSuccess;
+}
+
+}  // namespace rtpurbo

@@ -1,0 +1,182 @@
+// Log masses of a head's blocks by a cluster of CTAs: keys are copied to shared memory, always some of
+// the next ones on their way, so that a CTA alone keeps enough of the memory busy.
+#pragma once
+
+#include "args.h"
+#include "cta.cuh"
+#include "device.cuh"
+#include "index_keys.cuh"
+#include "index_score.cuh"
+#include "partition.cuh"
+#include "selection.cuh"
+
+namespace rtpurbo {
+
+constexpr int kRingBytes = 16384;  // of a warp: with 80 CTAs 10 MB, three times what latency needs
+constexpr int kBlocksTogether = 2;  // of a warp, whose chains of arithmetic hide each other
+constexpr int kWordBlocks = 32;
+constexpr int kWarpBlocks = kWordBlocks / kSelectWarps;  // of a word
+
+// Blocks are dealt to the CTAs of a cluster by words of 32, in turn: where a CTA's blocks lie does not
+// depend on the context, so that pages are looked up before its length is there.
+struct Dealt {
+    int rank;
+    int ranks;
+
+    // Words of this CTA, if there are so many blocks.
+    HOST_DEVICE int words(int blocks) const {
+        return ceil_div(ceil_div(blocks, kWordBlocks), ranks);
+    }
+    // Block that this CTA has at `place`, 32 of a word; it may lie past the end.
+    HOST_DEVICE int block(int place) const {
+        return (rank + place / kWordBlocks * ranks) * kWordBlocks + place % kWordBlocks;
+    }
+};
+
+// A warp's ring in shared memory. A stage holds what of its blocks is computed at once.
+template <typename Keys>
+struct KeyRing {
+    using Piece = typename Keys::Piece;
+    static constexpr int kTokens = Keys::kLoadsAtOnce * 32 / Keys::kLanes;  // of a block, at once
+    static constexpr int kKeyBytes = Keys::kLoadsAtOnce * 32 * static_cast<int>(sizeof(Piece));
+    static constexpr int kScaleBytes = Keys::kScaled ? kTokens * 2 : 0;
+    static constexpr int kBlockBytes = kKeyBytes + kScaleBytes;
+    static constexpr int kStageBytes = kBlocksTogether * kBlockBytes;
+    static constexpr int kStages = kRingBytes / kStageBytes;
+
+    static_assert(kKeyBytes % 512 == 0 && kScaleBytes <= 512, "a lane copies 16 bytes");
+
+    // Copies tokens of a page from the one of number `first` on, as many as it has.
+    static DEVICE void copy(const SelectArgs& args, uint32_t page, int first, unsigned char* to) {
+        const int lane = threadIdx.x % 32, left = static_cast<int>(args.block_tokens) - first;
+        const int64_t token = static_cast<int64_t>(page) * args.block_tokens + first;
+        constexpr int kTokenBytes = Keys::kLanes * static_cast<int>(sizeof(Piece));
+        const char* keys = static_cast<const char*>(args.index_cache) + token * kTokenBytes;
+#pragma unroll
+        for (int at = 0; at < kKeyBytes; at += 512) {
+            const int byte = at + lane * 16;
+            if (byte < left * kTokenBytes) copy_async_16(to + byte, keys + byte, 16);
+        }
+        if (Keys::kScaled && lane * 16 < kScaleBytes && lane * 8 < left) {
+            copy_async_16(to + kKeyBytes + lane * 16, args.index_scales + token + lane * 8, 16);
+        }
+    }
+
+    // What this lane multiplies, of one block.
+    static DEVICE void load(const unsigned char* from, Piece (&raw)[Keys::kLoadsAtOnce],
+                            uint16_t (&scale)[Keys::kLoadsAtOnce]) {
+        const int lane = threadIdx.x % 32;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(from + kKeyBytes);
+#pragma unroll
+        for (int i = 0; i < Keys::kLoadsAtOnce; ++i) {
+            raw[i] = reinterpret_cast<const Piece*>(from)[i * 32 + lane];
+            scale[i] = Keys::kScaled ? scales[(i * 32 + lane) / Keys::kLanes] : 0;
+        }
+    }
+};
+
+// Scores of one row's head by a warp of a cluster: of every word of its CTA it has four blocks.
+template <typename Keys>
+struct DealtScores {
+    using Ring = KeyRing<Keys>;
+
+    const SelectArgs& args;
+    Dealt dealt;
+    int64_t row, index_row;
+    uint32_t places, next;  // of block number `lane` of 32, and of the next 32; page x index rows
+    float query[Keys::kElements];
+    AgeBias bias;
+
+    // Begins the loads that do not need the context's length.
+    DEVICE DealtScores(const SelectArgs& args, Dealt dealt, int64_t row, int64_t head)
+        : args(args), dealt(dealt), row(row), index_row(args.index_row[head]), bias(args, head) {
+        const int lane = threadIdx.x % 32;
+        places = find(lane);
+        next = find(32 + lane);
+        load_query(args,
+                   row * args.query_row_stride + head * args.query_head_stride +
+                       lane % Keys::kLanes * Keys::kElements,
+                   query);
+    }
+
+    // Where the CTA has this warp's block of that number.
+    DEVICE int place_of(int index) const {
+        const int warp = threadIdx.x / 32;
+        return index / kWarpBlocks * kWordBlocks + warp * kWarpBlocks + index % kWarpBlocks;
+    }
+
+    // Always a load; past the end any will do.
+    DEVICE uint32_t find(int index) const {
+        const int block = min(dealt.block(place_of(index)), static_cast<int>(args.width) - 1);
+        return static_cast<uint32_t>(page_of(args.table, row, block) * args.index_rows + index_row);
+    }
+
+    // Calls put(place, block, log mass) in all lanes for every block, also for some past the end.
+    template <typename Put>
+    DEVICE void run(int context, int blocks, unsigned char* ring, Put put) {
+        constexpr int kStages = Ring::kStages, kLoadsAtOnce = Keys::kLoadsAtOnce;
+        const int block_tokens = static_cast<int>(args.block_tokens);
+        const int count = kWarpBlocks * dealt.words(blocks);
+        int copied = 0, token = 0, stage = 0;  // the next stage to copy
+        // Every call closes a group of copies, empty or not, so that waiting can count them.
+        const auto copy = [&] {
+            if (copied < count) {
+                if (token == 0 && copied != 0 && copied % 32 == 0) {
+                    places = next;
+                    next = find(copied + 32 + static_cast<int>(threadIdx.x) % 32);
+                }
+#pragma unroll
+                for (int u = 0; u < kBlocksTogether; ++u) {
+                    const uint32_t page = __shfl_sync(kAllLanes, places, (copied + u) % 32);
+                    if (dealt.block(place_of(copied + u)) < blocks) {
+                        Ring::copy(args, page, token,
+                                   ring + stage * Ring::kStageBytes + u * Ring::kBlockBytes);
+                    }
+                }
+                token += Ring::kTokens;
+                if (token >= block_tokens) {
+                    token = 0;
+                    copied += kBlocksTogether;
+                }
+                stage = stage + 1 == kStages ? 0 : stage + 1;
+            }
+            copy_async_commit();
+        };
+#pragma unroll 1
+        for (int i = 0; i < kStages; ++i) copy();
+        int now = 0;  // the stage to compute
+#pragma unroll 1
+        for (int index = 0; index < count; index += kBlocksTogether) {
+            TokenSum sums[kBlocksTogether];
+#pragma unroll 1
+            for (int first = 0; first < block_tokens; first += Ring::kTokens) {
+                typename Keys::Piece raw[kBlocksTogether][kLoadsAtOnce];
+                uint16_t scale[kBlocksTogether][kLoadsAtOnce];
+                copy_async_wait<kStages - 1>();
+                __syncwarp();
+#pragma unroll
+                for (int u = 0; u < kBlocksTogether; ++u) {
+                    Ring::load(ring + now * Ring::kStageBytes + u * Ring::kBlockBytes, raw[u],
+                               scale[u]);
+                }
+                now = now + 1 == kStages ? 0 : now + 1;
+                __syncwarp();  // all have read
+                copy();
+#pragma unroll
+                for (int u = 0; u < kBlocksTogether; ++u) {
+                    const int start = dealt.block(place_of(index + u)) * block_tokens;
+                    add_tokens<Keys>(raw[u], scale[u], query, first,
+                                     min(context - start, block_tokens), sums[u]);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < kBlocksTogether; ++u) {
+                const int place = place_of(index + u), block = dealt.block(place);
+                const float mass = log_mass_of<Keys>(sums[u]);
+                put(place, block, bias.add_to(mass, blocks - 1 - block));
+            }
+        }
+    }
+};
+
+}  // namespace rtpurbo
