@@ -1,4 +1,4 @@
-"""Closed-form projections of a whole model: moments from text, one candidate for each horizon.
+"""The closed form of a whole model: moments from text, one candidate for each horizon.
 
 A query counts by the attention it pays further back than a window's length or NEAR_TOKENS,
 whichever is less, because that is what selection is for (`conversion.closed_form` has the maths).
@@ -9,11 +9,12 @@ Shapes: R sampled rows, T tokens, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from conversion.age_bias_fit import with_balanced_ages
 from conversion.attention_samples import PlantedDocument, sample_rows
 from conversion.closed_form import Moments, factorise, mean_rotation
 from conversion.document_attention import LayerView, attention_rows, watch_document
@@ -57,13 +58,14 @@ def closed_form_candidates(
     ranks: Ranks,
     advance: Callable[[], None],
 ) -> list[Candidate]:
-    """One candidate for each of HORIZONS.
+    """One candidate for each of HORIZONS, with biases for ages if the index is to have them.
 
     Args:
         config: with the sparse section that is being made.
-        documents: every process takes its part of them.
-        advance: called after each document of this process.
+        documents: every process takes its part of them; for biases they are read once more.
+        advance: called after each reading of a document by this process.
     """
+    assert config.sparse is not None
     device = next(decoder.parameters()).device
     moments = [GroupMoments.empty(group, config.head_dim) for group in index_groups(config)]
     for number in range(ranks.rank, len(documents), ranks.world):
@@ -80,7 +82,13 @@ def closed_form_candidates(
         for own in (*group.queries, group.keys):
             _sum_over(own, ranks)
     longest = max(len(document.ids) for document in documents)
-    return [_candidate(moments, share * longest, config) for share in HORIZONS]
+    candidates = [_candidate(moments, share * longest, config) for share in HORIZONS]
+    if not config.sparse.index_age_bias:
+        return candidates
+    plain = [candidate.weights.copied(device) for candidate in candidates]
+    aged = with_balanced_ages(decoder, config, plain, documents, seed, ranks, advance)
+    pairs = zip(candidates, aged, strict=True)
+    return [replace(candidate, weights=weights) for candidate, weights in pairs]
 
 
 def _add(group: GroupMoments, view: LayerView, rows_R: Tensor, config: ModelConfig) -> None:

@@ -30,6 +30,7 @@ class ConvertOptions:
     sink_tokens: int = 4
     index_dim: int = 16
     index_scope: IndexScope = "query_head"
+    index_age_bias: bool = True  # a bias for ages in the index of every head
     block_tokens: int = 64
     top_p: float = 0.9
     dense_below: int = 0  # context length below which retrieval heads decode densely
@@ -81,6 +82,7 @@ class ConvertOptions:
             sink_tokens=self.sink_tokens,
             index_dim=self.index_dim,
             index_scope=self.index_scope,
+            index_age_bias=self.index_age_bias,
             block_tokens=self.block_tokens,
             top_p=tuple(tuple(self.top_p for _ in layer) for layer in heads),
             dense_below=self.dense_below,

@@ -189,10 +189,11 @@ def _describe(
     options: DistilOptions,
 ) -> dict[str, Any]:
     """What is trained on what and how, as JSON values."""
-    projections = sha256()
+    weights = sha256()
     for indexer in filter(None, indexers):
-        for weight in (indexer.q_proj_HID, indexer.k_proj_HID):
-            projections.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        for weight in (indexer.q_proj_HID, indexer.k_proj_HID, indexer.age_bias_HA):
+            if weight is not None:
+                weights.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     settings = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     settings["data"] = None if options.data is None else str(options.data)
     heads = asdict(sparse)
@@ -200,7 +201,7 @@ def _describe(
     heads["top_p"] = [list(layer) for layer in sparse.top_p]
     return {
         "model_sha256": model_digest(checkpoint),
-        "indexers_sha256": projections.hexdigest(),
+        "indexers_sha256": weights.hexdigest(),
         "text": source.description if options.data is None else _file(options.data),
         "sparse": heads,
         "options": settings,

@@ -15,6 +15,7 @@ class FitOptions:
     batch: int | None = None  # documents per step, over all processes; None: one in each
     queries: int = 256  # query positions per document in the loss, a quarter of them at answers
     learning_rate: float = 1e-3
+    age_bias_rate: float = 10.0  # learning rate of the biases for ages, in those of the projections
     warmup_steps: int = 100  # at most half of the steps
     weight_decay: float = 0.01
     clip: float = 1.0  # of the gradient's norm, over all heads
@@ -43,7 +44,7 @@ class FitOptions:
                 )
         if self.batch is not None and self.batch < 1:
             raise ConversionError(f"fit batch must be at least 1, got {self.batch}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "age_bias_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConversionError(f"fit {name} must be above 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:

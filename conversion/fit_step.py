@@ -2,7 +2,7 @@
 
 In the folder of the step:
 
-    closed_form.safetensors   projections before training, in the layout of indexer.safetensors
+    closed_form.safetensors   weights before training, in the layout of indexer.safetensors
     training.safetensors      weights, moments and losses after the last saved step
 
 Both are replaced as a whole, so a step that was stopped goes on from what is there.
@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from conversion.attention_samples import PlantedDocument
 from conversion.document_feed import DocumentFeed
@@ -28,9 +28,10 @@ from conversion.indexer_fit import FittedIndex, HeadQuality, HeadSetting, Indexe
 from conversion.indexer_training import IndexerTraining
 from conversion.parallel import Ranks
 from conversion.progress_bar import progress_bar
-from conversion.state import read_snapshot, write_snapshot
+from conversion.state import indexer_tensors, read_snapshot, tensor_indexers, write_snapshot
 from engine.model.config import ModelConfig, SparseAttentionConfig
 from engine.model.decoder import Decoder, Indexer
+from kernels.block_age import age_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class FitStep:
         with progress_bar(self._console, "measure", total) as advance:
             fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
             weights = training.weights.copied(self._ranks.device)
+            weights = weights.settled(_last_range(held_out, self._config))
             adaptive = options.adaptive_top_p
             fitted = fit.sharpened(weights, closed.settings, trial, adaptive=adaptive)
             quality = fit.quality(fitted, closed, unseen)
@@ -102,39 +104,30 @@ class FitStep:
     def _closed_form(
         self, moments: Sequence[PlantedDocument], trial: Sequence[PlantedDocument]
     ) -> FittedIndex:
+        assert self._config.sparse is not None
         path = self._folder / "closed_form.safetensors"
         if self._ranks.agreed(path.exists()):
             return self._read(path)
-        total = self._mine(moments) + self._mine(trial)
+        readings = 2 if self._config.sparse.index_age_bias else 1
+        total = readings * self._mine(moments) + self._mine(trial)
         with progress_bar(self._console, "closed form", total) as advance:
             fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
             closed = fit.closed_form(moments, trial)
         if self._ranks.is_first:
             settings = [[*place, asdict(setting)] for place, setting in closed.settings.items()]
-            write_snapshot(path, self._tensors(closed.weights), settings)
+            tensors = indexer_tensors(closed.weights.indexers(self._config.num_layers))
+            write_snapshot(path, tensors, settings)
         self._ranks.wait()
         return self._read(path)
 
     def _read(self, path: Path) -> FittedIndex:
         tensors, settings = read_snapshot(path)
-        indexers = [
-            Indexer(tensors[f"{layer}.q"], tensors[f"{layer}.k"])
-            if f"{layer}.q" in tensors
-            else None
-            for layer in range(self._config.num_layers)
-        ]
+        indexers = tensor_indexers(tensors, self._config.num_layers)
         weights = IndexWeights.of_indexers(index_groups(self._config), indexers)
         return FittedIndex(
             weights.copied(self._ranks.device),
             {(layer, head): HeadSetting(**setting) for layer, head, setting in settings},
         )
-
-    def _tensors(self, weights: IndexWeights) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for layer, indexer in enumerate(weights.indexers(self._config.num_layers)):
-            if indexer is not None:
-                tensors |= {f"{layer}.q": indexer.q_proj_HID, f"{layer}.k": indexer.k_proj_HID}
-        return tensors
 
     def _train(self, closed: FittedIndex) -> IndexerTraining:
         """Go on with the training that is there, or begin."""
@@ -154,6 +147,13 @@ class FitStep:
     def _mine(self, documents: Sequence[PlantedDocument]) -> int:
         """How many of the documents this process reads."""
         return len(range(self._ranks.rank, len(documents), self._ranks.world))
+
+
+def _last_range(documents: Sequence[PlantedDocument], config: ModelConfig) -> int:
+    """Of the ages in the documents."""
+    assert config.sparse is not None
+    longest = max(len(document.ids) for document in documents)
+    return int(age_ranges(torch.tensor((longest - 1) // config.sparse.block_tokens)))
 
 
 def quality_line(head: HeadQuality) -> dict[str, Any]:

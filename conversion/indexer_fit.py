@@ -40,13 +40,13 @@ class HeadSetting:
     """What was chosen for one head."""
 
     horizon_tokens: float  # of the closed form
-    temperature: float  # factor on W_Q, found last
+    temperature: float  # factor on all scores, found last
     top_p: float
 
 
 @dataclass(frozen=True, slots=True)
 class FittedIndex:
-    """Projections with their temperatures in W_Q, and what was chosen for every head."""
+    """Weights with their temperatures in them, and what was chosen for every head."""
 
     weights: IndexWeights
     settings: Mapping[Place, HeadSetting]
@@ -72,6 +72,7 @@ class HeadQuality:
     answers: IndexQuality  # queries at needles and answers, where only far attention helps
     closed_form: CurvePoint  # the same before training, at its own top_p
     curve: tuple[CurvePoint, ...]
+    age_bias: tuple[float, ...] | None  # nats by range of ages, see `kernels.block_age`
 
 
 class IndexerFit:
@@ -100,7 +101,7 @@ class IndexerFit:
         self._advance = advance
 
     def closed_form(self, documents: Documents, trial: Documents) -> FittedIndex:
-        """Pass 1: moments of `documents`; horizons and temperatures by `trial`."""
+        """Pass 1: moments and biases of `documents`; horizons and temperatures by `trial`."""
         device = next(self._decoder.parameters()).device
         candidates = closed_form_candidates(
             self._decoder, self.config, documents, self._seed, self._ranks, self._advance
@@ -163,8 +164,11 @@ class IndexerFit:
             watch_document(self._decoder, self.config, document.ids, watch)
             self._advance()
         means = self._ranks.summed(sums) / len(documents)
+        biases = fitted.weights.age_bias_by_place()
         lines = zip(places, means, strict=True)
-        return [_line(place, fitted, closed, mean.tolist()) for place, mean in lines]
+        return [
+            _line(place, fitted, closed, mean.tolist(), biases.get(place)) for place, mean in lines
+        ]
 
     def _try(
         self,
@@ -208,18 +212,22 @@ class IndexerFit:
         head = group.group.heads[number]
         top_p = (fitted.settings[view.layer, head].top_p, *CURVE_TOP_P)
         log_RT = attention_rows(view, head, rows_R, self.config.group_size)
-        scores_RT = group.scores(number, view, rows_R)
+        scores_RT = group.scores(number, view, rows_R, self.sparse.block_tokens)
         return measure(log_RT, scores_RT, rows_R, top_p, self.sparse.block_tokens)
 
 
 def _fitted(weights: IndexWeights, settings: Mapping[Place, HeadSetting]) -> FittedIndex:
-    """With the temperatures in W_Q."""
+    """With the temperatures in the weights."""
     factors = {place: setting.temperature for place, setting in settings.items()}
     return FittedIndex(weights.scaled(factors), settings)
 
 
 def _line(
-    place: Place, fitted: FittedIndex, closed: FittedIndex, means: list[list[list[list[float]]]]
+    place: Place,
+    fitted: FittedIndex,
+    closed: FittedIndex,
+    means: list[list[list[list[float]]]],
+    bias: tuple[float, ...] | None,
 ) -> HeadQuality:
     """One head from its means [fitted or closed][anywhere or answers][top_p][quality]."""
 
@@ -236,4 +244,5 @@ def _line(
         own.answers,
         point(1, 0, closed.settings[place].top_p),
         tuple(point(0, 1 + number, p) for number, p in enumerate(CURVE_TOP_P)),
+        bias,
     )

@@ -1,14 +1,17 @@
-"""Gradient steps on the indexer's projections: stage 1 of RTPurbo (arXiv 2605.16928).
+"""Gradient steps on the indexer's weights: stage 1 of RTPurbo (arXiv 2605.16928).
 
 The model is frozen and reads every document once, under the rule that serves (local heads
 windowed). While it does, all retrieval heads of a layer compare their index with their attention
 from sampled query positions to every key before them (`conversion.index_loss`), and the gradient
-with respect to W_Q and W_K is taken at once, so that no layer is kept. The loss is the sum over
-heads of the mean over queries; what is reported is the mean over heads.
+with respect to W_Q, W_K and the biases for ages is taken at once, so that no layer is kept. The
+loss is the sum over heads of the mean over queries; what is reported is the mean over heads.
 
 Memory: one projected key matrix and a bounded number of scores (`conversion.chunk_sizes`) at a
 time, whatever the document's length. Several processes read different documents and average their
 gradients.
+
+The bias learns at a rate of its own and does not decay: it has few numbers, of several nats, and
+its 0 is no less arbitrary than any other.
 
 Shapes: R sampled rows, T tokens, G query heads of a group, D head_dim, I index_dim.
 """
@@ -40,7 +43,7 @@ Report = Callable[[int, float], None]  # steps taken, loss of the last one
 
 
 class IndexerTraining:
-    """The projections of one model in training, their optimizer and their state on disk."""
+    """The weights of one model's index in training, their optimizer and their state on disk."""
 
     def __init__(
         self,
@@ -68,9 +71,16 @@ class IndexerTraining:
         self._ranks = ranks or Ranks()
         self.batch = options.documents_per_step(self._ranks.world)
         self._parameters = self.weights.parameters()
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.learning_rate, weight_decay=options.weight_decay
-        )
+        rate, decay = options.learning_rate, options.weight_decay
+        parts = [
+            {"params": self.weights.projections(), "rate": rate, "weight_decay": decay},
+            {
+                "params": self.weights.age_biases(),
+                "rate": rate * options.age_bias_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        self._optimizer = torch.optim.AdamW([part for part in parts if part["params"]])
 
     @property
     def step(self) -> int:
@@ -112,7 +122,7 @@ class IndexerTraining:
         self._average()
         torch.nn.utils.clip_grad_norm_(self._parameters, self._options.clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * warmup_cosine(
+            group["lr"] = group["rate"] * warmup_cosine(
                 self.step, self._options.steps, self._options.warmup_steps
             )
         self._optimizer.step()
@@ -142,12 +152,12 @@ class IndexerTraining:
                 log_RT = attention_rows(view, head, part_R, self._config.group_size)
                 loss_R = index_loss(
                     log_RT,
-                    group.scores(place, view, part_R),
+                    group.scores(place, view, part_R, self._block_tokens),
                     self._block_tokens,
                     self._options.block_share,
                 )
                 loss = loss_R.sum() / len(rows_R)
-                torch.autograd.backward(loss / self.batch, inputs=[group.w_q_GID, group.w_k_ID])
+                torch.autograd.backward(loss / self.batch, inputs=group.parameters)
                 total += loss.detach().double()
         return total
 
@@ -195,7 +205,13 @@ class IndexerTraining:
     def _about(self) -> dict[str, Any]:
         """What is trained; a state of something else is not gone on with."""
         groups = [[g.group.layer, g.group.kv_head, *g.group.heads] for g in self.weights.groups]
-        return {"losses": self.losses, "groups": groups, "batch": self.batch, "seed": self._seed}
+        return {
+            "losses": self.losses,
+            "groups": groups,
+            "age_bias": bool(self.weights.age_biases()),
+            "batch": self.batch,
+            "seed": self._seed,
+        }
 
 
 def _gradient(parameter: Tensor) -> Tensor:

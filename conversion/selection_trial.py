@@ -130,7 +130,7 @@ class _Trial:
         log_RT: Tensor,
     ) -> None:
         top_p = self._top_p[view.layer, group.group.heads[place]]
-        scores_RT = group.scores(place, view, rows_R)
+        scores_RT = group.scores(place, view, rows_R, self._block)
         grid = selection_grid(log_RT, scores_RT, rows_R, self._temperatures, top_p, self._block)
         self._kept[where] += grid.kept_SP
         self._blocks[where] += grid.blocks_SP

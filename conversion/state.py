@@ -59,11 +59,7 @@ def _readable(value: Any) -> str:
 
 def write_tensors(path: Path, indexers: Sequence[Indexer | None]) -> None:
     """The indexers by layer; raises ConversionError."""
-    tensors = {}
-    for layer, indexer in enumerate(indexers):
-        if indexer is not None:
-            tensors[f"{layer}.q"] = indexer.q_proj_HID.contiguous()
-            tensors[f"{layer}.k"] = indexer.k_proj_HID.contiguous()
+    tensors = indexer_tensors(indexers)
     _write(path, lambda file: save_file(tensors, file))
 
 
@@ -73,8 +69,25 @@ def read_tensors(path: Path, layers: int) -> list[Indexer | None]:
         tensors = load_file(path)
     except Exception:  # the library raises its own types
         raise ConversionError(f"{path}: not readable; remove {path.parent}") from None
+    return tensor_indexers(tensors, layers)
+
+
+def indexer_tensors(indexers: Sequence[Indexer | None]) -> dict[str, Tensor]:
+    """By layer and part; biases for ages where there are any."""
+    tensors = {}
+    for layer, indexer in enumerate(indexers):
+        if indexer is not None:
+            tensors[f"{layer}.q"] = indexer.q_proj_HID.contiguous()
+            tensors[f"{layer}.k"] = indexer.k_proj_HID.contiguous()
+            if indexer.age_bias_HA is not None:
+                tensors[f"{layer}.age"] = indexer.age_bias_HA.contiguous()
+    return tensors
+
+
+def tensor_indexers(tensors: Mapping[str, Tensor], layers: int) -> list[Indexer | None]:
+    """What `indexer_tensors` was given."""
     return [
-        Indexer(q_proj_HID=tensors[f"{layer}.q"], k_proj_HID=tensors[f"{layer}.k"])
+        Indexer(tensors[f"{layer}.q"], tensors[f"{layer}.k"], tensors.get(f"{layer}.age"))
         if f"{layer}.q" in tensors
         else None
         for layer in range(layers)

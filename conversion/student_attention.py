@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from conversion.student_layers import StudentLayers
+from kernels.block_age import age_bias
 from kernels.indexer import project_index, select_blocks
 
 MAX_SCORES = 2**27  # index scores held at once, float32
@@ -152,6 +153,10 @@ class StudentAttention:
         scores_ZHRW = pad(q_ZHRI @ k_ZHLI.transpose(2, 3), (0, width - length))
         scores_ZHRW = scores_ZHRW.masked_fill_(~past_RW, float("-inf"))
         mass_ZHRB = scores_ZHRW.view(*scores_ZHRW.shape[:3], -1, block).logsumexp(-1)
+        indexer = self.layers.indexers[layer]
+        if indexer is not None and indexer.age_bias_HA is not None:
+            bias_RHB = age_bias(indexer.age_bias_HA, positions_R + 1, width // block, block)
+            mass_ZHRB = mass_ZHRB + bias_RHB.transpose(0, 1)
         contexts_Q = (positions_R + 1).repeat(self.sequences)  # rows of all sequences in a row
         top_p_QH = self.layers.heads[layer].top_p_H.expand(len(contexts_Q), -1)
         top_p_QH = top_p_QH.masked_fill((contexts_Q < sparse.dense_below)[:, None], 1.0)

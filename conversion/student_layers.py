@@ -63,7 +63,8 @@ class StudentLayers:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`dtype` is what the model computes in; projections are rounded to it, as served."""
+        """`dtype` is what the model computes in; projections are rounded to it, as served;
+        biases for ages stay float32."""
         self.config = config
         self.sparse = config.sparse or _dense(config)
         self.device = device
@@ -105,7 +106,9 @@ def _dense(config: ModelConfig) -> SparseAttentionConfig:
 
 
 def _frozen(indexer: Indexer, device: torch.device, dtype: torch.dtype) -> Indexer:
+    bias_HA = indexer.age_bias_HA
     return Indexer(
         q_proj_HID=indexer.q_proj_HID.detach().to(device, dtype),
         k_proj_HID=indexer.k_proj_HID.detach().to(device, dtype),
+        age_bias_HA=None if bias_HA is None else bias_HA.detach().to(device, torch.float32),
     )

@@ -158,14 +158,17 @@ class AblationModel:
         return self.placed(fitted.weights.indexers(self.config.num_layers))
 
     def placed(self, indexers: list[Indexer | None]) -> list[Indexer | None]:
-        """In the dtype and on the device of the weights."""
+        """On the device of the weights and, but for biases for ages, in their dtype."""
         like = next(self.decoder.parameters())
 
         def to(weight: Tensor) -> Tensor:
             return weight.to(like.device, like.dtype).contiguous()
 
+        def bias(own: Indexer) -> Tensor | None:
+            return None if own.age_bias_HA is None else own.age_bias_HA.to(like.device)
+
         return [
-            None if own is None else Indexer(to(own.q_proj_HID), to(own.k_proj_HID))
+            None if own is None else Indexer(to(own.q_proj_HID), to(own.k_proj_HID), bias(own))
             for own in indexers
         ]
 

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from conversion.evaluation.ablation_model import AblationModel
 from conversion.evaluation.teacher_forced import Variant
-from conversion.index_weights import GroupWeights, IndexGroup, IndexWeights, index_groups
+from conversion.index_weights import IndexWeights, index_groups
 from engine.model.config import ModelConfig, SparseAttentionConfig
 from engine.model.decoder import Indexer
 
@@ -53,6 +53,7 @@ class AblationPlan:
             self._own(SHIPPED, f"as converted: {self._summary()}", model.sparse),
             self._random_heads(),
             self._closed_form(model.sparse, "closed form", NO_STEPS),
+            *self._without_age_bias(),
             self._top_k(),
             *self._without_stage_2(),
             *self._windows(),
@@ -99,6 +100,17 @@ class AblationPlan:
             "random heads",
             f"{count} heads drawn by seed {self._seed} (layer.head: {listed}), {NO_STEPS}",
         )
+
+    def _without_age_bias(self) -> Iterator[Ablation]:
+        model, name = self._model, "without age bias"
+        if not model.sparse.index_age_bias:
+            self.skipped[name] = f"the index has none: it is `{SHIPPED}`"
+            return
+        config = replace(model.config, sparse=replace(model.sparse, index_age_bias=False))
+        indexers = [own and replace(own, age_bias_HA=None) for own in model.decoder.indexers]
+        build = partial(Variant, model.decoder, config, indexers)
+        text = "as converted, with the projections that were trained together with the bias"
+        yield Ablation(name, text, config, build)
 
     def _top_k(self) -> Ablation:
         shipped = self._own(
@@ -212,11 +224,9 @@ def indexers_of(
     whole = IndexWeights.of_indexers(index_groups(config), indexers)
     groups = []
     for own in whole.groups:
-        layer, kv_head, members = own.group.layer, own.group.kv_head, own.group.heads
-        rows = [row for row, head in enumerate(members) if head in heads[layer]]
+        rows = [row for row, (layer, head) in enumerate(own.group.places) if head in heads[layer]]
         if rows:
-            group = IndexGroup(layer, kv_head, tuple(members[row] for row in rows))
-            groups.append(GroupWeights(group, own.w_q_GID[rows], own.w_k_ID))
+            groups.append(own.part(rows))
     return IndexWeights(tuple(groups)).indexers(config.num_layers)
 
 

@@ -128,6 +128,7 @@ class IndexedHead:
     answers: IndexQuality  # queries at needles and answers
     closed_form: CurvePoint  # the same before training
     curve: tuple[CurvePoint, ...] = ()
+    age_bias: tuple[float, ...] | None = None  # nats by range of ages, see `kernels.block_age`
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,11 @@ class IndexerFacts:
             for head in self.heads
         ]
         return IndexQuality.from_values([fmean(column) for column in zip(*own, strict=True)])
+
+    @property
+    def has_age_bias(self) -> bool:
+        """Whether the heads have biases by range of ages: all have, or none has."""
+        return any(head.age_bias for head in self.heads)
 
     def mean_curve(self, queries: str) -> list[tuple[float, IndexQuality]]:
         """By top_p, over the heads; empty where the points are not known."""

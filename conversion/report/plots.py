@@ -12,6 +12,7 @@ from conversion.evaluation.options import GRID_TASKS
 from conversion.evaluation.plots import accuracy_figure, grid_figure, loss_figure
 from conversion.evaluation.report import EvalReport
 from conversion.report.ablation_plot import ablation_figure
+from conversion.report.age_bias_plot import age_bias_figure
 from conversion.report.attended import attended_points
 from conversion.report.attended_plot import attended_figure
 from conversion.report.contents import Contents
@@ -79,6 +80,8 @@ def _figures(contents: Contents) -> Iterator[tuple[str, Callable[[], Any]]]:
         if indexer.mean_curve("anywhere"):
             yield "kept-mass.png", partial(kept_mass_figure, indexer)
         yield "blocks.png", partial(blocks_figure, indexer)
+        if indexer.has_age_bias:
+            yield "age-bias.png", partial(age_bias_figure, indexer)
     distil = contents.distil
     has_losses = indexer is not None and indexer.losses
     if has_losses or (distil is not None and (distil.losses or distil.validations)):

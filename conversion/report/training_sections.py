@@ -46,6 +46,7 @@ def indexer_section(contents: Contents) -> Section:
             "Right: KL after training against the closed form; below the line is better.",
         ),
         _means_table(indexer),
+        _age_bias(indexer),
     ]
     if indexer.mean_curve("anywhere"):
         blocks.append(_curve_table(indexer))
@@ -108,6 +109,16 @@ def _means_table(indexer: IndexerFacts) -> Table:
         for closed in (True, False)
     ]
     return Table(("queries", "indexer", *QUALITY_COLUMNS), rows, "Means over the heads", words=2)
+
+
+def _age_bias(indexer: IndexerFacts) -> Block:
+    if not indexer.has_age_bias:
+        return Paragraph("The index has no bias for ages: it does not tell near from far.")
+    return Picture(
+        "age-bias.png",
+        "What is added to the log mass of a block for its age, a line per head. Only differences "
+        "count; older blocks than any of the fit's documents get what the oldest of them get.",
+    )
 
 
 def _curve_table(indexer: IndexerFacts) -> Table:

@@ -44,8 +44,9 @@ def ablate(
 ) -> None:
     """Show what each part of a converted MODEL is worth: replace one at a time and measure.
 
-    Random heads, a closed-form indexer, top-k instead of top-p, no distillation; other windows,
-    other top_p, fewer heads, other index dimensions. Stop at any time and run it again.
+    Random heads, a closed-form indexer, no bias for ages, top-k instead of top-p, no distillation;
+    other windows, other top_p, fewer heads, other index dimensions. Stop at any time and run it
+    again.
     """
     from rich.console import Console
 

@@ -40,6 +40,9 @@ def convert(
     index_scope: Annotated[
         Literal["query_head", "kv_head"], typer.Option(help="Index keys per query or KV head.")
     ] = "query_head",
+    index_age_bias: Annotated[
+        bool, typer.Option(help="Give every head's index a bias for the age of blocks.")
+    ] = True,
     block_tokens: Annotated[int, typer.Option(help="Tokens of a KV page, a power of two.")] = 64,
     top_p: Annotated[float, typer.Option(help="Attention mass that selection keeps.")] = 0.9,
     dense_below: Annotated[
@@ -118,6 +121,7 @@ def convert(
             sink_tokens=sink_tokens,
             index_dim=index_dim,
             index_scope=index_scope,
+            index_age_bias=index_age_bias,
             block_tokens=block_tokens,
             top_p=top_p,
             dense_below=dense_below,

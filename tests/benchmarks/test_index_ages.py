@@ -1,52 +1,49 @@
-"""The bias for the age of keys: found where it was planted, and what it is worth there."""
+"""Both fits of a tiny model are from the same documents, and differ by the bias alone."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.index_ages import EDGES, AgedIndex, Rows, means, quality, train
+from benchmarks.index_ages import NAMES, fitted, means, records
+from conversion.document_feed import DocumentFeed
+from conversion.fit_options import FitOptions
+from conversion.index_quality import IndexQuality
+from conversion.text_source import TextSource, load_tokenizer
+from engine.model.weights import load_decoder
+from tests.engine.model.tiny_models import make_checkpoint
 
-TOKENS, BLOCK, DIM = 1024, 64, 8
-BIAS_A = torch.tensor([5.0, 5.0, 5.0, 4.0, 2.0, 1.0, 0.0, 0.0, 0.0])
-SAME = torch.eye(DIM)
-
-
-def planted(bias_A: torch.Tensor | None) -> Rows:
-    """Attention that is the products of random vectors with a bias for ages."""
-    generator = torch.Generator().manual_seed(0)
-    rows_R = torch.arange(TOKENS // 2, TOKENS, 16)
-    q_RD = torch.randn(len(rows_R), DIM, generator=generator)
-    k_TD = torch.randn(TOKENS, DIM, generator=generator) / DIM**0.5
-    plain = Rows(rows_R, torch.empty(0), q_RD, k_TD)
-    attention_RT = AgedIndex(SAME, SAME, bias_A).scores(plain).log_softmax(-1)
-    return Rows(rows_R, attention_RT, q_RD, k_TD)
+OPTIONS = FitOptions(
+    steps=1, queries=16, moment_documents=1, trial_documents=1, quality_documents=1
+)
+SECTION = {"retrieval_heads": [[], [1], [2, 4]], "index_dim": 4, "block_tokens": 16, "top_p": 0.7}
 
 
-def test_keys_to_come_are_hidden_and_ages_count_from_the_query() -> None:
-    rows = planted(None)
-    aged_RT = AgedIndex(SAME, SAME, torch.arange(float(len(EDGES) + 1))).scores(rows)
-    shift_RT = aged_RT - AgedIndex(SAME, SAME).scores(rows)
-    row = int(rows.rows_R[0])
-    assert not aged_RT[0, row + 1 :].isfinite().any()
-    for age, edges in ((0, 0), (7, 0), (8, 1), (31, 1), (511, 5), (512, 6)):
-        assert shift_RT[0, row - age] == pytest.approx(edges, abs=1e-5)
-
-
-def test_a_planted_bias_is_found_and_saves_blocks() -> None:
-    rows, start = planted(BIAS_A), AgedIndex(SAME, SAME)
-    aged, without = (train([rows], start, ages=ages) for ages in (True, False))
-    assert start.loss(rows) > 1
-    assert aged.loss(rows) < without.loss(rows) / 10
-    assert aged.bias_A is not None
-    assert float(aged.bias_A[0] - aged.bias_A[6]) == pytest.approx(5.0, abs=0.5)
-    found = {
-        name: quality([rows], index, 0.9, BLOCK)
-        for name, index in (("trained", without), ("with_ages", aged))
-    }
-    assert found["with_ages"]["blocks"] == pytest.approx(
-        found["with_ages"]["teacher_blocks"], abs=1
-    )
-    assert found["trained"]["blocks"] > 1.5 * found["with_ages"]["blocks"]
-    record = {"anywhere": found, "answers": found}
-    assert means([record, record])["answers"] == found
+def test_a_record_per_head_has_both_fits_before_and_after_the_steps(tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path / "model", section=SECTION)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"value_{i} = {i * i}\n" for i in range(800)))
+    decoder = load_decoder(tmp_path / "model", "cpu", torch.float32)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    feed = DocumentFeed(TextSource.find(text), tokenizer, 300, 1, OPTIONS.held_out)
+    found = {name: fitted(decoder, feed, OPTIONS, ages=ages) for ages, name in NAMES.items()}
+    heads = list(records(found))
+    assert [(head["layer"], head["head"]) for head in heads] == [(1, 1), (2, 2), (2, 4)]
+    assert all(head.age_bias is None for head in found["plain"])
+    assert all(head.age_bias and any(head.age_bias) for head in found["with_ages"])
+    for head in heads:
+        for kind in ("anywhere", "answers"):
+            own = head[kind]
+            assert list(own) == [
+                f"{name}_{made}" for name in NAMES.values() for made in ("closed_form", "trained")
+            ]
+            needed = {quality["teacher_blocks"] for quality in own.values()}
+            assert len(needed) == 1, "the same documents and the same rows"
+            assert len({quality["kl"] for quality in own.values()}) == 4
+    mean = means(heads)["answers"]["with_ages_trained"]
+    assert list(mean) == [field.name for field in fields(IndexQuality)]
+    values = [head["answers"]["with_ages_trained"]["kl"] for head in heads]
+    assert mean["kl"] == pytest.approx(sum(values) / 3, abs=1e-3)

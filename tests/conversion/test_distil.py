@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from conversion.distil import _describe
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
 from conversion.sequence import CachedSequence
 from conversion.stop_rule import Gap
 from conversion.teacher_logits import TeacherCache
+from conversion.text_source import TextSource
 from conversion.training_state import TrainingState
+from engine.model.decoder import Indexer
 from engine.model.weights import load_decoder
 from tests.conversion.tiny_distillation import OPTIONS, TinyDistillation
 
@@ -147,6 +151,28 @@ def test_killed_between_the_best_weights_and_the_report(
 
     assert report == whole
     assert weights(tiny, "unreported") == weights(tiny, "whole")
+
+
+def test_an_index_is_known_by_its_biases_too(tiny: TinyDistillation) -> None:
+    """Else a training would go on, or count as done, under another selection."""
+    checkpoint, source = tiny.checkpoint, TextSource.find(tiny.folder / "text")
+    assert checkpoint.config.sparse is not None
+    indexers = load_decoder(checkpoint, "cpu", torch.float32).indexers
+
+    def digest(shift: float) -> str:
+        assert checkpoint.config.sparse is not None
+        others = [own and replace(own, age_bias_HA=shift + _bias(own)) for own in indexers]
+        about = _describe(checkpoint, checkpoint.config.sparse, others, source, OPTIONS)
+        found: str = about["indexers_sha256"]
+        return found
+
+    assert digest(0.0) == digest(0.0)
+    assert digest(0.0) != digest(1.0)
+
+
+def _bias(indexer: Indexer) -> Tensor:
+    assert indexer.age_bias_HA is not None
+    return indexer.age_bias_HA
 
 
 def test_other_options_begin_again(tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch) -> None:

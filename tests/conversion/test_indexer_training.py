@@ -22,11 +22,12 @@ from conversion.parallel import Ranks
 from engine.model.config import IndexScope, ModelConfig, SparseAttentionConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder
+from kernels.block_age import AGE_RANGES, age_bias
 from tests.engine.byte_tokenizer import byte_tokenizer
 from tests.engine.model.tiny_models import make_checkpoint
 
 HEADS = ((), (1, 2, 4), (0, 5))
-TOKENS, INDEX_DIM = 200, 4
+TOKENS, INDEX_DIM, BLOCK = 200, 4, 16
 OPTIONS = FitOptions(steps=6, queries=24, learning_rate=1e-2, warmup_steps=2, save_every=2)
 
 
@@ -39,7 +40,7 @@ class Tiny:
     start: IndexWeights
 
     @classmethod
-    def make(cls, folder: Path, scope: IndexScope = "query_head") -> Tiny:
+    def make(cls, folder: Path, scope: IndexScope = "query_head", *, ages: bool = False) -> Tiny:
         make_checkpoint("qwen3", folder)
         decoder = load_decoder(folder, "cpu", torch.float32)
         sparse = SparseAttentionConfig(
@@ -47,7 +48,8 @@ class Tiny:
             window_tokens=32,
             index_dim=INDEX_DIM,
             index_scope=scope,
-            block_tokens=16,
+            index_age_bias=ages,
+            block_tokens=BLOCK,
             top_p=tuple(tuple(0.9 for _ in heads) for heads in HEADS),
         )
         config = replace(decoder.config, sparse=sparse)
@@ -60,7 +62,11 @@ class Tiny:
             GroupWeights(group, random(len(group.heads), INDEX_DIM), random(INDEX_DIM))
             for group in index_groups(config)
         ]
-        return cls(decoder, config, IndexWeights(tuple(groups)))
+        start = IndexWeights(tuple(groups))
+        if ages:
+            heads = sum(map(len, HEADS))
+            start = start.with_age_biases(torch.randn(heads, AGE_RANGES, generator=generator))
+        return cls(decoder, config, start)
 
     def training(
         self, options: FitOptions = OPTIONS, ranks: Ranks | None = None
@@ -95,23 +101,35 @@ def whole_loss(
         view, kv = views.seen[group.group.layer], group.group.kv_head
         k_TD, key_TI = (x[:, kv].double() for x in (view.k_TND, view.k_pre_TND))
         key_TI = key_TI @ group.w_k_ID.double().T
-        for w_q_ID, head in zip(group.w_q_GID, group.group.heads, strict=True):
+        for row, head in enumerate(group.group.heads):
+            w_q_ID = group.w_q_GID[row]
             q_TD = view.q_THD[:, head].double()
             true_TT = (q_TD @ k_TD.T * q_TD.shape[1] ** -0.5).masked_fill(~mask_TT, -1e9)
             query_TI = view.q_pre_THD[:, head].double() @ w_q_ID.double().T
-            index_TT = (query_TI @ key_TI.T).masked_fill(~mask_TT, -1e9)
+            index_TT = query_TI @ key_TI.T
+            if group.age_bias_GA is not None:
+                index_TT = index_TT + served_biases(group.age_bias_GA[row]).double()
+            index_TT = index_TT.masked_fill(~mask_TT, -1e9)
             logs = index_TT.log_softmax(-1)[rows], true_TT.log_softmax(-1)[rows]
             total = total + kl_div(*logs, reduction="sum", log_target=True) / len(rows)
     return total
 
 
+def served_biases(bias_A: Tensor) -> Tensor:
+    """What serving adds to the block of each key, at every query: [T, T]."""
+    lengths_T = torch.arange(1, TOKENS + 1)
+    bias_TB = age_bias(bias_A[None], lengths_T, -(-TOKENS // BLOCK), BLOCK)[:, 0]
+    return bias_TB.repeat_interleave(BLOCK, dim=1)[:, :TOKENS]
+
+
+@pytest.mark.parametrize("ages", [False, True], ids=["plain", "ages"])
 @pytest.mark.parametrize("scope", ["query_head", "kv_head"])
 @pytest.mark.parametrize("chunk", [1, 7 * TOKENS, 2**22], ids=["row by row", "7 rows", "at once"])
 def test_gradients_equal_those_of_whole_matrices(
-    scope: IndexScope, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scope: IndexScope, chunk: int, ages: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], scores=chunk))
-    tiny = Tiny.make(tmp_path, scope)
+    tiny = Tiny.make(tmp_path, scope, ages=ages)
     (document,) = documents(1)
     rows_R = sample_rows(document, 24, 0)
     training = tiny.training()
@@ -124,6 +142,7 @@ def test_gradients_equal_those_of_whole_matrices(
     heads = sum(map(len, HEADS))
     assert loss == pytest.approx(float(expected.detach()) / heads, rel=1e-5)
     assert len(weights.groups) == (heads if scope == "query_head" else 4)
+    assert len(weights.age_biases()) == (len(weights.groups) if ages else 0)
     pairs = zip(training.weights.parameters(), weights.parameters(), strict=True)
     for found, wanted in pairs:
         assert found.grad is not None
@@ -148,10 +167,13 @@ class StopError(Exception):
     """The run ends here."""
 
 
+@pytest.mark.parametrize("ages", [False, True], ids=["plain", "ages"])
 @pytest.mark.parametrize("scope", ["query_head", "kv_head"])
-def test_a_resumed_run_equals_one_that_was_not_stopped(scope: IndexScope, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_one_that_was_not_stopped(
+    scope: IndexScope, ages: bool, tmp_path: Path
+) -> None:
     """Bit for bit, from the last saved step; what came after it is done again."""
-    tiny, path = Tiny.make(tmp_path, scope), tmp_path / "training.safetensors"
+    tiny, path = Tiny.make(tmp_path, scope, ages=ages), tmp_path / "training.safetensors"
     texts = documents(6)
     whole = tiny.training()
     whole.run(iter(texts), tmp_path / "whole", lambda step, loss: None)
@@ -180,10 +202,21 @@ def test_a_state_of_other_heads_is_not_used(tmp_path: Path) -> None:
     assert not training.load(path)
     training.run(iter(documents(6)), path, lambda step, loss: None)
     assert not Tiny.make(tmp_path, "kv_head").training().load(path)
+    assert not Tiny.make(tmp_path, ages=True).training().load(path)
     assert not tiny.training(replace(OPTIONS, batch=2)).load(path)
     path.write_bytes(b"half")
     with pytest.raises(ConversionError, match=r"training\.safetensors: not readable"):
         tiny.training().load(path)
+
+
+def test_biases_learn_at_their_own_rate_and_do_not_decay(tmp_path: Path) -> None:
+    """Adam's first step is its rate; ranges that no row reaches stay as they are."""
+    tiny = Tiny.make(tmp_path, ages=True)
+    training = tiny.training(replace(OPTIONS, warmup_steps=0, age_bias_rate=20.0, weight_decay=0.5))
+    training.take([(0, documents(1)[0])])
+    moved = torch.cat(training.weights.age_biases()) - torch.cat(tiny.start.age_biases())
+    torch.testing.assert_close(moved[:, :4].abs(), torch.full((5, 4), 0.2), rtol=1e-3, atol=0)
+    assert not moved[:, 5:].any()
 
 
 def test_a_batch_is_the_mean_of_its_documents(tmp_path: Path) -> None:
@@ -214,6 +247,7 @@ def test_processes_must_share_a_step_evenly(tmp_path: Path) -> None:
         ("batch", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("age_bias_rate", 0.0),
         ("clip", -1.0),
         ("weight_decay", -0.1),
         ("block_share", 1.1),

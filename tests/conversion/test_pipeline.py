@@ -74,6 +74,9 @@ def test_every_family_converts_and_still_loads_in_transformers(
         if indexer is not None:
             assert indexer.q_proj_HID.shape == (len(heads), 4, 16)
             assert indexer.q_proj_HID.isfinite().all()
+            assert indexer.age_bias_HA is not None
+            assert indexer.age_bias_HA[:, :5].all()  # 300 tokens reach range 5: it and more are 0
+            assert not indexer.age_bias_HA[:, 5:].any()
     factory: Any = AutoModelForCausalLM
     first, second = (factory.from_pretrained(tmp_path / name) for name in ("dense", "sparse"))
     tokens = torch.arange(3, 50)[None]
@@ -183,12 +186,14 @@ def test_without_steps_the_closed_form_is_kept(tmp_path: Path, options: ConvertO
         load_file(run.work.path / name)
         for name in ("indexer.safetensors", "fit/closed_form.safetensors")
     )
+    assert {name.split(".")[1] for name in made} == {"q", "k", "age"}
     for name, weight in made.items():
         if name.endswith(".k"):
             assert torch.equal(weight, closed[name])
         else:  # temperatures are a factor of every head
-            factor = weight / closed[name]
-            torch.testing.assert_close(factor, factor[:, :1, :1].expand_as(factor))
+            factor = (weight / closed[name]).flatten(1)
+            factor = factor[:, :5] if name.endswith(".age") else factor  # what is past them is 0
+            torch.testing.assert_close(factor, factor[:, :1].expand_as(factor))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -237,6 +242,18 @@ def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOpt
     assert sparse.retrieval_heads == ((), (2,), (0, 5))
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_an_index_without_biases_is_made_as_before(tmp_path: Path, options: ConvertOptions) -> None:
+    make_checkpoint("qwen3", tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "out", replace(options, index_age_bias=False), QUIET)
+    checkpoint = preflight(tmp_path / "out")
+    assert checkpoint.config.sparse is not None
+    assert not checkpoint.config.sparse.index_age_bias
+    stored = load_file(tmp_path / "out" / "indexer.safetensors")
+    assert {name.rsplit("indexer.")[1] for name in stored} == {"q_proj.weight", "k_proj.weight"}
+    assert "no bias for ages" in (tmp_path / "out" / "report" / "report.html").read_text()
+
+
 def refusal(model: Path, out: Path, options: ConvertOptions) -> str:
     with pytest.raises((ConversionError, CheckpointError)) as caught:
         convert(model, out, options, QUIET)
@@ -263,6 +280,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(
     run = ConvertRun(preflight(dense), other, options, QUIET)
     run.open()
     assert "another model" in refusal(dense, other, replace(options, index_dim=8))
+    assert "other options" in refusal(dense, other, replace(options, index_age_bias=False))
     config = json.loads((dense / "config.json").read_text())
     config["architectures"] = ["GPT2LMHeadModel"]
     (dense / "config.json").write_text(json.dumps(config))

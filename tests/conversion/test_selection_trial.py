@@ -65,7 +65,7 @@ def by_hand(
                 return
             for kind, rows_R in enumerate(kinds):
                 log_RT = attention_rows(view, head, rows_R, tiny.config.group_size)
-                scores_RT = group.scores(group.group.heads.index(head), view, rows_R)
+                scores_RT = group.scores(group.group.heads.index(head), view, rows_R, 16)
                 scores_RT = scores_RT * setting.temperature
                 found[kind] += measure(log_RT, scores_RT, rows_R, (setting.top_p,), 16)
 

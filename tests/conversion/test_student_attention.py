@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ VARIANTS = {
     "plain": TinyModel(),
     "one-index-per-kv-head": TinyModel(index_scope="kv_head"),
     "short-contexts-dense": TinyModel(dense_below=72),
+    "ages": TinyModel(index_age_bias=True),
+    "ages-and-one-index-per-kv-head": TinyModel(index_age_bias=True, index_scope="kv_head"),
     "window-of-three": TinyModel(window=3, sinks=4),
     "no-sinks": TinyModel(sinks=0),
     "more-sinks-than-window": TinyModel(window=5, sinks=8),
@@ -79,6 +81,33 @@ def test_selection_leaves_something_out(tmp_path: Path) -> None:
 
     torch.testing.assert_close(sparse[:, :67], dense_decode[:, :67], rtol=2e-5, atol=2e-5)
     assert (sparse - dense_decode)[:, 67:].abs().amax(-1).min() > 0.1
+
+
+def test_ages_change_the_selection(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, TinyModel(index_age_bias=True))
+    decoder = load_decoder(folder, "cpu", torch.float32)
+    ids_ZL = sequences(2, 83, 61)
+
+    aged = student_hidden(decoder, ids_ZL, 67)
+    decoder.indexers = [own and replace(own, age_bias_HA=None) for own in decoder.indexers]
+    plain = student_hidden(decoder, ids_ZL, 67)
+
+    torch.testing.assert_close(aged[:, :67], plain[:, :67], rtol=2e-5, atol=2e-5)
+    assert (aged - plain)[:, 67:].abs().amax(-1).median() > 0.1
+
+
+def test_biases_stay_float32_in_a_model_of_lower_precision(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, TinyModel(index_age_bias=True))
+    decoder = load_decoder(folder, "cpu", torch.float32)
+    layers = StudentLayers(decoder.config, decoder.indexers, torch.device("cpu"), torch.bfloat16)
+    for own, frozen in zip(decoder.indexers, layers.indexers, strict=True):
+        if own is not None:
+            assert frozen is not None
+            assert frozen.q_proj_HID.dtype == torch.bfloat16
+            assert own.age_bias_HA is not None
+            assert frozen.age_bias_HA is not None
+            assert frozen.age_bias_HA.dtype == torch.float32
+            assert torch.equal(frozen.age_bias_HA, own.age_bias_HA)
 
 
 def test_the_teacher_is_plain_causal_attention(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ SECTION = {
     "retrieval_heads": [[], [1], [2, 4]],
     "window_tokens": 32,
     "index_dim": 4,
+    "index_age_bias": True,
     "block_tokens": 8,
     "top_p": 0.7,
 }

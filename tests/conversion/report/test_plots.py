@@ -12,6 +12,7 @@ import pytest
 
 from conversion.report.ablation_lines import ablation_lines
 from conversion.report.ablation_plot import ablation_figure
+from conversion.report.age_bias_plot import age_bias_figure
 from conversion.report.attended import attended_points
 from conversion.report.attended_plot import attended_figure
 from conversion.report.contents import Contents
@@ -93,6 +94,20 @@ def test_blocks_are_drawn_against_the_teachers(contents: Contents) -> None:
     assert kl.collections[1].get_offsets().tolist() == [
         [head.closed_form.answers.kl, head.answers.kl] for head in indexer.heads
     ]
+
+
+def test_biases_stand_over_ages_in_blocks(contents: Contents) -> None:
+    indexer = contents.indexer
+    assert indexer is not None
+    (axes,) = age_bias_figure(indexer).axes
+    names = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert names == ["0", "1", "2-3", "4-7", "8-15", "16-31"]  # of 300 tokens in blocks of 16
+    assert len(axes.lines) == contents.model.kept
+    for line, head in zip(axes.lines, indexer.heads, strict=True):
+        assert head.age_bias is not None
+        assert heights(line) == list(head.age_bias[:6])
+        assert set(head.age_bias[5:]) == {0.0}
+        assert len(set(head.age_bias[:5])) == 5
 
 
 def test_a_panel_for_each_curve_of_training(contents: Contents) -> None:

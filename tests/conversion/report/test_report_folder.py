@@ -27,7 +27,14 @@ SECTIONS = "summary heads scores indexer training attended accuracy text ablatio
 
 def test_convert_leaves_a_report(conversion: Path) -> None:
     files = {path.name for path in (conversion / "out" / "report").iterdir()}
-    drawn = {"head-map.png", "scores.png", "kept-mass.png", "blocks.png", "training.png"}
+    drawn = {
+        "head-map.png",
+        "scores.png",
+        "kept-mass.png",
+        "blocks.png",
+        "age-bias.png",
+        "training.png",
+    }
     assert files == {"report.html", "report.json", *drawn}
     for name in drawn:
         assert (conversion / "out" / "report" / name).read_bytes().startswith(b"\x89PNG")

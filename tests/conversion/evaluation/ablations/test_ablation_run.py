@@ -100,6 +100,7 @@ def test_without_stage_2_the_sources_weights_are_measured(
     kl = {name: report(content, name)["agreements"][0]["kl_mean"] for name in content["variants"]}
     assert kl["without stage 2"] < kl["sparse"] / 2
     assert content["skipped"]["heads"].startswith("no needle scores")
+    assert content["skipped"]["without age bias"] == "the index has none: it is `sparse`"
     alone = AblationPlan(AblationModel(folder, options(data), None, QUIET), seed=0)
     assert "--teacher" in alone.skipped["without stage 2"]
     assert "without stage 2" not in [own.name for own in alone.ablations]
@@ -115,12 +116,18 @@ def test_a_part_of_an_indexer_has_the_rows_of_its_heads(scope: str, tmp_path: Pa
     }
     make_checkpoint("qwen3", tmp_path, section=section)
     decoder = load_decoder(tmp_path, "cpu", torch.float32)
-    first, none, last = indexers_of(decoder.config, decoder.indexers, ((1, 5), (), ()))
-    whole = decoder.indexers[0]
+    bias_HA = torch.arange(48.0).view(3, 16)
+    indexers = [
+        own and replace(own, age_bias_HA=bias_HA[: len(own.q_proj_HID)]) for own in decoder.indexers
+    ]
+    first, none, last = indexers_of(decoder.config, indexers, ((1, 5), (), ()))
+    whole = indexers[0]
     assert isinstance(first, Indexer)
     assert whole is not None
     assert none is None
     assert last is None
     assert torch.equal(first.q_proj_HID, whole.q_proj_HID[[1, 2]])
+    assert first.age_bias_HA is not None
+    assert torch.equal(first.age_bias_HA, bias_HA[1:])
     rows = [0, 1] if scope == "kv_head" else [1, 2]  # heads 0 and 1 share KV head 0
     assert torch.equal(first.k_proj_HID, whole.k_proj_HID[rows])

@@ -55,7 +55,7 @@ def attended(content: dict[str, Any], name: str) -> float:
 def test_every_part_and_every_curve_is_measured_beside_the_same_dense_model(
     found: dict[str, Any],
 ) -> None:
-    parts = ["sparse", "random heads", "closed form", "top-k"]
+    parts = ["sparse", "random heads", "closed form", "without age bias", "top-k"]
     assert list(found["variants"]) == [*parts, *CURVES]
     reference = report(found, "sparse")
     for name in found["variants"]:
@@ -96,6 +96,7 @@ def test_settings_say_what_each_variant_is(found: dict[str, Any], converted: Pat
     assert count == 4
     assert sum(map(len, sections["random heads"]["retrieval_heads"])) == count
     assert sections["random heads"]["retrieval_heads"] != sections["sparse"]["retrieval_heads"]
+    assert sections["without age bias"] == {**sections["sparse"], "index_age_bias": False}
     assert sections["window 32"] == {**sections["sparse"], "window_tokens": 32}
     assert {p for layer in sections["top_p 0.95"]["top_p"] for p in layer} == {0.95}
     assert sections["index_dim 4"] == {**sections["sparse"], "index_dim": 4}
