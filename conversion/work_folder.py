@@ -3,7 +3,7 @@
     run.json              what is being made of what; another model or other options are refused
     heads.json            needle scores and the chosen heads; a person may edit `retrieval_heads`
     fit/                  the fit in progress, see `conversion.fit_step`
-    indexer.safetensors   W_Q and W_K of every retrieval head
+    indexer.safetensors   W_Q, W_K and bias for ages of every retrieval head
     quality.json          the heads they are for, and how well they select on text unseen by the fit
     student.safetensors   weights after distillation, and distil.json: how it went
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from conversion.answer_loss import AnswerLoss
-from conversion.attention_samples import PlantedDocument, planted_document
+from conversion.attention_samples import PlantedDocument, planted_document, sample_rows
 from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
 from conversion.closed_form_fit import closed_form_candidates
 from conversion.convert_options import ConvertOptions
@@ -38,6 +38,7 @@ from engine.model.checkpoint import preflight
 from engine.model.config import ModelConfig, SparseAttentionConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.weights import load_decoder
+from kernels.block_age import AGE_RANGES
 from tests.conversion.tiny_distillation import TinyDistillation
 from tests.engine.model.tiny_models import make_checkpoint
 
@@ -162,11 +163,29 @@ def _products(weights: IndexWeights) -> Tensor:
     )
 
 
-def test_choices_by_trial_in_float32_are_the_cpus(hosts: tuple[Host, Host]) -> None:
+def test_gradients_of_biases_in_float32_are_the_cpus(hosts: tuple[Host, Host]) -> None:
+    start = IndexWeights.of_indexers(index_groups(hosts[0].config), hosts[0].random_indexers())
+    heads = sum(map(len, HEADS))
+    generator = torch.Generator().manual_seed(1)
+    start = start.with_age_biases(torch.randn(heads, AGE_RANGES, generator=generator))
+    gradients = []
+    for host in hosts:
+        training = IndexerTraining(host.decoder, host.config, start, STEPS, 0, host.ranks)
+        training.add_gradient(host.planted[0], sample_rows(host.planted[0], 32, 0))
+        biases = [bias_GA.grad for bias_GA in training.weights.age_biases()]
+        gradients.append(torch.cat([grad.cpu() for grad in biases if grad is not None]))
+    assert gradients[0].shape == (heads, AGE_RANGES)
+    assert gradients[0].abs().amax(1).min() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("ages", [False, True], ids=["plain", "ages"])
+def test_choices_by_trial_in_float32_are_the_cpus(hosts: tuple[Host, Host], ages: bool) -> None:
     """Ties may fall either way, so what is compared is what the choices keep and cost."""
     found = []
     for host in hosts:
-        fit = IndexerFit(host.decoder, host.config, ranks=host.ranks)
+        config = replace(host.config, sparse=replace(SPARSE, index_age_bias=ages))
+        fit = IndexerFit(host.decoder, config, ranks=host.ranks)
         fitted = fit.closed_form(host.planted[:2], host.planted[2:])
         lines = fit.quality(fitted, fitted, host.planted[2:])
         found.append(torch.tensor([line.anywhere.values()[:3] for line in lines]))
