@@ -66,7 +66,7 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
     assert missing[0]["last_lines"] == ["compute-sanitizer: not found"]
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\necho "$*" | cut -d" " -f1-6; shift 6; "$@"; exit 86\n')
+    tool.write_text('#!/bin/sh\necho "$1 $2 $3 $4 $5 $6"; shift 6; "$@"; exit 86\n')
     tool.chmod(0o755)
     (found,) = Check(tmp_path, "abc", 60).run([checked])["steps"]
     assert found["status"] == FOUND
