@@ -31,7 +31,7 @@ from benchmarks.attention_layer import BLOCK, DIM
 from benchmarks.decode_layers import Stack
 from benchmarks.device_times import graph_microseconds
 from benchmarks.hardware import describe_hardware
-from benchmarks.kernel_cuts import build_variants
+from benchmarks.kernel_cuts import Libraries, build_variants
 from kernels._args import DecodeArgs, SelectArgs
 from kernels._launch import KernelLibrary
 
@@ -42,9 +42,10 @@ Figures = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of a launch: fields of `DecodeArgs`, CTAs of a selection, pointers of it that are null."""
+    """Of a launch: fields of `DecodeArgs` and `SelectArgs`, pointers of these that are null."""
 
     decode: dict[str, int] = field(default_factory=dict)
+    select: dict[str, int] = field(default_factory=dict)
     select_ctas: float = 1.0  # times those of its plan
     without: tuple[str, ...] = ()
 
@@ -63,15 +64,17 @@ class Adjusted(KernelLibrary):
 
     def launch_select(self, which: Any, args: SelectArgs, like: Tensor) -> None:
         args.ctas = int(args.ctas * self.change.select_ctas)
+        for name, value in self.change.select.items():
+            setattr(args, name, value)
         for name in self.change.without:
             setattr(args, name, None)
         super().launch_select(which, args, like)
 
 
-def anatomy(libraries: dict[str, Path], rows: int, context: int) -> dict[str, Any]:
+def anatomy(libraries: Libraries, rows: int, context: int) -> dict[str, Any]:
     """All figures of one shape."""
     torch.cuda.empty_cache()
-    loaded = {name: KernelLibrary(path) for name, path in libraries.items()}
+    loaded = {name: KernelLibrary(path) for name, path in libraries.attention.items()}
     stack = Stack.make(loaded["whole"], rows, context, SHARE)
     local, retrieval = (stack.of_role(retrieval=flag) for flag in (False, True))
     parts: Figures = {name: {} for name in loaded}
@@ -95,8 +98,19 @@ def anatomy(libraries: dict[str, Path], rows: int, context: int) -> dict[str, An
         "empty_kernel": graph_microseconds([empty] * len(stack.layers)),
         "copy_of_as_many_bytes": _copy(moved, len(stack.layers)),
         "parts": parts,
-        "settings": settings(stack, libraries["whole"]),
+        "selection": selection_parts(stack, libraries.selection) if rows == 1 else {},
+        "settings": settings(stack, libraries.attention["whole"]),
     }
+
+
+def selection_parts(stack: Stack, libraries: dict[str, Path]) -> Figures:
+    """The selection of a single row up to each of its parts, and the layer with it."""
+    found: Figures = {}
+    for name, path in libraries.items():
+        use(stack, KernelLibrary(path))
+        calls = {"select": Stack.select, "whole": Stack.whole}
+        found[name] = {what: stack.microseconds(call) for what, call in calls.items()}
+    return found
 
 
 def settings(stack: Stack, path: Path) -> Figures:
@@ -108,16 +122,19 @@ def settings(stack: Stack, path: Path) -> Figures:
     for count in range(1, resident):
         ctas = plan.ctas // resident * count
         changed[f"{count} CTAs a multiprocessor"] = Change({"ctas": ctas, "held_back": ctas // 3})
-    for part in (2, 4, 6):
+    for part in (2, 3, 4, 6):
         changed[f"1 CTA in {part} for lists alone"] = Change({"held_back": plan.ctas // part})
     changed["no CTA for lists alone"] = Change({"held_back": 0})
     changed["2 warps a CTA"] = Change({"warps": 2})
     changed["attention after the selection"] = Change({"overlap": 0})
     for times in (0.5, 2.0):
         changed[f"selection by {times:g} x the CTAs"] = Change(select_ctas=times)
+    if len(stack.layers[0].lens_R) == 1:
+        changed["selection by shares"] = Change(select={"cluster": 0})
+        changed["selection by clusters of 8"] = Change(select={"cluster": 8})
     # What is left out stands in the workspace from the launches before.
     changed["selection without lists"] = Change(without=("groups",))
-    changed["scores alone"] = Change(without=("words",))
+    changed["scores alone, by shares"] = Change(without=("words",))
     calls = {"whole": Stack.whole, "select": Stack.select, "attention": Stack.attention}
     found: Figures = {}
     for name, change in changed.items():
@@ -141,7 +158,9 @@ def _copy(moved: int, count: int) -> float:
 
 def tables(record: dict[str, Any]) -> list[Table]:
     found = []
-    for what in ("parts", "settings"):
+    for what in ("parts", "selection", "settings"):
+        if not record[what]:
+            continue
         title = f"{record['rows']} x {record['context']}: {what}, microseconds; an empty kernel "
         title += f"{record['empty_kernel']:.1f}, a copy {record['copy_of_as_many_bytes']:.1f}"
         table = Table("", *next(iter(record[what].values())), title=title)

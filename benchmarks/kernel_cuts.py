@@ -1,4 +1,4 @@
-"""`sparse_decode` with parts of it left out, to see what each costs (`benchmarks.decode_anatomy`).
+"""Kernels of decode with parts left out, to see what each costs (`benchmarks.decode_anatomy`).
 
 The sources are copied and changed in a few places, which are found by their text: the compiler is
 given conditions that it cannot know, so that registers, shared memory and grid stay those of the
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from kernels._build import SOURCES, Compiler, KernelBuildError, local_targets, run_all
 
-KERNEL = "sparse_decode.cu"  # which the others include nothing of
+# The sources that are cut; others include nothing of what is.
+ATTENTION, SELECTION = "sparse_decode.cu", "index_cluster.cu"
 
 
 class Cut(NamedTuple):
@@ -59,6 +60,29 @@ VARIANTS: dict[str, tuple[Cut, ...]] = {
     "whole, but no keys or values": (NO_COPIES,),
 }
 
+CHOICE = "float share = 0.0f;"
+BINS = "give_bins(largest, blocks, dealt, shared);"
+THRESHOLD = "const int last = threshold_bin(mass, share, shared.sums);"
+OWN_LIST = "if (group >= 0) write_own_list(args, head, group, context, shared);"
+
+
+def _until(text: str) -> tuple[Cut, ...]:
+    return (_before(text, "if (args.cluster > 0) return;\n    "),)
+
+
+RING = "constexpr int kRingBytes = 16384;"
+# Of a single row's selection. What a cut leaves undone was done by the launch before.
+SELECTIONS: dict[str, tuple[Cut, ...]] = {
+    "starts and returns": _until("DealtScores<Keys> scores(args, dealt, 0, head);"),
+    "+ scores": _until(CHOICE),
+    "+ largest": _until(BINS),
+    "+ bins": _until(THRESHOLD),
+    "+ words": _until(OWN_LIST),
+    "whole": (),
+    "rings of 8 KiB": (Cut(RING, "constexpr int kRingBytes = 8192;"),),
+    "rings of 12 KiB": (Cut(RING, "constexpr int kRingBytes = 12288;"),),
+}
+
 
 def cut_sources(folder: Path, cuts: Sequence[Cut]) -> None:
     """Copy the kernels' sources and cut them.
@@ -74,7 +98,14 @@ def cut_sources(folder: Path, cuts: Sequence[Cut]) -> None:
         places[0].write_text(places[0].read_text().replace(cut.old, cut.new))
 
 
-def build_variants(folder: Path) -> dict[str, Path]:
+class Libraries(NamedTuple):
+    """Of each variant of attention, and of each of the selection."""
+
+    attention: dict[str, Path]
+    selection: dict[str, Path]
+
+
+def build_variants(folder: Path) -> Libraries:
     """A library for each variant, compiled side by side: as long as one takes, with cores enough.
 
     Raises:
@@ -83,16 +114,23 @@ def build_variants(folder: Path) -> dict[str, Path]:
     compiler, targets = Compiler.find(), local_targets()
     if compiler is None or not targets:
         raise KernelBuildError("the anatomy needs nvcc and a GPU")
-    others = [path for path in sorted(SOURCES.glob("*.cu")) if path.name != KERNEL]
-    pairs = [(path, folder / f"{path.stem}.o") for path in others]
-    common = [str(target) for _, target in pairs]
-    found, links = {}, []
-    for number, (name, cuts) in enumerate(VARIANTS.items()):
-        cut_sources(folder / str(number), cuts)
-        target, found[name] = folder / f"{number}.o", folder / f"{number}.so"
-        pairs.append((folder / str(number) / KERNEL, target))
-        link = (compiler.path, "--shared", "--cudart=static", "-o", str(found[name]))
-        links.append((*link, str(target), *common))
+    whole = {path.name: folder / f"{path.stem}.o" for path in sorted(SOURCES.glob("*.cu"))}
+    pairs = [(SOURCES / name, target) for name, target in whole.items()]
+    links = []
+
+    def cut(kernel: str, variants: dict[str, tuple[Cut, ...]]) -> dict[str, Path]:
+        found = {}
+        for number, (name, cuts) in enumerate(variants.items()):
+            place = folder / f"{Path(kernel).stem}-{number}"
+            cut_sources(place, cuts)
+            target, found[name] = place.with_suffix(".o"), place.with_suffix(".so")
+            pairs.append((place / kernel, target))
+            others = [str(path) for source, path in whole.items() if source != kernel]
+            link = (compiler.path, "--shared", "--cudart=static", "-o", str(found[name]))
+            links.append((*link, str(target), *others))
+        return found
+
+    found = Libraries(cut(ATTENTION, VARIANTS), cut(SELECTION, SELECTIONS))
     run_all([compiler.command(*pair, targets) for pair in pairs])
     run_all(links)
     return found

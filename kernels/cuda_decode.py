@@ -30,9 +30,7 @@ from kernels.decode_inputs import (
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
 
-# One CTA in so many takes items with lists only: neither role waits for the other, and either part
-# alone moves memory as fast as all.
-HELD_BACK = 3
+SEVERAL_ROWS = 4
 
 
 def attend(
@@ -148,7 +146,7 @@ def attend_listed(
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
         overlap=overlap and bool(plan.overlap),
-        held_back=plan.ctas // HELD_BACK,
+        held_back=held_back(len(context_lens_R), plan.ctas),
     )
     for index, pool in enumerate((full, window)):
         if pool is not None:
@@ -163,6 +161,15 @@ def attend_listed(
         args.list_width = full.tables_RB.shape[1]
         args.dense_below = listed_from
     workspace.library.launch_decode(args, q_RHD)
+
+
+def held_back(rows: int, ctas: int) -> int:
+    """CTAs that take items with lists only.
+
+    Neither role waits for the other, and either part alone moves memory as fast as all: a third, or
+    half where several rows have lists (benchmarks/NOTES.md).
+    """
+    return ctas // (2 if rows >= SEVERAL_ROWS else 3)
 
 
 def _rows_of_pool(pool: PagedPool | None, part: slice) -> PagedPool | None:

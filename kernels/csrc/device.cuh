@@ -189,6 +189,13 @@ DEVICE Value* in_cluster(Value* own, int rank) {
 #endif
 }
 
+// The first arrival, before which nothing was written that others look at.
+DEVICE void cluster_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+#endif
+}
+
 // All threads of a cluster arrive, and then wait for all others that have not left. Who waits sees what
 // was written before the others arrived.
 DEVICE void cluster_arrive() {

@@ -56,12 +56,13 @@ struct ClusterShared {
     }
 };
 
-// Largest log mass of the head, from the `most` of this warp's blocks. Begins to wait for the cluster;
+// Largest log mass of the head, from the `most` of this thread's blocks. Begins to wait for the cluster;
 // `meanwhile` may load what is needed later.
 template <typename Meanwhile>
 DEVICE float largest_of_cluster(float most, Dealt dealt, ClusterShared& shared,
                                 Meanwhile meanwhile) {
     const int thread = threadIdx.x;
+    most = warp_max(most);
     if (thread % 32 == 0) shared.most[thread / 32] = most;
     __syncthreads();
     cluster_wait();  // all have started
@@ -75,7 +76,10 @@ DEVICE float largest_of_cluster(float most, Dealt dealt, ClusterShared& shared,
     meanwhile();
     cluster_wait();
     float largest = shared.peaks[0];
-    for (int rank = 1; rank < dealt.ranks; ++rank) largest = fmaxf(largest, shared.peaks[rank]);
+#pragma unroll
+    for (int rank = 1; rank < kMostRanks; ++rank) {
+        if (rank < dealt.ranks) largest = fmaxf(largest, shared.peaks[rank]);
+    }
     return largest;
 }
 
@@ -146,17 +150,19 @@ template <typename Keys>
 __global__ void __launch_bounds__(kSelectThreads, 2)
     index_cluster_kernel(const __grid_constant__ SelectArgs args) {
     DYNAMIC_SHARED(dynamic);
-    cluster_arrive();
+    cluster_start();
     let_next_kernel_start();
     ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic);
     const int thread = threadIdx.x;
     const Dealt dealt{cluster_rank(), cluster_size()};
-    const int64_t head = static_cast<int>(blockIdx.x) / dealt.ranks;
+    const int64_t head = blockIdx.y;
     const bool is_first = dealt.rank == 0;
     DealtScores<Keys> scores(args, dealt, 0, head);
     const int group = args.groups == nullptr ? -1 : args.group_of_head[head];
     const int context = static_cast<int>(args.context_lens[0]);
-    const int blocks = scored_blocks(args, 0);
+    const int block_tokens = static_cast<int>(args.block_tokens);
+    const int blocks =
+        context < args.dense_below ? 0 : divide(context + block_tokens - 1, block_tokens);
     if (blocks == 0) {
         if (is_first && thread == 0 && args.attended != nullptr) args.attended[head] = 0;
         return;
@@ -165,7 +171,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     float most = -FLT_MAX;
     scores.run(context, blocks, shared.rings[thread / 32], [&](int place, int block, float mass) {
         const float finite = block < blocks ? finite_or_none(mass) : -INFINITY;
-        if (thread % 32 == 0) shared.masses()[place] = finite;
+        if (thread % 16 == 0) shared.masses()[place] = finite;
         most = fmaxf(most, finite);
     });
     float share = 0.0f;
@@ -183,7 +189,10 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     if (has_word) reinterpret_cast<int32_t*>(&shared.group)[thread] = group_word;
     cluster_wait();
     uint64_t mass = 0;
-    for (int rank = 0; rank < dealt.ranks; ++rank) mass += shared.gathered.masses[rank][thread];
+#pragma unroll
+    for (int rank = 0; rank < kMostRanks; ++rank) {
+        if (rank < dealt.ranks) mass += shared.gathered.masses[rank][thread];
+    }
     const int last = threshold_bin(mass, share, shared.sums);
     const int64_t kept = keep_words(args, head, blocks, last, shared);
     if (group >= 0) write_own_list(args, head, group, context, shared);
@@ -202,8 +211,9 @@ int launch_index_cluster(const SelectArgs& args, void* stream) {
     const SelectKernel kernel = find_kernel(args);
     const int ranks = static_cast<int>(args.cluster);
     if (kernel == nullptr || ranks > kMostRanks) return cudaErrorInvalidValue;
-    return launch(kernel, dim3(static_cast<unsigned>(args.heads * ranks)), kSelectThreads,
-                  ClusterShared::bytes(args.width, ranks), stream, args, false, ranks);
+    const dim3 grid(static_cast<unsigned>(ranks), static_cast<unsigned>(args.heads));
+    return launch(kernel, grid, kSelectThreads, ClusterShared::bytes(args.width, ranks), stream,
+                  args, false, ranks);
 }
 
 int plan_index_cluster(const SelectArgs& args, SelectPlan& plan) {

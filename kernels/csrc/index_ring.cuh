@@ -15,21 +15,23 @@ namespace rtpurbo {
 constexpr int kRingBytes = 16384;  // of a warp: with 80 CTAs 10 MB, three times what latency needs
 constexpr int kBlocksTogether = 2;  // of a warp, whose chains of arithmetic hide each other
 constexpr int kWordBlocks = 32;
-constexpr int kWarpBlocks = kWordBlocks / kSelectWarps;  // of a word
+constexpr int kWarpBlocks = kWordBlocks / kSelectWarps;  // of a word; those together are of one
 
 // Blocks are dealt to the CTAs of a cluster by words of 32, in turn: where a CTA's blocks lie does not
 // depend on the context, so that pages are looked up before its length is there.
 struct Dealt {
     int rank;
-    int ranks;
+    int ranks;  // a power of two
 
-    // Words of this CTA, if there are so many blocks.
+    // Words of each CTA, if there are so many blocks; some of the last may lie past the end.
     HOST_DEVICE int words(int blocks) const {
-        return ceil_div(ceil_div(blocks, kWordBlocks), ranks);
+        return (ceil_div(blocks, kWordBlocks) + ranks - 1) >> log2_of(static_cast<uint32_t>(ranks));
     }
-    // Block that this CTA has at `place`, 32 of a word; it may lie past the end.
+    // Block that this CTA has at `place`, 32 of a word.
     HOST_DEVICE int block(int place) const {
-        return (rank + place / kWordBlocks * ranks) * kWordBlocks + place % kWordBlocks;
+        const unsigned at = static_cast<unsigned>(place);
+        return (rank + static_cast<int>(at / kWordBlocks) * ranks) * kWordBlocks +
+               static_cast<int>(at % kWordBlocks);
     }
 };
 
@@ -48,17 +50,25 @@ struct KeyRing {
 
     // Copies tokens of a page from the one of number `first` on, as many as it has.
     static DEVICE void copy(const SelectArgs& args, uint32_t page, int first, unsigned char* to) {
-        const int lane = threadIdx.x % 32, left = static_cast<int>(args.block_tokens) - first;
-        const int64_t token = static_cast<int64_t>(page) * args.block_tokens + first;
-        constexpr int kTokenBytes = Keys::kLanes * static_cast<int>(sizeof(Piece));
-        const char* keys = static_cast<const char*>(args.index_cache) + token * kTokenBytes;
+        constexpr uint32_t kTokenBytes = Keys::kLanes * sizeof(Piece);
+        const uint32_t block_tokens = static_cast<uint32_t>(args.block_tokens);
+        const uint32_t lane = threadIdx.x % 32, token = static_cast<uint32_t>(first);
+        const char* keys = static_cast<const char*>(args.index_cache) + lane * 16 +
+                           token * kTokenBytes +
+                           static_cast<uint64_t>(page) * (block_tokens * kTokenBytes);
+        to += lane * 16;
+        if (token + kTokens <= block_tokens) {
 #pragma unroll
-        for (int at = 0; at < kKeyBytes; at += 512) {
-            const int byte = at + lane * 16;
-            if (byte < left * kTokenBytes) copy_async_16(to + byte, keys + byte, 16);
+            for (int at = 0; at < kKeyBytes; at += 512) copy_async_16(to + at, keys + at, 16);
+        } else {
+            const int left = static_cast<int>((block_tokens - token) * kTokenBytes - lane * 16);
+#pragma unroll 1
+            for (int at = 0; at < left; at += 512) copy_async_16(to + at, keys + at, 16);
         }
-        if (Keys::kScaled && lane * 16 < kScaleBytes && lane * 8 < left) {
-            copy_async_16(to + kKeyBytes + lane * 16, args.index_scales + token + lane * 8, 16);
+        if (Keys::kScaled && lane * 16 < kScaleBytes && token + lane * 8 < block_tokens) {
+            const uint16_t* scales = args.index_scales + lane * 8 +
+                                     static_cast<uint64_t>(page) * block_tokens + token;
+            copy_async_16(to + kKeyBytes, scales, 16);
         }
     }
 
@@ -101,8 +111,9 @@ struct DealtScores {
 
     // Where the CTA has this warp's block of that number.
     DEVICE int place_of(int index) const {
-        const int warp = threadIdx.x / 32;
-        return index / kWarpBlocks * kWordBlocks + warp * kWarpBlocks + index % kWarpBlocks;
+        const unsigned at = static_cast<unsigned>(index), warp = threadIdx.x / 32;
+        return static_cast<int>(at / kWarpBlocks * kWordBlocks + warp * kWarpBlocks +
+                                at % kWarpBlocks);
     }
 
     // Always a load; past the end any will do.
@@ -111,7 +122,8 @@ struct DealtScores {
         return static_cast<uint32_t>(page_of(args.table, row, block) * args.index_rows + index_row);
     }
 
-    // Calls put(place, block, log mass) in all lanes for every block, also for some past the end.
+    // Calls put(place, block, log mass) for every block, also for some past the end: for two at once,
+    // one in each half of the lanes.
     template <typename Put>
     DEVICE void run(int context, int blocks, unsigned char* ring, Put put) {
         constexpr int kStages = Ring::kStages, kLoadsAtOnce = Keys::kLoadsAtOnce;
@@ -121,16 +133,17 @@ struct DealtScores {
         // Every call closes a group of copies, empty or not, so that waiting can count them.
         const auto copy = [&] {
             if (copied < count) {
-                if (token == 0 && copied != 0 && copied % 32 == 0) {
+                if (token == 0 && copied != 0 && (copied & 31) == 0) {
                     places = next;
                     next = find(copied + 32 + static_cast<int>(threadIdx.x) % 32);
                 }
+                const int block = dealt.block(place_of(copied));
+                unsigned char* to = ring + stage * Ring::kStageBytes;
 #pragma unroll
                 for (int u = 0; u < kBlocksTogether; ++u) {
-                    const uint32_t page = __shfl_sync(kAllLanes, places, (copied + u) % 32);
-                    if (dealt.block(place_of(copied + u)) < blocks) {
-                        Ring::copy(args, page, token,
-                                   ring + stage * Ring::kStageBytes + u * Ring::kBlockBytes);
+                    const uint32_t page = __shfl_sync(kAllLanes, places, (copied + u) & 31);
+                    if (block + u < blocks) {
+                        Ring::copy(args, page, token, to + u * Ring::kBlockBytes);
                     }
                 }
                 token += Ring::kTokens;
@@ -147,6 +160,7 @@ struct DealtScores {
         int now = 0;  // the stage to compute
 #pragma unroll 1
         for (int index = 0; index < count; index += kBlocksTogether) {
+            const int place = place_of(index), block = dealt.block(place);
             TokenSum sums[kBlocksTogether];
 #pragma unroll 1
             for (int first = 0; first < block_tokens; first += Ring::kTokens) {
@@ -164,17 +178,15 @@ struct DealtScores {
                 copy();
 #pragma unroll
                 for (int u = 0; u < kBlocksTogether; ++u) {
-                    const int start = dealt.block(place_of(index + u)) * block_tokens;
+                    const int start = (block + u) * block_tokens;
                     add_tokens<Keys>(raw[u], scale[u], query, first,
                                      min(context - start, block_tokens), sums[u]);
                 }
             }
-#pragma unroll
-            for (int u = 0; u < kBlocksTogether; ++u) {
-                const int place = place_of(index + u), block = dealt.block(place);
-                const float mass = log_mass_of<Keys>(sums[u]);
-                put(place, block, bias.add_to(mass, blocks - 1 - block));
-            }
+            static_assert(kBlocksTogether == 2 && kWarpBlocks % 2 == 0, "");
+            const int which = threadIdx.x % 32 / 16;
+            const float mass = log_mass_of_two<Keys>(sums[0], sums[1]);
+            put(place + which, block + which, bias.add_to(mass, blocks - 1 - block - which));
         }
     }
 };

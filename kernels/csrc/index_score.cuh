@@ -38,16 +38,22 @@ DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
         for (int e = 0; e < Keys::kElements; ++e) dot = fmaf(key[e], query[e], dot);
 #pragma unroll
         for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
-        if (Keys::kScaled) dot *= bits_to_float(static_cast<uint32_t>(scale[i]) << 16);
+        if (Keys::kScaled) dot = multiply(dot, bits_to_float(static_cast<uint32_t>(scale[i]) << 16));
         const int token = first + i * (32 / kLanes) + lane / kLanes;
         scores[i] = token < valid ? dot : -INFINITY;
         most = fmaxf(most, scores[i]);
     }
     const float reference = most == -INFINITY ? 0.0f : most;
-    float total = sum.sum * exp2_fast(sum.largest - reference);
+    float total = multiply(sum.sum, exp2_fast(sum.largest - reference));
 #pragma unroll
     for (int i = 0; i < kLoadsAtOnce; ++i) total += exp2_fast(scores[i] - reference);
     sum = {most, total};
+}
+
+// The log mass of a block from the sum over all lanes, of which kLanes hold the score of each key.
+template <typename Keys>
+DEVICE float log_mass_of(float reference, float total) {
+    return multiply(reference + log2f(total * (1.0f / Keys::kLanes)), kLn2);
 }
 
 // The log mass of a block, in all lanes, from what each has seen of it.
@@ -55,10 +61,29 @@ template <typename Keys>
 DEVICE float log_mass_of(const TokenSum& sum) {
     const float most = warp_max(sum.largest);
     const float reference = most == -INFINITY ? 0.0f : most;
-    // The lanes of a key hold the same score, so each was counted kLanes times.
-    const float total =
-        warp_sum(sum.sum * exp2_fast(sum.largest - reference)) * (1.0f / Keys::kLanes);
-    return multiply(reference + log2f(total), kLn2);
+    const float total = warp_sum(multiply(sum.sum, exp2_fast(sum.largest - reference)));
+    return log_mass_of<Keys>(reference, total);
+}
+
+// The same of two blocks with half the work: of the first in lanes 0 to 15, of the second in the others.
+// Every sum is one that the butterfly of a single block has too, so the bits are the same.
+template <typename Keys>
+DEVICE float log_mass_of_two(const TokenSum& first, const TokenSum& second) {
+    const bool is_upper = threadIdx.x % 32 >= 16;
+    const TokenSum own = is_upper ? second : first, other = is_upper ? first : second;
+    float most = fmaxf(own.largest, __shfl_xor_sync(kAllLanes, other.largest, 16));
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) {
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+    }
+    const float reference = most == -INFINITY ? 0.0f : most;
+    const float others = __shfl_xor_sync(kAllLanes, reference, 16);
+    const float given = multiply(other.sum, exp2_fast(other.largest - others));
+    float total = multiply(own.sum, exp2_fast(own.largest - reference));
+    total += __shfl_xor_sync(kAllLanes, given, 16);
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+    return log_mass_of<Keys>(reference, total);
 }
 
 // Which bias a block that lies `age` before the newest one has: the number of bits of its age.

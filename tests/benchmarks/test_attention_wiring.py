@@ -20,7 +20,7 @@ from benchmarks import (
 )
 from benchmarks.attention_layer import BLOCK, DIM, KV_HEADS, RETRIEVAL
 from benchmarks.flashinfer_peer import FlashInfer
-from benchmarks.kernel_cuts import VARIANTS
+from benchmarks.kernel_cuts import SELECTIONS, VARIANTS, Libraries
 from kernels import prefill_triton
 from kernels._launch import KernelLibrary
 from tests.benchmarks import fake_flashinfer
@@ -73,15 +73,18 @@ def test_the_anatomy_has_every_variant_and_setting(
     device = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_: device)
     with without_gpu(monkeypatch, decode_layers, decode_anatomy):
-        record = decode_anatomy.anatomy(dict.fromkeys(VARIANTS, path), rows, context)
+        same = (dict.fromkeys(variants, path) for variants in (VARIANTS, SELECTIONS))
+        record = decode_anatomy.anatomy(Libraries(*same), rows, context)
     assert record["kv_bytes"] == rows * context * KV_HEADS * DIM * 4
     every = {"all": TIME, "local": TIME, "retrieval": TIME}
     assert record["parts"] == dict.fromkeys(VARIANTS, every)
+    assert record["selection"] == {name: {"select": TIME, "whole": TIME} for name in SELECTIONS}
     both = {"whole": TIME, "select": TIME, "attention": TIME}
     assert record["settings"]["as planned"] == both
     assert len(record["settings"]) > len(VARIANTS)
     assert [table.row_count for table in decode_anatomy.tables(record)] == [
         len(VARIANTS),
+        len(SELECTIONS),
         len(record["settings"]),
     ]
 

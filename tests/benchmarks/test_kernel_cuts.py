@@ -7,21 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cuts import KERNEL, VARIANTS, Cut, cut_sources
+from benchmarks.kernel_cuts import (
+    ATTENTION,
+    SELECTION,
+    SELECTIONS,
+    VARIANTS,
+    Cut,
+    cut_sources,
+)
 from kernels._build import SOURCES
 
+EVERY = [(ATTENTION, cuts) for cuts in VARIANTS.values()]
+EVERY += [(SELECTION, cuts) for cuts in SELECTIONS.values()]
+EACH = pytest.mark.parametrize(("kernel", "cuts"), EVERY, ids=[*VARIANTS, *SELECTIONS])
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_cut_finds_its_place(name: str, tmp_path: Path) -> None:
-    cut_sources(tmp_path / "csrc", VARIANTS[name])
+
+@EACH
+def test_every_cut_finds_its_place(kernel: str, cuts: tuple[Cut, ...], tmp_path: Path) -> None:
+    cut_sources(tmp_path / "csrc", cuts)
     changed = [
         path.name
         for path in (tmp_path / "csrc").iterdir()
         if path.read_text() != (SOURCES / path.name).read_text()
     ]
-    assert bool(changed) == bool(VARIANTS[name])
-    assert (tmp_path / "csrc" / KERNEL).is_file()
-    for cut in VARIANTS[name]:
+    assert bool(changed) == bool(cuts)
+    assert (tmp_path / "csrc" / kernel).is_file()
+    for cut in cuts:
         assert any(cut.new in path.read_text() for path in (tmp_path / "csrc").iterdir())
 
 
@@ -34,14 +45,14 @@ def included(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_only_one_source_is_compiled_anew(name: str) -> None:
+@EACH
+def test_only_one_source_is_compiled_anew(kernel: str, cuts: tuple[Cut, ...]) -> None:
     """A cut may lie in a header, as long as no other kernel includes it."""
     text = {path.name: path.read_text() for path in SOURCES.iterdir()}
-    places = {file for file in text for cut in VARIANTS[name] if cut.old in text[file]}
-    assert places <= included(SOURCES / KERNEL)
+    places = {file for file in text for cut in cuts if cut.old in text[file]}
+    assert places <= included(SOURCES / kernel)
     for path in SOURCES.glob("*.cu"):
-        assert path.name == KERNEL or not places & included(path)
+        assert path.name == kernel or not places & included(path)
 
 
 @pytest.mark.parametrize("text", ["no such text", "int"])

@@ -516,6 +516,8 @@ inline void cluster_arrive() {
     ++machine.cluster.generation;
 }
 
+inline void cluster_start() { cluster_arrive(); }
+
 inline void cluster_wait() {
     auto& machine = emulation::machine;
     auto& thread = machine.threads[machine.current];
