@@ -12,7 +12,13 @@ from typing import Any
 from benchmarks.bounded_process import run_bounded
 
 SHOWN_LINES = 12
-OUR_KERNELS = "kns=rtpurbo"  # their namespace; libraries' ones would take most of the time
+# What a checker looks at, by parts of names: memcheck at the project's kernels (its namespace), since
+# the others would take most of the time; racecheck at all but cuBLAS's, in which it sees races. It
+# does not survive a choice by namespace (an internal error; the tool of CUDA 13.0).
+LOOKS_AT = {
+    "memcheck": ("--kernel-name", "kns=rtpurbo"),
+    "racecheck": ("--kernel-name-exclude", "kns=nvjet"),
+}
 FOUND = 86  # exit status where a checker found something; pytest has none above 5
 LOGGED_BYTES = 2**20  # of a step, its end
 PEER_SECONDS = 45  # of an attention step's limit, for a peer that is built already
@@ -64,7 +70,7 @@ class Step:
         if not self.checker:
             return ()
         found = ("--error-exitcode", str(FOUND))
-        return (sanitizer(), "--tool", self.checker, "--kernel-name", OUR_KERNELS, *found)
+        return (sanitizer(), "--tool", self.checker, *LOOKS_AT[self.checker], *found)
 
 
 def sanitizer() -> str:
@@ -129,7 +135,7 @@ STEPS = (
     _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
     _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
     _checked("memcheck", 240),
-    _checked("racecheck", 240),
+    _checked("racecheck", 420),
 )
 
 

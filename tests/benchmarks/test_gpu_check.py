@@ -71,7 +71,7 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
     (found,) = Check(tmp_path, "abc", 60).run([checked])["steps"]
     assert found["status"] == FOUND
     assert found["last_lines"] == [
-        f"--tool racecheck --kernel-name kns=rtpurbo --error-exitcode {FOUND}",
+        f"--tool racecheck --kernel-name-exclude kns=nvjet --error-exitcode {FOUND}",
         "1",
     ]
     assert found["command"].startswith("compute-sanitizer --tool racecheck python -c ")
