@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.bounded_process import run_bounded
 
 SHOWN_LINES = 12
-# What a checker looks at, by parts of names: memcheck at the project's kernels (its namespace), since
+# What a checker looks at, by parts of names: memcheck at the kernels of this project, by namespace:
 # the others would take most of the time; racecheck at all but cuBLAS's, in which it sees races. It
 # does not survive a choice by namespace (an internal error; the tool of CUDA 13.0).
 LOOKS_AT = {
