@@ -132,7 +132,7 @@ STEPS = (
     _attention("prefill", 240, LENGTHS),
     _figures("engine_decode", 110, "engine_decode"),
     _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
-    _figures("decode_anatomy", 100, "decode_anatomy", "{file}"),
+    _figures("decode_anatomy", 180, "decode_anatomy", "{file}"),
     _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
     _checked("memcheck", 240),
     _checked("racecheck", 420),

@@ -30,7 +30,7 @@ from kernels.decode_inputs import (
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
 
-SEVERAL_ROWS = 4
+SEVERAL_ROWS = 4  # whose selected blocks take as long as their windows
 
 
 def attend(

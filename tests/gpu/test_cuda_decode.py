@@ -303,11 +303,21 @@ def test_a_cluster_chooses_what_shares_do(
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_map", ["mixed", "all-retrieval", "one-head", "twenty-on-one"])
 @DTYPES
-def test_a_layer_of_one_row(
+def test_sizes_of_one_row(
     library: KernelLibrary, dtype: torch.dtype, head_map: str, block: int, index_dim: int
 ) -> None:
     shape = {"dtype": dtype, "block": block, "index_dim": index_dim, "top_p": 0.3}
     check_layer(one_row(9001, head_map, **shape), library)
+
+
+@pytest.mark.parametrize("int8_index", [False, True], ids=["own-index", "int8-index"])
+@pytest.mark.parametrize("context", [1, 65, 2100])
+@DTYPES
+def test_a_layer_of_one_row(
+    library: KernelLibrary, dtype: torch.dtype, context: int, int8_index: bool
+) -> None:
+    """Few, since they also run under checkers."""
+    check_layer(one_row(context, "mixed", dtype=dtype, int8_index=int8_index), library)
 
 
 @pytest.mark.parametrize("size", [8, 16])
