@@ -95,7 +95,7 @@ struct Thread {
     Barrier* waits_at = nullptr;
     uint64_t waits_for = 0;
     uint64_t collectives = 0;
-    uint64_t clusters_met = 0;  // barriers of the cluster that it has arrived at
+    uint64_t cluster_arrivals = 0, cluster_waits = 0;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
     Group products;
@@ -499,7 +499,7 @@ Value* in_cluster(Value* own, int rank) {
     if (rank != cluster_rank()) {
         const bool has_ended = emulation::machine.ctas[static_cast<size_t>(rank)].left == 0;
         if (has_ended) emulation::fail("shared memory of a CTA that has ended");
-        if (emulation::machine.cluster.generation == 0) {
+        if (emulation::machine.threads[emulation::machine.current].cluster_waits == 0) {
             emulation::fail("shared memory of a CTA that may not have started");
         }
     }
@@ -510,7 +510,9 @@ Value* in_cluster(Value* own, int rank) {
 inline void cluster_arrive() {
     auto& machine = emulation::machine;
     auto& thread = machine.threads[machine.current];
-    if (thread.clusters_met++ != machine.cluster.generation) emulation::fail("did not wait before");
+    if (thread.cluster_arrivals++ != thread.cluster_waits) {
+        emulation::fail("arrives again without having waited");
+    }
     if (++machine.cluster.arrived < machine.cluster.expected) return;
     machine.cluster.arrived = 0;
     ++machine.cluster.generation;
@@ -521,9 +523,12 @@ inline void cluster_start() { cluster_arrive(); }
 inline void cluster_wait() {
     auto& machine = emulation::machine;
     auto& thread = machine.threads[machine.current];
-    if (machine.cluster.generation >= thread.clusters_met) return;
+    if (++thread.cluster_waits != thread.cluster_arrivals) {
+        emulation::fail("waits without having arrived");
+    }
+    if (machine.cluster.generation >= thread.cluster_waits) return;
     thread.waits_at = &machine.cluster;
-    thread.waits_for = thread.clusters_met;
+    thread.waits_for = thread.cluster_waits;
     emulation::yield();
 }
 
