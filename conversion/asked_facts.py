@@ -30,8 +30,8 @@ class AskedFacts:
 def asked_facts(source_ids: list[int], tokenizer: Tokenizer, seed: int) -> AskedFacts | None:
     """Source text with facts planted in it and, at its end, a line for each that asks and answers.
 
-    Questions and answers are tokenised apart, as a server meets them: one is prompt, the other
-    generated.
+    Prompts and answers are tokenised apart, as a server meets them: one is given, the other
+    generated. The text and the first question are one prompt.
 
     Args:
         source_ids: text; the result is at most as long, and uses its beginning.
@@ -48,9 +48,9 @@ def asked_facts(source_ids: list[int], tokenizer: Tokenizer, seed: int) -> Asked
     facts = rng.choice(counts)
     room = tokens - (facts - 1) * int(line)  # fact_document leaves room for one question itself
     document = fact_document(source_ids, tokenizer, rng.choice(FACT_KINDS), facts, room, seed)
-    ids, answers = encode_plain(tokenizer, document.text), list[range]()
+    ids, answers, before = list[int](), list[range](), document.text
     for question in rng.sample(document.questions, facts):
-        asked = encode_plain(tokenizer, question.text)
+        asked = encode_plain(tokenizer, before + question.text)
         answer = encode_plain(tokenizer, question.answer)
         end = encode_plain(tokenizer, "\n")
         if len(ids) + len(asked) + len(answer) + len(end) > tokens:
@@ -58,4 +58,5 @@ def asked_facts(source_ids: list[int], tokenizer: Tokenizer, seed: int) -> Asked
         first = len(ids) + len(asked)
         answers.append(range(first, first + len(answer)))
         ids += [*asked, *answer, *end]
+        before = ""
     return AskedFacts(ids, answers) if answers else None

@@ -167,8 +167,8 @@ class KernelLibrary:
         lib.rtpurbo_piece_start.argtypes = [c_int] * 3
         lib.rtpurbo_shares_start.argtypes = [c_int] * 3
         lib.rtpurbo_shares_owner.argtypes = [c_int] * 3
-        lib.rtpurbo_selecting_ctas.argtypes = [c_int64] * 4
-        lib.rtpurbo_selecting_ctas.restype = c_int64
+        lib.rtpurbo_working_ctas.argtypes = [c_int64] * 3
+        lib.rtpurbo_working_ctas.restype = c_int64
         lib.rtpurbo_item_of.argtypes = [POINTER(c_int), c_int, c_int64]
         lib.rtpurbo_window_blocks.argtypes = [c_int64] * 4 + [POINTER(c_int)]
 

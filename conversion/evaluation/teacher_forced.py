@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from tokenizers import Tokenizer
@@ -108,18 +109,26 @@ def answer_facts(
 
 @dataclass(frozen=True, slots=True)
 class EncodedFacts:
-    """Token ids of a document, and of each question with its answer."""
+    """Token ids of a document, and of each question with its answer.
+
+    A document and a question are tokenised as one text, as a server gets them: a line break at the
+    document's end may become one token with what follows. `text` is what all questions share.
+    """
 
     text: list[int]
     questions: list[tuple[list[int], list[int]]]
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, document: FactDocument) -> EncodedFacts:
+        asked = [prompt_ids(tokenizer, document.text + q.text) for q in document.questions]
+        text = prompt_ids(tokenizer, document.text)
+        same = takewhile(lambda ids: len(set(ids)) == 1, zip(text, *asked, strict=False))
+        shared = sum(1 for _ in same)
         questions = [
-            (continued_ids(tokenizer, q.text), continued_ids(tokenizer, q.answer))
-            for q in document.questions
+            (ids[shared:], continued_ids(tokenizer, question.answer))
+            for ids, question in zip(asked, document.questions, strict=True)
         ]
-        return cls(prompt_ids(tokenizer, document.text), questions)
+        return cls(text[:shared], questions)
 
     @property
     def tokens(self) -> int:

@@ -33,9 +33,8 @@ extern "C" int rtpurbo_shares_owner(int piece, int total, int count) {
     return Shares(total, count).owner(piece);
 }
 
-extern "C" int64_t rtpurbo_selecting_ctas(int64_t total, int64_t ctas, int64_t rows,
-                                          int64_t least) {
-    return selecting_ctas(total, ctas, rows, least);
+extern "C" int64_t rtpurbo_working_ctas(int64_t total, int64_t ctas, int64_t least) {
+    return working_ctas(total, ctas, least);
 }
 
 extern "C" int rtpurbo_item_of(const int* starts, int count, int64_t unit) {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
         }
     }
     const int64_t total = starts[rows];
-    const int64_t ctas = selecting_ctas(total, gridDim.x, args.rows, kLeastUnits);
+    const int64_t ctas = working_ctas(total, gridDim.x, kLeastUnits);
     if (blockIdx.x >= ctas) return;
     int64_t unit = share_start(blockIdx.x, total, ctas);
     const int64_t end = share_start(blockIdx.x + 1, total, ctas);

@@ -88,15 +88,6 @@ HOST_DEVICE int64_t working_ctas(int64_t total, int64_t ctas, int64_t least) {
     return useful < ctas ? useful : ctas;
 }
 
-// CTAs of a selection: of several rows, attention to the window takes as long as the selection and needs
-// room beside it, so half of the CTAs are left out while the others' shares stay short.
-HOST_DEVICE int64_t selecting_ctas(int64_t total, int64_t ctas, int64_t rows, int64_t least) {
-    constexpr int64_t kSeveralRows = 4, kShortShare = 5;
-    const int64_t half = ctas / 2;
-    const bool leaves_room = rows >= kSeveralRows && total <= half * kShortShare * least;
-    return working_ctas(total, leaves_room ? half : ctas, least);
-}
-
 // First unit of CTA `cta`'s share [share_start(cta), share_start(cta + 1)) of `total`.
 HOST_DEVICE int64_t share_start(int64_t cta, int64_t total, int64_t ctas) {
     return cta * total / ctas;

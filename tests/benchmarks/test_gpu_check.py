@@ -57,7 +57,7 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
 ) -> None:
     """With and without the tool; PyTorch's pool is off, which hides what lies behind a tensor."""
     show = "import os; print(os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING'))"
-    step = next(step for step in STEPS if step.checker == "racecheck")
+    step = next(step for step in STEPS if step.checker == "memcheck")
     checked = dataclasses.replace(step, arguments=("-c", show))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
@@ -71,10 +71,10 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
     (found,) = Check(tmp_path, "abc", 60).run([checked])["steps"]
     assert found["status"] == FOUND
     assert found["last_lines"] == [
-        f"--tool racecheck --kernel-name-exclude kns=nvjet --error-exitcode {FOUND}",
+        f"--tool memcheck --kernel-name kns=rtpurbo --error-exitcode {FOUND}",
         "1",
     ]
-    assert found["command"].startswith("compute-sanitizer --tool racecheck python -c ")
+    assert found["command"].startswith("compute-sanitizer --tool memcheck python -c ")
 
 
 def test_what_there_is_no_time_for_is_named(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conversion.asked_facts import LONGEST_LINE, ROOM_SHARE, SAFETY, asked_facts
+from conversion.text_source import load_tokenizer
+from engine.embedded import embedded_model_path
 from tests.engine.byte_tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(320)
@@ -39,3 +41,14 @@ def test_a_text_without_room_for_two_facts_is_left_alone() -> None:
 def test_the_seed_alone_decides() -> None:
     assert asked_facts(TEXT, TOKENIZER, 3) == asked_facts(TEXT, TOKENIZER, 3)
     assert asked_facts(TEXT, TOKENIZER, 3) != asked_facts(TEXT, TOKENIZER, 4)
+
+
+def test_the_first_question_is_tokenised_with_the_text_before_it() -> None:
+    """Empty lines at its end may be one token where they are two before a question."""
+    tokenizer = load_tokenizer(embedded_model_path())
+    source = tokenizer.encode("".join(f"def f_{i}():\n    pass\n\n\n" for i in range(900))).ids
+    found = [asked_facts(source, tokenizer, seed) for seed in range(6)]
+    for asked in found:
+        assert asked is not None
+        first = asked.ids[: asked.answers[0].start]
+        assert first == tokenizer.encode(tokenizer.decode(first)).ids

@@ -97,24 +97,11 @@ def test_bins_and_masses_equal_the_specification(host: ctypes.CDLL) -> None:
         assert host.rtpurbo_fixed_mass(value) == pytest.approx(float(want_mass), rel=3e-7, abs=1)
 
 
-def test_half_of_the_ctas_select_for_several_rows_of_short_contexts(host: ctypes.CDLL) -> None:
-    units = 8 * 512 * 5  # 8 rows of 32K, 5 heads
-    assert host.rtpurbo_selecting_ctas(units, 264, 8, 32) == 132
-    assert host.rtpurbo_selecting_ctas(4 * units, 264, 8, 32) == 264
-    assert host.rtpurbo_selecting_ctas(units, 264, 1, 32) == 264
-    assert host.rtpurbo_selecting_ctas(100, 264, 8, 32) == 4
-
-
-@given(
-    total=st.integers(1, 2**33),
-    ctas=st.integers(1, 300),
-    rows=st.integers(1, 9),
-    least=st.integers(1, 8),
-)
+@given(total=st.integers(1, 2**33), ctas=st.integers(1, 300), least=st.integers(1, 8))
 def test_shares_of_a_selection_are_equal(
-    host: ctypes.CDLL, total: int, ctas: int, rows: int, least: int
+    host: ctypes.CDLL, total: int, ctas: int, least: int
 ) -> None:
-    ctas = host.rtpurbo_selecting_ctas(total, ctas, rows, least)
+    ctas = host.rtpurbo_working_ctas(total, ctas, least)
     starts = [host.rtpurbo_share_start(cta, total, ctas) for cta in range(ctas + 1)]
     assert starts[0] == 0
     assert starts[-1] == total

@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from conversion.code_facts import FactDocument, Question
-from conversion.evaluation.teacher_forced import FactResult, answer_facts, decode_loss
+from conversion.evaluation.teacher_forced import EncodedFacts, FactResult, answer_facts, decode_loss
+from conversion.text_source import load_tokenizer
+from engine.embedded import embedded_model_path
 from tests.conversion.evaluation.word_model import (
     GREEDY,
     MODEL,
@@ -67,3 +69,25 @@ def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it(folder: Path) ->
 
 def test_accuracy_is_the_share_of_right_answers() -> None:
     assert FactResult(asked=8, right=6, attended_fraction=None).accuracy == 0.75
+
+
+@pytest.mark.parametrize("end", ["x = 1\n", "x = 1\n\n", "x = 1\n\n\n", "x"])
+def test_a_document_and_its_questions_are_tokenised_as_one_text(end: str) -> None:
+    """Two line breaks are one token at an end, and two before a name: which the model knows."""
+    tokenizer = load_tokenizer(embedded_model_path())
+    asked = tuple(Question(f"assert {name} == ", "12345") for name in ("IRON", "WILLOW", "HARBOR"))
+    encoded = EncodedFacts.encode(tokenizer, FactDocument("def f():\n" + end, asked))
+    for (question, answer), given in zip(encoded.questions, asked, strict=True):
+        whole = tokenizer.encode("def f():\n" + end + given.text).ids
+        assert encoded.text + question == whole
+        assert tokenizer.decode(answer) == given.answer
+    document = "def f():\n" + end
+    assert tokenizer.decode(encoded.text) in (document, document.rstrip("\n"))
+
+
+def test_an_only_question_is_not_part_of_the_document() -> None:
+    tokenizer = load_tokenizer(embedded_model_path())
+    document = FactDocument("x = 1\n", (Question("assert x == ", "1"),))
+    encoded = EncodedFacts.encode(tokenizer, document)
+    assert tokenizer.decode(encoded.text) == "x = 1\n"
+    assert tokenizer.decode(encoded.questions[0][0]) == "assert x == "
