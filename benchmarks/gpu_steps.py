@@ -108,7 +108,7 @@ def _figures(name: str, seconds: float, module: str, *more: str) -> Step:
 
 KERNEL_TESTS = tuple(
     f"tests/gpu/test_{name}.py"
-    for name in ("cuda_decode", "layer_kernels", "prefill", "prefill_sparse")
+    for name in ("cuda_decode", "cuda_one_row", "layer_kernels", "prefill", "prefill_sparse")
 )
 # Every kernel on ugly shapes; a checker makes a test some tens of times slower.
 CHECKED = (

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from conversion.chunk_sizes import chunk_sizes
-from engine.model.attention import AttentionLayers, BlockSelection, PagedAttention, PrefillMode
+from engine.model.attention import PagedAttention
+from engine.model.attention_layers import AttentionLayers, BlockSelection, PrefillMode
 from engine.model.batch_tensors import AttentionMetadata
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer

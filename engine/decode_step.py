@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.decode_buffers import DecodeBuffers
-from engine.model.attention import AttentionLayers, PagedAttention
+from engine.model.attention import PagedAttention
+from engine.model.attention_layers import AttentionLayers
 from engine.model.decoder import Decoder
 from engine.request import Request
 

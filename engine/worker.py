@@ -19,7 +19,8 @@ from engine.decode_step import CudaGraphs, DecodeStep, Eager
 from engine.device import give_back_unused, is_out_of_memory
 from engine.errors import StepMemoryError
 from engine.messages import EngineInfo
-from engine.model.attention import AttentionLayers, PagedAttention
+from engine.model.attention import PagedAttention
+from engine.model.attention_layers import AttentionLayers
 from engine.model.batch_tensors import BatchTensors
 from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Decoder

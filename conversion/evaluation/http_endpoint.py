@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -19,8 +20,6 @@ LONGEST_WAIT = 30.0  # seconds between two tries
 
 class HttpEndpoint:
     """Asks /v1/completions. A code question is part of the prompt; its answer must come first."""
-
-    attended_fraction: float | None = None  # a server does not say
 
     def __init__(
         self,
@@ -44,6 +43,10 @@ class HttpEndpoint:
             transport: replaces the network in tests.
         """
         self.name = name
+        self.attended_fraction: float | None = None
+        """Of the context, mean over the answers of the newest `scores`; None: the server does not
+        say, as only this project's does, or nothing was selected."""
+        self._fractions: list[float] = []
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._tokenizer = tokenizer
         self._model = model
@@ -60,7 +63,10 @@ class HttpEndpoint:
         Raises:
             ConversionError: the server cannot be reached, refuses, or answers something else.
         """
-        return asyncio.run(self._scores(samples, advance))
+        self._fractions = []
+        results = asyncio.run(self._scores(samples, advance))
+        self.attended_fraction = fmean(self._fractions) if self._fractions else None
+        return results
 
     async def _scores(
         self, samples: Sequence[Sample], advance: Callable[[], None]
@@ -124,8 +130,11 @@ class HttpEndpoint:
         async with slots:
             answer = await self._request(client, "POST", "completions", body)
         try:
+            metrics = answer.get("metrics") or {}
+            if metrics.get("attended_fraction") is not None:
+                self._fractions.append(float(metrics["attended_fraction"]))
             return score(str(answer["choices"][0]["text"]))
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise ConversionError(f"{self._url}/completions: the answer has no text") from None
 
     async def _first_model(self, client: httpx.AsyncClient) -> str:

@@ -11,7 +11,7 @@ from conversion.errors import ConversionError
 from conversion.evaluation.code_tasks import CODE_TASKS
 from conversion.evaluation.ruler.tasks import RULER_TASKS
 from conversion.evaluation.traces import TRACE_TASKS
-from engine.model.attention import PrefillMode
+from engine.model.attention_layers import PrefillMode
 from engine.model.kv_bytes import IndexDtype
 
 AttentionName = Literal["dense", "sparse"]

@@ -22,7 +22,7 @@ from conversion.chunk_sizes import chunk_sizes
 from conversion.code_facts import FactDocument
 from conversion.evaluation.samples import continued_ids, prompt_ids
 from conversion.sequence import CachedSequence
-from engine.model.attention import BlockSelection, PrefillMode
+from engine.model.attention_layers import BlockSelection, PrefillMode
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder, Indexer
 from engine.model.kv_bytes import IndexDtype

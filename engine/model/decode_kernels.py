@@ -22,7 +22,7 @@ from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
 
 if TYPE_CHECKING:
-    from engine.model.attention import AttentionLayers
+    from engine.model.attention_layers import AttentionLayers
 
 
 class DecodeKernels:

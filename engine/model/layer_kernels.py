@@ -21,7 +21,7 @@ from kernels._launch import KernelLibrary
 from kernels.layer_inputs import HeadNorm, IndexProjections, StoredPool
 
 if TYPE_CHECKING:
-    from engine.model.attention import AttentionLayers
+    from engine.model.attention_layers import AttentionLayers
     from engine.model.layers import Projection, RMSNorm
 
 

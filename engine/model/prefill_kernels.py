@@ -20,7 +20,7 @@ from kernels.prefill_tiles import PrefillTiles
 from kernels.span_inputs import SpanInputs
 
 if TYPE_CHECKING:
-    from engine.model.attention import AttentionLayers
+    from engine.model.attention_layers import AttentionLayers
 
 
 class SpanKernels(Protocol):

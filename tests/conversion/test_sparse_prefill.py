@@ -9,7 +9,7 @@ import torch
 
 from conversion.sequence import CachedSequence
 from engine.embedded import embedded_model_path
-from engine.model.attention import PrefillMode
+from engine.model.attention_layers import PrefillMode
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.weights import load_decoder

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, Rule, Span
-from engine.model.attention import AttentionLayers, PagedAttention, PrefillMode
+from engine.model.attention import PagedAttention
+from engine.model.attention_layers import AttentionLayers, PrefillMode
 from engine.model.batch_tensors import BatchTensors
 from engine.model.config import ModelConfig
 from engine.model.decode_kernels import DecodeKernels

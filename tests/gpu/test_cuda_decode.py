@@ -8,18 +8,13 @@ kernels are made for: one layer of 32 query and 4 KV heads, head_dim 128, contex
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
 from kernels import indexer
-from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
 from kernels.cuda_ops import CudaOps
-from kernels.head_tiles import HeadRole
-from tests.kernels.cluster_case import by_clusters, check_choice, plan_of
+from tests.gpu.decode_shapes import DTYPES, EDGES, PRODUCTION
 from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
 
 pytestmark = [
@@ -29,26 +24,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-EDGES = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 400, 2047, 2048, 2049]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 SPLIT = pytest.mark.parametrize("split", [False, True], ids=["mixed-tiles", "split-tiles"])
-
-# A layer of Qwen3-30B-A3B: 32 query heads in groups of 8; five retrieval heads on two KV heads.
-RETRIEVAL = {1: 0, 3: 1, 6: 2, 12: 3, 15: 4}
-PRODUCTION = [
-    HeadRole(
-        "full" if head < 16 else "window",
-        head // 8 % 2,
-        retrieval=head in RETRIEVAL,
-        selected=RETRIEVAL.get(head),
-    )
-    for head in range(32)
-]
-
-
-@pytest.fixture(scope="module")
-def library() -> KernelLibrary:
-    return KernelLibrary(find_library(default_cache()))
 
 
 @SPLIT
@@ -273,88 +249,3 @@ def test_a_graph_replays_with_other_contents(library: KernelLibrary, split: bool
         assert want_RS is not None
         assert torch.equal(attended_RS, want_RS)
         check_layer(other, library)
-
-
-def one_row(context: int, head_map: str, **shape: Any) -> LayerCase:
-    return LayerCase.make([context], head_map, device=DEVICE, **shape)
-
-
-@pytest.mark.parametrize("int8_index", [False, True], ids=["own-index", "int8-index"])
-@pytest.mark.parametrize("context", [*EDGES, 32768, 32769, 70000, 131071])
-@pytest.mark.parametrize("size", [8, 16])
-@DTYPES
-def test_a_cluster_chooses_what_shares_do(
-    library: KernelLibrary,
-    dtype: torch.dtype,
-    size: int,
-    context: int,
-    int8_index: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Five retrieval heads in two groups, bit for bit; lengths around the blocks of a CTA."""
-    monkeypatch.setitem(HEAD_MAPS, "production", PRODUCTION)
-    for split in (False, True):
-        shape = {"dtype": dtype, "split_roles": split, "int8_index": int8_index, "top_p": 0.2}
-        case = one_row(context, "production", **shape)
-        check_choice(case, library, monkeypatch, size)
-
-
-@pytest.mark.parametrize("index_dim", [8, 16, 32])
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("head_map", ["mixed", "all-retrieval", "one-head", "twenty-on-one"])
-@DTYPES
-def test_sizes_of_one_row(
-    library: KernelLibrary, dtype: torch.dtype, head_map: str, block: int, index_dim: int
-) -> None:
-    shape = {"dtype": dtype, "block": block, "index_dim": index_dim, "top_p": 0.3}
-    check_layer(one_row(9001, head_map, **shape), library)
-
-
-@pytest.mark.parametrize("int8_index", [False, True], ids=["own-index", "int8-index"])
-@pytest.mark.parametrize("context", [1, 65, 2100])
-@DTYPES
-def test_a_layer_of_one_row(
-    library: KernelLibrary, dtype: torch.dtype, context: int, int8_index: bool
-) -> None:
-    """Few, since they also run under checkers."""
-    check_layer(one_row(context, "mixed", dtype=dtype, int8_index=int8_index), library)
-
-
-@pytest.mark.parametrize("size", [8, 16])
-def test_a_cluster_takes_the_longest_context(
-    library: KernelLibrary, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """65,535 blocks; ten repeats are identical."""
-    case = one_row(65535 * 16, "one-head", dtype=torch.bfloat16, block=16, dim=64)
-    first = check_choice(narrowed(case, 65535), library, monkeypatch, size)
-    for _ in range(9):
-        again = by_clusters(narrowed(case, 65535), library, monkeypatch, size)
-        for name, values in first.items():
-            assert torch.equal(again[name], values), name
-
-
-def narrowed(case: LayerCase, width: int) -> LayerCase:
-    """With tables that are no wider than the context needs."""
-    pools = [replace(p, tables_RB=p.tables_RB[:, :width]) for p in (case.full, case.window)]
-    return replace(case, full=pools[0], window=pools[1])
-
-
-def test_a_graph_of_one_row_replays_with_other_lengths(library: KernelLibrary) -> None:
-    # The window pool keeps all pages: shorter contexts need those that the longest would not.
-    shape = {"dtype": torch.bfloat16, "dim": 128, "window": 10**6, "dense_below": 100}
-    case = one_row(20000, "mixed", **shape)
-    assert plan_of(case, library).cluster(3) > 0, "this device has clusters"
-    workspace = case.workspace(library)
-    case.run(workspace)  # what is made on first use is not made while a graph is captured
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out_RHD, attended_RS = case.run(workspace)
-    assert attended_RS is not None
-    for context in (20000, 64 * 32 * 16, 99, 0, 2048, 1):
-        case.lens_R.fill_(min(context, 20000))
-        graph.replay()
-        want_RHD, want_RS = case.run(case.workspace(library))
-        assert torch.equal(out_RHD, want_RHD)
-        assert want_RS is not None
-        assert torch.equal(attended_RS, want_RS)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from kernels import cuda_experts, cuda_layer, cuda_step, layer_reference, step_ops
-from kernels._build import default_cache, find_library
 from kernels._launch import KernelLibrary
 from tests.kernels.step_case import inputs_of, step_results
 from tests.kernels.store_case import HEAD_MAPS, StoreCase, check_int8_store, check_store
@@ -24,11 +23,6 @@ pytestmark = [
 ]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-
-
-@pytest.fixture(scope="module")
-def library() -> KernelLibrary:
-    return KernelLibrary(find_library(default_cache()))
 
 
 @pytest.mark.parametrize("head_map", HEAD_MAPS)

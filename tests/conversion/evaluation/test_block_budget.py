@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conversion.evaluation.block_budget import CountedSelection, FixedBlocks
 from conversion.evaluation.teacher_forced import Variant
-from engine.model.attention import BlockSelection
+from engine.model.attention_layers import BlockSelection
 from kernels.indexer import select_blocks
 from tests.conversion.evaluation.word_model import MODEL, prompt, variant
 from tests.engine.tiny_checkpoint import write_checkpoint

@@ -199,3 +199,23 @@ def test_servers_are_compared_on_the_same_samples(dense_folder: Path, data: Path
     assert asked["good"] == asked["bad"]
     assert len(asked["good"]) == 2 + 4
     assert "secret" not in json.dumps(found.as_dict())
+
+
+def test_what_a_server_says_of_its_attention_is_averaged() -> None:
+    """Only of the newest scores, and only of answers that say it."""
+    told: list[Any] = [0.5, None, 0.25, "missing"]
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "small"}]})
+        value = told.pop(0)
+        metrics = {} if value == "missing" else {"metrics": {"attended_fraction": value}}
+        return httpx.Response(200, json={"choices": [{"text": "11111"}], **metrics})
+
+    subject = endpoint(handler, concurrency=1)
+    subject.scores([DOCUMENT])
+    assert subject.attended_fraction == 0.5
+    subject.scores([PROMPT])
+    assert subject.attended_fraction == 0.25
+    subject.scores([PROMPT])
+    assert subject.attended_fraction is None
