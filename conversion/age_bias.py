@@ -53,7 +53,13 @@ def range_log_mass(log_mass_RB: Tensor, rows_R: Tensor, block_tokens: int) -> Te
     return apart_RBA.logsumexp(1).clamp(min=HIDDEN)
 
 
-def balanced(index_XRA: Tensor, attention_XRA: Tensor, ranks: Ranks) -> Tensor:
+def balanced(
+    index_XRA: Tensor,
+    attention_XRA: Tensor,
+    ranks: Ranks,
+    before_XA: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
     """Biases that make the index's mean share of every range that of attention, float32 [..., A].
 
     Args:
@@ -61,6 +67,8 @@ def balanced(index_XRA: Tensor, attention_XRA: Tensor, ranks: Ranks) -> Tensor:
         attention_XRA: log-probability by range, of the same queries; it may have fewer heads, as
             far as broadcasting goes.
         ranks: the processes that have other queries each; all get the same.
+        before_XA: biases that `index_XRA` has already; the result is with them.
+        first: ranges below it keep their biases, up to a constant.
     """
     reached_A = ranks.summed((index_XRA > HIDDEN).any(-2).flatten(0, -2).sum(0)) > 0
     rows = ranks.total([index_XRA.shape[-2]])[0]
@@ -72,9 +80,12 @@ def balanced(index_XRA: Tensor, attention_XRA: Tensor, ranks: Ranks) -> Tensor:
     index_XRA = index_XRA.double()
     wanted_XA = log_share(attention_XRA.double().exp())
     bias_XA = index_XRA.new_zeros((*index_XRA.shape[:-2], AGE_RANGES))
+    moving_A = reached_A & (torch.arange(AGE_RANGES, device=bias_XA.device) >= first)
     for _ in range(ROUNDS):
         share_XA = log_share((index_XRA + bias_XA.unsqueeze(-2)).softmax(-1))
-        bias_XA = torch.where(reached_A, bias_XA + wanted_XA - share_XA, bias_XA)
+        bias_XA = torch.where(moving_A, bias_XA + wanted_XA - share_XA, bias_XA)
+    if before_XA is not None:
+        bias_XA = bias_XA + before_XA.to(bias_XA)
     return settled(bias_XA.float(), int(reached_A.nonzero().max()))
 
 

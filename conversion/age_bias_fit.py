@@ -44,6 +44,51 @@ def with_balanced_ages(
         documents: every process takes its part of them.
         advance: called after each document of this process.
     """
+    index_CHRA, attention_HRA = _masses(
+        decoder, config, candidates, documents, seed, ranks, advance
+    )
+    device = next(decoder.parameters()).device
+    biases_CHA = balanced(index_CHRA, attention_HRA, ranks).to(device)
+    pairs = zip(candidates, biases_CHA, strict=True)
+    return [weights.with_age_biases(biases_HA) for weights, biases_HA in pairs]
+
+
+def with_old_ages(
+    decoder: Decoder,
+    config: ModelConfig,
+    weights: IndexWeights,
+    documents: Sequence[PlantedDocument],
+    first: int,
+    seed: int,
+    ranks: Ranks,
+    advance: Callable[[], None],
+) -> IndexWeights:
+    """Weights with biases of ranges that longer documents reach; the others keep theirs.
+
+    A training that has not seen an age leaves it the bias of the oldest that it saw, and heads that
+    look near then select far too many old blocks.
+
+    Args:
+        weights: with biases.
+        documents: longer than those of the training.
+        first: the first range whose bias is set anew.
+    """
+    index_CHRA, attention_HRA = _masses(decoder, config, [weights], documents, seed, ranks, advance)
+    before_HA = torch.cat(weights.age_biases()).cpu()
+    bias_HA = balanced(index_CHRA[0], attention_HRA, ranks, before_HA, first)
+    return weights.with_age_biases(bias_HA.to(next(decoder.parameters()).device))
+
+
+def _masses(
+    decoder: Decoder,
+    config: ModelConfig,
+    candidates: Sequence[IndexWeights],
+    documents: Sequence[PlantedDocument],
+    seed: int,
+    ranks: Ranks,
+    advance: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """Log masses by range of sampled rows: of the index [C, H, R, A], of attention [H, R, A]."""
     device = next(decoder.parameters()).device
     read = [_RangeMasses.empty(config, candidates, 0)]
     for number in range(ranks.rank, len(documents), ranks.world):
@@ -57,10 +102,7 @@ def with_balanced_ages(
         read.append(masses)
         advance()
     index_CHRA = torch.cat([own.index_CHRA for own in read], dim=2)
-    attention_HRA = torch.cat([own.attention_HRA for own in read], dim=1)
-    biases_CHA = balanced(index_CHRA, attention_HRA, ranks).to(device)
-    pairs = zip(candidates, biases_CHA, strict=True)
-    return [weights.with_age_biases(biases_HA) for weights, biases_HA in pairs]
+    return index_CHRA, torch.cat([own.attention_HRA for own in read], dim=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,17 +22,22 @@ class FitOptions:
     block_share: float = 0.0  # of the loss: KL over blocks instead of tokens, 0 to 1
     adaptive_top_p: bool = False  # per head: the top_p whose measured kept mass reaches the target
     moment_documents: int = 3  # for the closed form
+    age_tokens: int = 0  # length of documents that set the biases of ages which those of the fit
+    # hardly reach or not at all; 0: none, such ages count as the oldest seen
+    age_documents: int = 4
     trial_documents: int = 8  # on which temperatures are chosen
     quality_documents: int = 8  # on which the result is measured
     save_every: int = 50  # steps
 
     def __post_init__(self) -> None:
         """Raises ConversionError, naming the field."""
-        least = {"steps": 0, "warmup_steps": 0, "queries": 4}
+        least = {"steps": 0, "warmup_steps": 0, "queries": 4, "age_tokens": 0}
         for name in (
             "steps",
             "queries",
             "warmup_steps",
+            "age_tokens",
+            "age_documents",
             "moment_documents",
             "trial_documents",
             "quality_documents",

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from conversion.age_bias_fit import with_old_ages
 from conversion.attention_samples import PlantedDocument
 from conversion.document_feed import DocumentFeed
 from conversion.fit_options import FitOptions
@@ -57,16 +58,19 @@ class FitStep:
         seed: int,
         ranks: Ranks,
         console: Console,
+        far_feed: DocumentFeed | None = None,
     ) -> None:
         """
         Args:
             config: the model's with the sparse section that is being made.
             feed: holds out `options.held_out` documents.
+            far_feed: holds out longer ones, for biases of ages that the others do not reach.
             folder: of the step's state; made here.
         """
         self._decoder = decoder
         self._config = config
         self._feed = feed
+        self._far_feed = far_feed
         self._options = options
         self._folder = folder
         self._seed = seed
@@ -86,13 +90,19 @@ class FitStep:
         )
         closed = self._closed_form(moments, trial)
         training = self._train(closed)
-        total = self._mine(trial) + self._mine(unseen)
+        far = [] if self._far_feed is None else self._far_feed.held_out()
+        total = self._mine(trial) + self._mine(far) + self._mine(unseen)
         with progress_bar(self._console, "measure", total) as advance:
             fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
             weights = training.weights.copied(self._ranks.device)
-            weights = weights.settled(_last_range(held_out, self._config))
+            last = _last_range(held_out, self._config)
+            weights = weights.settled(last)
             adaptive = options.adaptive_top_p
             fitted = fit.sharpened(weights, closed.settings, trial, adaptive=adaptive)
+            if far:
+                place = (self._decoder, self._config, fitted.weights)
+                aged = with_old_ages(*place, far, last, self._seed, self._ranks, advance)
+                fitted = FittedIndex(aged, fitted.settings)
             quality = fit.quality(fitted, closed, unseen)
         return FitResult(
             fitted.weights.indexers(self._config.num_layers),

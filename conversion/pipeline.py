@@ -131,10 +131,22 @@ class ConvertRun:
             seed,
             self._ranks,
             self._console,
+            self._far_feed(),
         )
         result = step.run()
         self.work.write_fit(heads, result)
         self._console.print(quality_table(result.quality))
+
+    def _far_feed(self) -> DocumentFeed | None:
+        """Documents for the biases of old ages: longer than the fit's, or none."""
+        options, seed = self.options.fit, self.options.seed
+        tokens = min(options.age_tokens, self._config.max_position_embeddings)
+        if not self.options.index_age_bias or tokens <= self._tokens:
+            return None
+        self._announce("old ages", options.age_documents, tokens, 0)
+        return DocumentFeed(
+            self._source, self._tokenizer, tokens, 2 * seed + 1, options.age_documents
+        )
 
     def distil(self) -> None:
         """Adapt the weights to the heads' roles, if that is asked for."""

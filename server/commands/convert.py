@@ -56,6 +56,10 @@ def convert(
     fit_learning_rate: Annotated[
         float, typer.Option(help="Of the indexer; small models bear more, about 1e-2.")
     ] = 1e-3,
+    age_tokens: Annotated[
+        int,
+        typer.Option(help="Longer documents for the index's biases of old ages; 0: the fit's do."),
+    ] = 0,
     adaptive_top_p: Annotated[
         bool, typer.Option(help="A top_p per head, so that the kept mass reaches --top-p.")
     ] = False,
@@ -132,6 +136,7 @@ def convert(
             fit=FitOptions(
                 steps=fit_steps,
                 learning_rate=fit_learning_rate,
+                age_tokens=age_tokens,
                 adaptive_top_p=adaptive_top_p,
             ),
             distil=training,

@@ -23,7 +23,7 @@ FLAGS = {
         max-model-len max-num-seqs max-step-ms model-name port prefill-attention prefix-caching
         threads""",
     "health": "host live port timeout",
-    "convert": """adaptive-top-p block-tokens causal-check data dense-below device distil
+    "convert": """adaptive-top-p age-tokens block-tokens causal-check data dense-below device distil
         distil-cooldown-steps distil-data distil-facts-share distil-learning-rate
         distil-sequences distil-steps distil-tokens document-tokens documents fit-learning-rate
         fit-steps heads-granularity heads-mass heads-share index-age-bias index-dim index-scope
