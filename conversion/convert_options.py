@@ -52,6 +52,8 @@ class ConvertOptions:
         for name, least in (*((name, 1) for name in positive), ("dense_below", 0)):
             if getattr(self, name) < least:
                 raise ConversionError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.fit.age_tokens and not self.index_age_bias:
+            raise ConversionError("age_tokens needs index_age_bias: without it no age has a bias")
         if any(length < 1 for length in self.needle_lengths):
             raise ConversionError(f"needle_lengths must be at least 1, got {self.needle_lengths}")
         if self.block_tokens & (self.block_tokens - 1):

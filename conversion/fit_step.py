@@ -82,6 +82,8 @@ class FitStep:
         self._folder.mkdir(parents=True, exist_ok=True)
         options = self._options
         held_out = self._feed.held_out()
+        # Read now: too little text should turn out before the training.
+        far = [] if self._far_feed is None else self._far_feed.held_out()
         cuts = (options.moment_documents, options.moment_documents + options.trial_documents)
         moments, trial, unseen = (
             held_out[: cuts[0]],
@@ -90,7 +92,6 @@ class FitStep:
         )
         closed = self._closed_form(moments, trial)
         training = self._train(closed)
-        far = [] if self._far_feed is None else self._far_feed.held_out()
         total = self._mine(trial) + self._mine(far) + self._mine(unseen)
         with progress_bar(self._console, "measure", total) as advance:
             fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)

@@ -141,11 +141,17 @@ class ConvertRun:
         """Documents for the biases of old ages: longer than the fit's, or none."""
         options, seed = self.options.fit, self.options.seed
         tokens = min(options.age_tokens, self._config.max_position_embeddings)
-        if not self.options.index_age_bias or tokens <= self._tokens:
+        if not options.age_tokens:
+            return None
+        if tokens <= self._tokens:
+            self._console.print(
+                f"old ages: documents of {tokens} tokens reach no further than the fit's"
+            )
             return None
         self._announce("old ages", options.age_documents, tokens, 0)
+        # Another order of the files again: the fit is measured on text that it has not seen.
         return DocumentFeed(
-            self._source, self._tokenizer, tokens, 2 * seed + 1, options.age_documents
+            self._source, self._tokenizer, tokens, 2 * seed + 2, options.age_documents
         )
 
     def distil(self) -> None:

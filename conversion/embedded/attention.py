@@ -77,7 +77,7 @@ class TrainingAttention:
         if cut < len(q_THD):
             dense = BatchAttention(self.length, self.group_size)
             parts.append(dense.attend(layer, *(x[cut:] for x in given)))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def head_roles(

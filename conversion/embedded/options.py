@@ -86,6 +86,8 @@ class PretrainingOptions:
                 raise ConversionError(f"limited must be a share from 0 to 1, got {phase.limited}")
             if phase.limited and not self.retrieval_heads:
                 raise ConversionError("a phase with limited sequences needs retrieval heads")
+        if self.window_tokens < 1:
+            raise ConversionError(f"window_tokens must be at least 1, got {self.window_tokens}")
         if self.vocab_size > 2**16:
             raise ConversionError(f"vocab_size must be at most 65536, got {self.vocab_size}")
 

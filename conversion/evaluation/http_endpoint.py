@@ -130,12 +130,12 @@ class HttpEndpoint:
         async with slots:
             answer = await self._request(client, "POST", "completions", body)
         try:
-            metrics = answer.get("metrics") or {}
-            if metrics.get("attended_fraction") is not None:
-                self._fractions.append(float(metrics["attended_fraction"]))
-            return score(str(answer["choices"][0]["text"]))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            found = score(str(answer["choices"][0]["text"]))
+        except (KeyError, IndexError, TypeError):
             raise ConversionError(f"{self._url}/completions: the answer has no text") from None
+
+        self._fractions += _attended(answer)
+        return found
 
     async def _first_model(self, client: httpx.AsyncClient) -> str:
         answer = await self._request(client, "GET", "models", None)
@@ -164,6 +164,13 @@ class HttpEndpoint:
             return response.json()
         except ValueError:
             raise ConversionError(f"{url}: the answer is not JSON") from None
+
+
+def _attended(answer: dict[str, Any]) -> list[float]:
+    """The share that this project's server says, at most one; others' `metrics` are their own."""
+    metrics = answer.get("metrics")
+    fraction = metrics.get("attended_fraction") if isinstance(metrics, dict) else None
+    return [float(fraction)] if isinstance(fraction, int | float) else []
 
 
 def _wait(response: httpx.Response, attempt: int) -> float:

@@ -6,20 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conversion.age_bias import balanced, range_log_mass, settled, with_age_bias
+from conversion.age_bias import balanced, settled, with_age_bias
 from conversion.index_loss import block_log_mass, index_loss, token_kl
 from conversion.parallel import Ranks
 from kernels.block_age import AGE_RANGES, age_bias
-
-BLOCK, BLOCKS = 8, 40
-TOKENS = BLOCK * BLOCKS
-ROWS = torch.arange(5, TOKENS, 7)
-PLANTED = torch.tensor([6.0, 4.5, 4.0, 3.0, 1.0, 0.5, 0.0, *(0.0,) * 9])  # 39 is in range 6
-
-
-def hidden(scores_RT: Tensor) -> Tensor:
-    """With -inf at keys to come."""
-    return scores_RT.masked_fill(torch.arange(TOKENS) > ROWS[:, None], float("-inf"))
+from tests.conversion.aged_scores import BLOCK, BLOCKS, PLANTED, ROWS, TOKENS, by_range, hidden
 
 
 def random_scores(seed: int) -> Tensor:
@@ -30,10 +21,6 @@ def random_scores(seed: int) -> Tensor:
 def served_bias(bias_A: Tensor) -> Tensor:
     """What serving adds to every block, [R, B]."""
     return age_bias(bias_A[None], ROWS + 1, BLOCKS, BLOCK)[:, 0]
-
-
-def by_range(log_RT: Tensor) -> Tensor:
-    return range_log_mass(block_log_mass(log_RT, BLOCK), ROWS, BLOCK)
 
 
 def kl(attention_RT: Tensor, scores_RT: Tensor, bias_A: Tensor) -> float:

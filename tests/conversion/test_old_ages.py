@@ -18,7 +18,8 @@ from conversion.parallel import Ranks
 from conversion.pipeline import convert
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
-from tests.conversion.test_age_bias import BLOCK, PLANTED, ROWS, TOKENS, by_range, hidden
+from tests.conversion.aged_scores import BLOCK, PLANTED, ROWS, TOKENS, by_range, hidden
+from tests.conversion.line_files import line_files
 from tests.engine.model.tiny_models import make_checkpoint
 
 QUIET = Console(quiet=True)
@@ -41,12 +42,8 @@ def test_old_ages_are_set_anew_and_the_others_keep_their_biases() -> None:
 
 @pytest.fixture
 def options(tmp_path: Path) -> ConvertOptions:
-    data = tmp_path / "text"
-    data.mkdir()
-    for number in range(30):
-        (data / f"{number}.py").write_text(f"value_{number} = [{number}, 'text']\n" * 40)
     return ConvertOptions(
-        data=data,
+        data=line_files(tmp_path / "text"),
         heads_share=0.25,
         window_tokens=64,
         index_dim=4,
@@ -81,3 +78,8 @@ def test_a_conversion_sets_them_by_longer_documents(
 def test_a_negative_length_is_refused() -> None:
     with pytest.raises(ConversionError, match="age_tokens must be at least 0"):
         FitOptions(age_tokens=-1)
+
+
+def test_ages_need_a_bias(options: ConvertOptions) -> None:
+    with pytest.raises(ConversionError, match="age_tokens needs index_age_bias"):
+        replace(options, index_age_bias=False, fit=replace(FIT, age_tokens=500))

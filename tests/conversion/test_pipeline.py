@@ -21,6 +21,7 @@ from conversion.pipeline import ConvertOptions, ConvertRun, convert
 from engine.errors import CheckpointError
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
+from tests.conversion.line_files import line_files
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
 
 QUIET = Console(quiet=True)
@@ -31,12 +32,8 @@ QUICK = FitOptions(
 
 @pytest.fixture
 def options(tmp_path: Path) -> ConvertOptions:
-    data = tmp_path / "text"
-    data.mkdir()
-    for number in range(30):
-        (data / f"{number}.py").write_text(f"value_{number} = [{number}, 'text']\n" * 40)
     return ConvertOptions(
-        data=data,
+        data=line_files(tmp_path / "text"),
         heads_share=0.25,
         window_tokens=64,
         index_dim=4,

@@ -140,6 +140,7 @@ def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"retrieval_heads": ()}, "needs retrieval heads"),
+        ({"window_tokens": 0}, "window_tokens must be at least 1, got 0"),
         ({"phases": (dataclasses.replace(PHASE, limited=1.5),)}, "from 0 to 1, got 1.5"),
     ],
 )

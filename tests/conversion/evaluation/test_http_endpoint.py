@@ -203,13 +203,15 @@ def test_servers_are_compared_on_the_same_samples(dense_folder: Path, data: Path
 
 def test_what_a_server_says_of_its_attention_is_averaged() -> None:
     """Only of the newest scores, and only of answers that say it."""
-    told: list[Any] = [0.5, None, 0.25, "missing"]
+    told: list[Any] = [0.5, None, 0.25, "missing", "other", "many"]
 
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "small"}]})
         value = told.pop(0)
-        metrics = {} if value == "missing" else {"metrics": {"attended_fraction": value}}
+        metrics: dict[str, Any] = {"metrics": {"attended_fraction": value}}
+        if value in ("missing", "many"):  # none, or another server's
+            metrics = {} if value == "missing" else {"metrics": [0.75]}
         return httpx.Response(200, json={"choices": [{"text": "11111"}], **metrics})
 
     subject = endpoint(handler, concurrency=1)
@@ -217,5 +219,6 @@ def test_what_a_server_says_of_its_attention_is_averaged() -> None:
     assert subject.attended_fraction == 0.5
     subject.scores([PROMPT])
     assert subject.attended_fraction == 0.25
-    subject.scores([PROMPT])
-    assert subject.attended_fraction is None
+    for _ in range(3):
+        subject.scores([PROMPT])
+        assert subject.attended_fraction is None
