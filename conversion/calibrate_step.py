@@ -23,6 +23,7 @@ from conversion.head_roles import (
     choose_heads,
     heads_of,
     ranked_units,
+    read_heads,
     unit_budget,
 )
 from conversion.parallel import Ranks
@@ -65,12 +66,16 @@ class CalibrateStep:
         spread = ScoreSpread.of([score for scores in by_length.values() for score in scores])
         chosen = choose_heads(spread.mean, options.rule(), self._decoder.config.group_size)
         check = self._check(spread.mean) if options.causal_check else None
+        rule = options.rule().describe()
         if check is not None:
             chosen = heads_of(check[0].kept, len(spread.mean))
+        if options.heads is not None:
+            chosen = read_heads(options.heads, len(chosen), self._decoder.config.num_heads)
+            rule = {"heads": str(options.heads)}
         self._console.print(head_table(spread, chosen))
         content: dict[str, Any] = {
             "retrieval_heads": chosen,
-            "chosen_by": options.rule().describe(),
+            "chosen_by": rule,
             "text": self._source.description,
             "documents": options.documents,
             "lengths": list(self._lengths),

@@ -21,6 +21,7 @@ class ConvertOptions:
     """What to make. Sizes are in tokens."""
 
     data: Path | None = None  # text file or folder; None: Python sources of this environment
+    heads: Path | None = None  # JSON with a list retrieval_heads: these, and no rule
     heads_share: float = 0.15  # of all query heads (or KV heads, by granularity)
     heads_mass: float | None = None  # instead: share of the summed needle scores
     heads_granularity: Granularity = "query_head"  # kv_head: all query heads of the best KV heads
@@ -52,6 +53,8 @@ class ConvertOptions:
         for name, least in (*((name, 1) for name in positive), ("dense_below", 0)):
             if getattr(self, name) < least:
                 raise ConversionError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.heads is not None and self.causal_check:
+            raise ConversionError("causal_check chooses heads, so heads cannot be given")
         if self.fit.age_tokens and not self.index_age_bias:
             raise ConversionError("age_tokens needs index_age_bias: without it no age has a bias")
         if any(length < 1 for length in self.needle_lengths):

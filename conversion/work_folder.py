@@ -135,7 +135,8 @@ class WorkFolder:
 def _described(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
     """The model by its content and the options, comparable as JSON."""
     settings = asdict(options)
-    settings["data"] = None if options.data is None else str(options.data)
+    for name, path in (("data", options.data), ("heads", options.heads)):
+        settings[name] = None if path is None else str(path)
     settings["needle_lengths"] = list(options.needle_lengths)
     for name in ("device", "distil"):  # may change between two tries; distil checks its own
         del settings[name]

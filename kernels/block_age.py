@@ -18,7 +18,8 @@ AGE_RANGES = 16  # the last one is open: ages from 2^14 blocks on
 
 def age_ranges(age: Tensor) -> Tensor:
     """Range of each age in blocks, int64 of the same shape; what is newer than the query is new."""
-    return torch.frexp(age.clamp(min=0).double())[1].long().clamp_(max=AGE_RANGES - 1)
+    firsts = 2 ** torch.arange(AGE_RANGES - 1, device=age.device)  # ages at which a range begins
+    return torch.bucketize(age, firsts, right=True)
 
 
 def age_bias(bias_HA: Tensor, context_lens_R: Tensor, width: int, block_tokens: int) -> Tensor:

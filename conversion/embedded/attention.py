@@ -10,10 +10,10 @@ head sees everything, and the weights learn to be right in both. Shapes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from conversion.student_attention import StudentAttention
@@ -45,17 +45,21 @@ class BatchAttention:
         return out_BHTD.transpose(1, 2).flatten(0, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrainingAttention:
     """Implements `engine.model.layers.Attention`: the first `limited` sequences see by head roles.
 
-    `layers` holds the roles; without them no sequence is limited.
+    `layers` holds the roles; without them no sequence is limited. With `focus`, an index by layer,
+    every layer of that leaves its loss (`conversion.embedded.focus`) in `focus_losses`.
     """
 
     length: int
     group_size: int
     limited: int = 0
     layers: StudentLayers | None = None
+    focus: nn.ModuleDict | None = None
+    rows_ZR: Tensor | None = None  # of limited sequences, that the focus loss looks at
+    focus_losses: list[Tensor] = field(default_factory=list)
 
     def attend(
         self,
@@ -74,6 +78,9 @@ class TrainingAttention:
             assert self.layers is not None
             roles = StudentAttention(self.layers, self.limited, prompt=self.length)
             parts.append(roles.attend(layer, *(x[:cut] for x in given)))
+            if self.focus is not None and str(layer) in self.focus:
+                loss = self.focus[str(layer)](*(x[:cut] for x in given[:4]), self.rows_ZR)
+                self.focus_losses.append(loss)
         if cut < len(q_THD):
             dense = BatchAttention(self.length, self.group_size)
             parts.append(dense.attend(layer, *(x[cut:] for x in given)))

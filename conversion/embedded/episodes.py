@@ -32,6 +32,9 @@ NEAR_QUESTIONS = 0.2  # share of those asked right after the fact: a look-up by 
 COPY_TOKENS = (8, 48)
 DIGITS = (3, 4, 5, 5, 5, 6, 7)  # of a value
 MIN_CODE = 16  # tokens of code that must be left
+# The beginning of a long sequence is left plain, in most of them: what goes on after a short prompt
+# should be code and not a planted line.
+PLAIN_TOKENS, PLAIN_SHARE = 512, 0.9
 # Of planted lines, as byte-level BPE splits them; most lines are made of pieces seen before.
 PIECES = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\d|\s")
 JUDGED_WORDS = frozenset(FIRST_WORDS + SECOND_WORDS)
@@ -51,7 +54,11 @@ class Episode:
 class EpisodeWriter:
     """Writes episodes over given code; every draw comes from the generator of the call."""
 
-    def __init__(self, tokenizer: Tokenizer, answer_weight: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, answer_weight: float, lists: float | None = None
+    ) -> None:
+        """`lists` is their share of the episodes, the other kinds keep their proportions."""
+        self._kind_weights = _kind_weights(lists)
         self._tokenizer = tokenizer
         self._answer_weight = answer_weight
         vocabulary = {i: text for text, i in tokenizer.get_vocab().items()}
@@ -73,7 +80,7 @@ class EpisodeWriter:
             code: at least 64 token ids of real text.
             kind: of KINDS; None draws one.
         """
-        kind = kind or str(rng.choice(KINDS, p=KIND_WEIGHTS))
+        kind = kind or str(rng.choice(KINDS, p=self._kind_weights))
         if kind == "copy":
             return self._copy(code, rng)
         most = FEW_FACTS
@@ -82,7 +89,8 @@ class EpisodeWriter:
         names = NameMaker(self._words, rng, self._plain)
         wanted = int(rng.integers(1, most + 1))
         facts = [self._fact(kind, names, rng) for _ in range(wanted)]
-        return self.plant(code, facts, rng, EARLY_QUESTIONS)
+        is_plain = len(code) > 4 * PLAIN_TOKENS and rng.random() < PLAIN_SHARE
+        return self.plant(code, facts, rng, EARLY_QUESTIONS, PLAIN_TOKENS if is_plain else 0)
 
     def plant(
         self,
@@ -90,6 +98,7 @@ class EpisodeWriter:
         facts: list[Fact],
         rng: np.random.Generator,
         early: float = 0.0,
+        plain: int = 0,
     ) -> Episode:
         """Put facts into code and their questions at its end, in random order.
 
@@ -98,6 +107,7 @@ class EpisodeWriter:
         Args:
             early: mean share of the facts that are asked inside the code instead; each episode
                 draws its own, from 0 to twice as much. At least one is asked at the end.
+            plain: tokens of code at the beginning that nothing is put into.
         """
         order = rng.permutation(len(facts))
         late = order[int(early * rng.random() * 2 * len(facts)) :] if early else order
@@ -112,8 +122,8 @@ class EpisodeWriter:
         room = len(code) - len(tail_ids) - sum(len(ids) for _, ids, _ in inserts)
         if room < MIN_CODE:  # facts that fill a short sequence: keep the first half of them
             assert len(facts) > 1, "one fact fits any sequence"
-            return self.plant(code, facts[: len(facts) // 2], rng, early)
-        body, weights = self._insert(code[:room], inserts)
+            return self.plant(code, facts[: len(facts) // 2], rng, early, plain)
+        body, weights = self._insert(code[:room], inserts, plain)
         offset = len(body)
         ids_T = np.concatenate([body, np.array(tail_ids, dtype=np.int64)])
         tail = np.ones(len(tail_ids), dtype=np.float32)
@@ -138,10 +148,11 @@ class EpisodeWriter:
         return inserts
 
     def _insert(
-        self, code: NDArray[np.int64], inserts: list[tuple[float, list[int], int]]
+        self, code: NDArray[np.int64], inserts: list[tuple[float, list[int], int]], plain: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Code with the lines before line breaks at their depths; those of one place keep order."""
         places = np.flatnonzero(self._breaks[code])
+        places = places[places >= plain]
         if not len(places):
             places = np.array([len(code)])
         ids: list[NDArray[np.int64]] = []
@@ -216,6 +227,16 @@ class EpisodeWriter:
                 self._pieces[piece] = encoding.ids
             ids += self._pieces[piece]
         return ids
+
+
+def _kind_weights(lists: float | None) -> list[float]:
+    if lists is None:
+        return list(KIND_WEIGHTS)
+    others = 1.0 - KIND_WEIGHTS[KINDS.index("list")]
+    return [
+        lists if kind == "list" else weight / others * (1.0 - lists)
+        for kind, weight in zip(KINDS, KIND_WEIGHTS, strict=True)
+    ]
 
 
 def _is_plain(word: str) -> bool:

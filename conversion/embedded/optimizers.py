@@ -1,4 +1,5 @@
-"""Muon for the projections (arXiv 2502.16982 scaling), AdamW for the embedding and the norms.
+"""Muon for the projections (arXiv 2502.16982 scaling), AdamW for the rest: embedding, norms, and
+the index of the focus loss, which has a rate of its own.
 
 Muon orthogonalises the momentum of a matrix, which reaches a loss in fewer tokens than AdamW on
 models of this kind; `match_rms_adamw` gives it AdamW's update size, so that learning rates are
@@ -21,9 +22,11 @@ class Optimizers:
     def __init__(self, network: nn.Module, options: PretrainingOptions) -> None:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
+        index: list[nn.Parameter] = []
         for name, parameter in network.named_parameters():
             is_matrix = parameter.dim() == 2 and "embedding" not in name
-            (matrices if is_matrix else others).append(parameter)
+            kind = index if name.startswith("focus.") else matrices if is_matrix else others
+            kind.append(parameter)
         self._muon = torch.optim.Muon(
             matrices,
             lr=options.matrix_rate,
@@ -32,18 +35,18 @@ class Optimizers:
             adjust_lr_fn="match_rms_adamw",
         )
         self._adamw = torch.optim.AdamW(
-            others,
+            [{"params": group} for group in (others, index) if group],
             lr=options.other_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
             fused=options.device.startswith("cuda"),
         )
-        self._peaks = (options.matrix_rate, options.other_rate)
+        self._peaks = ((options.matrix_rate,), (options.other_rate, options.focus_rate))
 
     def step(self, share: float) -> None:
         """Update at `share` of the peak learning rates, and clear the gradients."""
-        for optimizer, peak in zip((self._muon, self._adamw), self._peaks, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, peaks in zip((self._muon, self._adamw), self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=False):
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

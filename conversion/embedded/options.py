@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.embedded.focus import BLOCK_TOKENS
 from conversion.errors import ConversionError
 from conversion.schedule import warmup_constant
 
@@ -23,6 +24,10 @@ class Phase:
     last_rate: float  # at its end; linear between
     batch_tokens: int = 131_072  # of one optimizer step
     limited: float = 0.0  # share of the sequences that see by `retrieval_heads`
+    agreement: float = 0.0  # weight of the divergence between limited and dense sequences: every
+    # one is then seen both ways. This and the next ask for `limited` 1
+    focus: float = 0.0  # weight of the loss that asks retrieval heads for few, findable blocks
+    lists: float | None = None  # share of the episodes that are lists; None: as ever
 
 
 # One H100 trains 2.0 M tokens/s at 512, 1.7 M at 2K, 0.66 M at 16K and 0.38 M at 32K.
@@ -61,6 +66,7 @@ class PretrainingOptions:
     rope_theta: float = 1e6
     matrix_rate: float = 4e-3  # peak learning rate of Muon (the projections)
     other_rate: float = 3e-3  # of AdamW (embedding and norms)
+    focus_rate: float = 3e-2  # of AdamW (the index of the focus loss)
     warmup_steps: int = 100
     weight_decay: float = 0.05  # of matrices
     clip: float = 1.0  # gradient norm
@@ -84,6 +90,16 @@ class PretrainingOptions:
                 raise ConversionError("a phase needs steps, and a share of episodes from 0 to 1")
             if not 0 <= phase.limited <= 1:
                 raise ConversionError(f"limited must be a share from 0 to 1, got {phase.limited}")
+            if min(phase.agreement, phase.focus) < 0:
+                raise ConversionError("weights of agreement and focus must be at least 0")
+            if (phase.agreement or phase.focus) and phase.limited != 1:
+                raise ConversionError("a phase with agreement or focus must have limited 1")
+            if phase.focus and phase.length % BLOCK_TOKENS:
+                raise ConversionError(
+                    f"a phase with focus has whole blocks of {BLOCK_TOKENS}, got {phase.length}"
+                )
+            if phase.lists is not None and not 0 <= phase.lists <= 1:
+                raise ConversionError(f"lists must be a share from 0 to 1, got {phase.lists}")
             if phase.limited and not self.retrieval_heads:
                 raise ConversionError("a phase with limited sequences needs retrieval heads")
         if self.window_tokens < 1:

@@ -20,7 +20,7 @@ from conversion.embedded.attention import head_roles
 from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import Corpus
 from conversion.embedded.judge import Judge
-from conversion.embedded.network import Network
+from conversion.embedded.network import Losses, Network
 from conversion.embedded.optimizers import Optimizers
 from conversion.embedded.options import Phase, PretrainingOptions
 from conversion.errors import ConversionError
@@ -93,11 +93,13 @@ class Trainer:
             self.corpus.train, self.corpus.tokenizer, options, place.phase, self.ranks
         )
         batches = source.stream(place.inside, options.workers, self._on_cuda)
-        loss = partial(compiled, limited=source.limited)
+        loss = partial(
+            compiled, limited=source.limited, both=phase.agreement > 0, focus=phase.focus > 0
+        )
         window: list[Tensor] = []
         tick = time.monotonic()
         while place.inside < phase.steps:
-            window.append(self._gradients(network, loss, next(batches)))
+            window.append(self._gradients(network, loss, phase, next(batches)))
             torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
             optimizers.step(options.rate(phase, place.inside / phase.steps, place.step))
             place.step += 1
@@ -113,21 +115,27 @@ class Trainer:
         return place.inside == phase.steps
 
     def _gradients(
-        self, network: Network, loss_of: Callable[..., Tensor], batch: tuple[Tensor, Tensor]
+        self,
+        network: Network,
+        losses_of: Callable[..., Losses],
+        phase: Phase,
+        batch: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Gradients of the whole batch's mean loss; this process's part of that loss."""
+        """Gradients of the whole batch's mean loss; this process's part of all losses, [3]."""
         device = self.ranks.device
         ids, weights = (x.to(device, non_blocking=True) for x in batch)
         total = self.ranks.summed(weights.sum())
         with torch.autocast(device.type, torch.bfloat16, enabled=self._on_cuda):
-            loss = loss_of(ids[:, :-1], ids[:, 1:], weights) / total
-        torch.autograd.backward(loss)
+            losses = losses_of(ids[:, :-1], ids[:, 1:], weights)
+        loss = losses.code + phase.agreement * losses.agreement + phase.focus * losses.focus
+        torch.autograd.backward(loss / total)
         self.ranks.sum_in_place([p.grad for p in network.parameters() if p.grad is not None])
-        return loss.detach()
+        return torch.stack(losses).detach() / total
 
     def _log(self, window: list[Tensor], tick: float, phase: Phase) -> float:
         """Account the steps since `tick`; the time now."""
-        mean = float(self.ranks.summed(torch.stack(window).mean()))  # waits for the device
+        means = self.ranks.summed(torch.stack(window).mean(0)).tolist()  # waits for the device
+        mean = means[0]
         now = time.monotonic()
         if math.isnan(mean):
             raise ConversionError(
@@ -137,7 +145,7 @@ class Trainer:
         rate = len(window) * phase.batch_tokens / (now - tick)
         self.console.print(
             f"length {phase.length}  step {self.place.inside} of {phase.steps}  "
-            f"loss {mean:.4f}  {rate:,.0f} tokens/s",
+            f"loss {mean:.4f}{_others(phase, means)}  {rate:,.0f} tokens/s",
             highlight=False,
         )
         return now
@@ -202,3 +210,9 @@ class Trainer:
         for name in ("text", "init", "device", "compile", "save_every", "workers"):
             del options[name]
         return {"options": repr(options), "train_tokens": len(self.corpus.train)}
+
+
+def _others(phase: Phase, means: list[float]) -> str:
+    """The losses beside that of code, where the phase has them."""
+    named = (("agreement", phase.agreement, means[1]), ("focus", phase.focus, means[2]))
+    return "".join(f"  {name} {mean:.4f}" for name, weight, mean in named if weight)

@@ -18,6 +18,10 @@ def convert(
         Path | None,
         typer.Option(help="Text file or folder; default: Python sources of this environment."),
     ] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="Take the retrieval_heads of this heads.json, and choose none."),
+    ] = None,
     heads_share: Annotated[
         float, typer.Option(help="Share of the query heads that keep the full context.")
     ] = 0.15,
@@ -118,6 +122,7 @@ def convert(
             )
         options = ConvertOptions(
             data=data,
+            heads=heads,
             heads_share=heads_share,
             heads_mass=heads_mass,
             max_kv_heads=max_kv_heads,

@@ -240,6 +240,25 @@ def test_heads_that_a_person_edited_are_used(tmp_path: Path, options: ConvertOpt
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_heads_of_another_conversion_can_be_given(tmp_path: Path, options: ConvertOptions) -> None:
+    model, out, file = (tmp_path / name for name in ("dense", "out", "heads.json"))
+    make_checkpoint("qwen3", model)
+    heads: list[list[int]] = [[2], [], [0]]
+    file.write_text(json.dumps({"retrieval_heads": heads}))
+    given = replace(options, heads=file, fit=replace(QUICK, steps=0))
+    convert(model, out, given, QUIET)
+    sparse = preflight(out).config.sparse
+    assert sparse is not None
+    assert sparse.retrieval_heads == ((2,), (), (0,))
+    told = json.loads((out / "report" / "report.json").read_text())
+    assert str(file) in json.dumps(told), "the report says where they come from"
+    file.write_text(json.dumps({"retrieval_heads": heads[:2]}))
+    assert "must list 3 layers" in refusal(model, tmp_path / "other", given)
+    with pytest.raises(ConversionError, match="causal_check chooses heads"):
+        replace(given, causal_check=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_an_index_without_biases_is_made_as_before(tmp_path: Path, options: ConvertOptions) -> None:
     make_checkpoint("qwen3", tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "out", replace(options, index_age_bias=False), QUIET)

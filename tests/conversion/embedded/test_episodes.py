@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from conversion.code_facts import FACT_KINDS
 from conversion.embedded import names
-from conversion.embedded.episodes import EpisodeWriter
+from conversion.embedded.episodes import PLAIN_TOKENS, EpisodeWriter
 from conversion.embedded.names import NameMaker
 from engine.embedded import embedded_model_path
 
@@ -78,3 +78,28 @@ def test_every_fact_is_asked_once(tokenizer: Tokenizer, kind: str) -> None:
         assert len(asked) == len(set(asked))
         early += len(asked) - len(episode.answers)
     assert early, "some facts are asked inside the code"
+
+
+def test_most_long_sequences_begin_with_plain_code(tokenizer: Tokenizer) -> None:
+    writer = EpisodeWriter(tokenizer, 5.0)
+    code = np.array(tokenizer.encode("value = compute(value)\n" * 2000).ids, dtype=np.int64)
+    begins_plain = [
+        np.array_equal(episode.ids[:PLAIN_TOKENS], code[:PLAIN_TOKENS])
+        for episode in (
+            writer.write(code[:4096], np.random.default_rng(seed), "constant") for seed in range(60)
+        )
+    ]
+    assert 40 < sum(begins_plain) < 60
+    short = [writer.write(code[:512], np.random.default_rng(seed), "list") for seed in range(20)]
+    assert not all(np.array_equal(episode.ids[:128], code[:128]) for episode in short)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_the_share_of_lists_can_be_chosen(tokenizer: Tokenizer, share: float) -> None:
+    writer = EpisodeWriter(tokenizer, 5.0, share)
+    code = np.array(tokenizer.encode("value = compute(value)\n" * 200).ids, dtype=np.int64)
+    lists = sum(
+        ".append(" in tokenizer.decode(writer.write(code[:900], np.random.default_rng(seed)).ids)
+        for seed in range(100)
+    )
+    assert abs(lists - 100 * share) <= 15

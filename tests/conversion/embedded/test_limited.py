@@ -95,9 +95,43 @@ def test_limited_sequences_see_what_the_served_model_sees(network: Network, ids_
 def test_gradients_reach_every_weight_from_limited_sequences(
     network: Network, ids_BT: Tensor
 ) -> None:
-    loss = network(ids_BT[:, :-1], ids_BT[:, 1:], torch.ones(3, LENGTH - 1), limited=3)
-    torch.autograd.backward(loss)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    losses = network(ids_BT[:, :-1], ids_BT[:, 1:], torch.ones(3, LENGTH - 1), limited=3)
+    torch.autograd.backward(losses.code)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.decoder.parameters())
+
+
+def test_sequences_seen_both_ways(network: Network, ids_BT: Tensor) -> None:
+    """The losses of code are averaged, and the ways compared at every target by its weight."""
+    weights_BT = torch.rand(3, LENGTH - 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    given = (ids_BT[:, :-1], ids_BT[:, 1:], weights_BT)
+    losses = network(*given, limited=1, both=True)
+    one_way = [network(*given, limited=limited) for limited in (0, 3)]
+    torch.testing.assert_close(losses.code, torch.stack([w.code for w in one_way]).mean())
+    assert [float(way.agreement) for way in one_way] == [0.0, 0.0]
+    dense, limited = (
+        network.decoder.logits(network.hidden(ids_BT[:, :-1], n)).log_softmax(-1) for n in (0, 3)
+    )
+    there = torch.nn.functional.kl_div(limited, dense, log_target=True, reduction="none").sum(-1)
+    back = torch.nn.functional.kl_div(dense, limited, log_target=True, reduction="none").sum(-1)
+    expected = ((there + back) / 2 * weights_BT.flatten()).sum()
+    torch.testing.assert_close(losses.agreement, expected)
+    assert expected > 1
+
+
+def test_the_focus_loss_is_of_limited_sequences_and_their_retrieval_heads(
+    network: Network, config: ModelConfig
+) -> None:
+    ids_BT = torch.randint(config.vocab_size, (2, 129), generator=torch.Generator().manual_seed(0))
+    given = (ids_BT[:, :-1], ids_BT[:, 1:], torch.ones(2, 128))
+    assert float(network(*given, limited=2).focus) == 0.0
+    losses = network(*given, both=True, focus=True)
+    assert losses.focus > 0
+    torch.autograd.backward(losses.focus)
+    assert {name.split(".")[1] for name, _ in network.focus.named_parameters(prefix="focus")} == {
+        str(layer) for layer, heads in enumerate(HEADS) if heads
+    }
+    assert all(p.grad is not None and p.grad.any() for p in network.focus.parameters())
+    assert network.decoder.embedding.weight.grad is not None
 
 
 @pytest.mark.parametrize("limited", [0.0, 0.3, 0.5, 1.0])
@@ -142,6 +176,18 @@ def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
         ({"retrieval_heads": ()}, "needs retrieval heads"),
         ({"window_tokens": 0}, "window_tokens must be at least 1, got 0"),
         ({"phases": (dataclasses.replace(PHASE, limited=1.5),)}, "from 0 to 1, got 1.5"),
+        ({"phases": (dataclasses.replace(PHASE, agreement=1.0),)}, "must have limited 1"),
+        ({"phases": (dataclasses.replace(PHASE, focus=0.1),)}, "must have limited 1"),
+        ({"phases": (dataclasses.replace(PHASE, focus=-0.1),)}, "at least 0"),
+        ({"phases": (dataclasses.replace(PHASE, lists=1.1),)}, "from 0 to 1, got 1.1"),
+        (
+            {
+                "phases": (
+                    dataclasses.replace(PHASE, length=96, batch_tokens=960, limited=1.0, focus=0.1),
+                )
+            },
+            "whole blocks of 64, got 96",
+        ),
     ],
 )
 def test_impossible_limits(options: PretrainingOptions, change: Any, message: str) -> None:
@@ -149,11 +195,13 @@ def test_impossible_limits(options: PretrainingOptions, change: Any, message: st
         dataclasses.replace(options, **change)
 
 
+@pytest.mark.parametrize("change", [{}, {"limited": 1.0, "agreement": 2.0, "focus": 0.05}])
 def test_a_training_with_limits_is_judged_both_ways(
-    options: PretrainingOptions, prepared: Path, tmp_path: Path
+    options: PretrainingOptions, prepared: Path, tmp_path: Path, change: Any
 ) -> None:
     out = copy_of(prepared, tmp_path / "out")
-    given = dataclasses.replace(options, text=text_folders(), save_every=1)
+    phases = (dataclasses.replace(PHASE, **change),)
+    given = dataclasses.replace(options, phases=phases, text=text_folders(), save_every=1)
     pretrain(out, given, Console(quiet=True), documents=1)
     report = json.loads((out / "training.json").read_text())
     assert report["limited"]["facts"].keys() == report["facts"].keys()
