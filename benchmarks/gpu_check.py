@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import BUILD, STEPS, Attempt, Step, run_step
+from benchmarks.gpu_steps import BUILD, BY_NAME, STEPS, Attempt, Step, run_step
 
 LEAST_SECONDS = 8.0  # a step that has less than this is left out
 SECONDS = 720.0
@@ -149,8 +149,10 @@ class Check:
 
     def _note(self, found: dict[str, Any]) -> None:
         self.report["steps"].append(found)
-        rows = f", {found['rows']} rows" if "rows" in found else ""
-        print(f"{found['name']}: status {found['status']}, {found['seconds']} s{rows}", flush=True)
+        more = f", {found['rows']} rows" if "rows" in found else ""
+        if "reported" in found:
+            more += f", names {', '.join(found['reported']) or 'no kernel'}"
+        print(f"{found['name']}: status {found['status']}, {found['seconds']} s{more}", flush=True)
         self._write()
 
     def _write(self) -> None:
@@ -168,12 +170,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
     parser.add_argument("--only", default="", help="names of steps in their order, with commas")
     given = parser.parse_args()
-    by_name = {step.name: step for step in STEPS}
-    names = [name for name in given.only.split(",") if name] or list(by_name)
-    if unknown := set(names) - set(by_name):
-        known = ", ".join(by_name)
+    names = [name for name in given.only.split(",") if name] or [step.name for step in STEPS]
+    if unknown := set(names) - set(BY_NAME):
+        known = ", ".join(BY_NAME)
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {known}")
-    report = Check(given.folder, _commit(), given.seconds).run([by_name[name] for name in names])
+    report = Check(given.folder, _commit(), given.seconds).run([BY_NAME[name] for name in names])
     for what in ("left_out", "missing"):
         if report[what]:
             print(f"{what.replace('_', ' ')}: {', '.join(report[what])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,12 @@ from benchmarks.bounded_process import run_bounded
 SHOWN_LINES = 12
 FOUND = 86  # exit status where a checker found something; pytest has none above 5
 # memcheck looks at the project's kernels, by their namespace: others would take most of the time.
-# racecheck (of CUDA 13.0) dies of any such choice. What it reports is for a person to read: races
-# in cuBLAS, and writes on both sides of a cluster's barrier, which it does not follow.
+# racecheck (of CUDA 13.0) dies of any such choice.
 CHECKERS = {
     "memcheck": ("--kernel-name", "kns=rtpurbo", "--error-exitcode", str(FOUND)),
-    "racecheck": (),
+    "racecheck": ("--error-exitcode", str(FOUND)),
 }
+REPORTED = re.compile(r"^=========.* at (?:void )?(\S.*?)\+0x[0-9a-f]+", re.MULTILINE)
 LOGGED_BYTES = 2**20  # of a step, its end
 PEER_SECONDS = 45  # of an attention step's limit, for a peer that is built already
 
@@ -84,8 +85,8 @@ def _tests(name: str, seconds: float, *selection: str) -> Step:
 
 
 def _checked(checker: str, seconds: float) -> Step:
-    step = _tests(checker, seconds, *KERNEL_TESTS, "-k", CHECKED)
-    return replace(step, checker=checker, environment=UNCACHED)
+    races = ("-m", "benchmarks.kernel_races")
+    return Step(checker, races, seconds, checker=checker, environment=UNCACHED)
 
 
 def _attention(part: str, seconds: float, *more: str) -> Step:
@@ -133,9 +134,16 @@ STEPS = (
     _figures("engine_prefill", 90, *PREFILL, "--variants=sparse,dense,flash,cudnn"),
     _figures("decode_anatomy", 180, "decode_anatomy", "{file}"),
     _figures("engine_prefill_embedded", 45, *PREFILL, *EMBEDDED),
-    _checked("memcheck", 240),
-    _checked("racecheck", 420),
+    _checked("memcheck", 150),
+    _checked("racecheck", 300),
 )
+# By name only. The tests launch the kernels on more shapes, and PyTorch's own beside them: 113 s.
+MEMCHECK_TESTS = replace(
+    _tests("memcheck_tests", 240, *KERNEL_TESTS, "-k", CHECKED),
+    checker="memcheck",
+    environment=UNCACHED,
+)
+BY_NAME = {step.name: step for step in (*STEPS, MEMCHECK_TESTS)}
 
 
 def run_step(step: Step, attempt: Attempt, seconds: float, folder: Path) -> dict[str, Any]:
@@ -160,5 +168,12 @@ def run_step(step: Step, attempt: Attempt, seconds: float, folder: Path) -> dict
         "seconds": round(ended.seconds, 1),
         "result": ended.last_json,
         "last_lines": [line[:200] for line in lines[-SHOWN_LINES:]],
+        **({"reported": reported(ended.output)} if step.checker else {}),
         **({"environment": attempt.environment} if attempt.environment else {}),
     }
+
+
+def reported(output: str) -> list[str]:
+    """Kernels that a checker names, without what they are templates of and what they take."""
+    plain = (name.replace("(anonymous namespace)::", "") for name in REPORTED.findall(output))
+    return sorted({re.split(r"[<(]", name)[0] for name in plain})

@@ -61,16 +61,16 @@ VARIANTS: dict[str, tuple[Cut, ...]] = {
 }
 
 CHOICE = "float share = 0.0f;"
-BINS = "give_bins(largest, blocks, dealt, shared);"
+BINS = "give_bins(largest, blocks, dealt, shared, arrays);"
 THRESHOLD = "const int last = threshold_bin(mass, share, shared.sums);"
-OWN_LIST = "if (group >= 0) write_own_list(args, head, group, context, shared);"
+OWN_LIST = "if (group >= 0) write_own_list(args, head, group, context, shared, arrays.words);"
 
 
 def _until(text: str) -> tuple[Cut, ...]:
     return (_before(text, "if (args.cluster > 0) return;\n    "),)
 
 
-RING = "constexpr int kRingBytes = 16384;"
+RING = "constexpr int kRingBytes = 12288;"
 # Of a single row's selection. What a cut leaves undone was done by the launch before.
 SELECTIONS: dict[str, tuple[Cut, ...]] = {
     "starts and returns": _until("DealtScores<Keys> scores(args, dealt, 0, head);"),
@@ -80,7 +80,7 @@ SELECTIONS: dict[str, tuple[Cut, ...]] = {
     "+ words": _until(OWN_LIST),
     "whole": (),
     "rings of 8 KiB": (Cut(RING, "constexpr int kRingBytes = 8192;"),),
-    "rings of 12 KiB": (Cut(RING, "constexpr int kRingBytes = 12288;"),),
+    "rings of 16 KiB": (Cut(RING, "constexpr int kRingBytes = 16384;"),),
 }
 
 

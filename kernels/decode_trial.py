@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,22 +14,34 @@ from kernels.cuda_ops import CudaOps
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
 from kernels.trial import check_close, check_equal
-from kernels.trial_layer import DecodeKind, TrialLayer
+from kernels.trial_layer import LONG_ROW, DecodeKind, TrialLayer
 
 
-def try_decode(library: KernelLibrary, kind: DecodeKind, device: torch.device) -> None:
-    """Attention of a layer, with its selection if the model selects; the twins run on the device.
+def try_decode(
+    library: KernelLibrary,
+    kind: DecodeKind,
+    device: torch.device,
+    twins: torch.device | None = None,
+) -> None:
+    """Attention of a layer, with its selection if the model selects; then of one row by itself.
+
+    Args:
+        twins: where the PyTorch ops run; None: on the device.
 
     Raises:
         TrialError: a kernel gives something else than its twin.
         KernelError: there is no such kernel, or a launch failed.
     """
-    layer = TrialLayer.make(kind).to(device)
-    mask_RSB = None if layer.selection is None else _checked_selection(library, layer)
-    _check_attention(library, layer, mask_RSB)
+    whole = TrialLayer.make(kind)
+    for layer in (whole, *([] if whole.selection is None else [whole.of_row(LONG_ROW)])):
+        given, twin = layer.to(device), layer.to(twins or device)
+        mask_RSB = None if layer.selection is None else _checked_selection(library, given, twin)
+        _check_attention(library, given, twin, mask_RSB)
 
 
-def _check_attention(library: KernelLibrary, layer: TrialLayer, mask_RSB: Tensor | None) -> None:
+def _check_attention(
+    library: KernelLibrary, layer: TrialLayer, twin: TrialLayer, mask_RSB: Tensor | None
+) -> None:
     """Output and counts; twice, since a launch must leave the workspace as it was."""
     device, dtype = layer.q_RHD.device, layer.q_RHD.dtype
     tiles = HeadTiles.make(layer.roles, device, split_roles=layer.selection is not None)
@@ -43,12 +57,12 @@ def _check_attention(library: KernelLibrary, layer: TrialLayer, mask_RSB: Tensor
         max_blocks=width,
     )
     results = [_run(workspace, tiles, layer) for _ in range(2)]
-    exact_RHD = _attention(layer, mask_RSB, torch.float32)
-    twin_RHD = _attention(layer, mask_RSB, dtype)
+    exact_RHD = _attention(twin, mask_RSB, torch.float32)
+    twin_RHD = _attention(twin, mask_RSB, dtype)
     for out_RHD, attended_RS in results:
-        if attended_RS is not None and mask_RSB is not None and layer.selection is not None:
-            counts_RS = indexer.count_attended(mask_RSB, layer.lens_R, layer.block_tokens)
-            selects_R1 = (layer.lens_R >= layer.selection.dense_below)[:, None]
+        if attended_RS is not None and mask_RSB is not None and twin.selection is not None:
+            counts_RS = indexer.count_attended(mask_RSB, twin.lens_R, twin.block_tokens)
+            selects_R1 = (twin.lens_R >= twin.selection.dense_below)[:, None]
             check_equal("index_select", attended_RS, counts_RS * selects_R1)
         check_close("sparse_decode", out_RHD, exact_RHD, twin_RHD, rtol=1e-4, atol=2e-6)
 
@@ -77,21 +91,32 @@ def _run(
     return out_RHD, attended_RS
 
 
-def _checked_selection(library: KernelLibrary, layer: TrialLayer) -> Tensor:
+def _checked_selection(library: KernelLibrary, layer: TrialLayer, twin: TrialLayer) -> Tensor:
     """Blocks that the kernel's own scores select, [R, S, B]: those differ in the last digits."""
-    given = layer.selection
-    assert given is not None
-    pages = (layer.full.tables_RB, layer.lens_R, given.index_scales, given.age_bias_SA)
-    row_S, keys = given.index_row_S, given.index_cache
-    log_mass_RSB = CudaOps(library).score_blocks(given.qi_RSI, row_S, keys, *pages)
-    wide_keys = keys if keys.dtype == torch.int8 else keys.float()
-    want_RSB = indexer.score_blocks(given.qi_RSI.float(), row_S, wide_keys, *pages)
+    log_mass_RSB = _log_masses(layer, CudaOps(library).score_blocks, in_float=False)
+    want_RSB = _log_masses(twin, indexer.score_blocks, in_float=True)
     check_close("index_select", log_mass_RSB, want_RSB)
+    given = twin.selection
+    assert given is not None
     assert given.own_top_p_R is not None
     own_R1 = given.own_top_p_R[:, None]
     top_p_RS = torch.where(own_R1.isnan(), given.top_p_S.expand(want_RSB.shape[:2]), own_R1)
-    top_p_RS = top_p_RS.masked_fill((layer.lens_R < given.dense_below)[:, None], 1.0)
-    return indexer.select_blocks(log_mass_RSB, top_p_RS, layer.lens_R, layer.block_tokens)
+    top_p_RS = top_p_RS.masked_fill((twin.lens_R < given.dense_below)[:, None], 1.0)
+    log_mass_RSB = log_mass_RSB.to(want_RSB.device)
+    return indexer.select_blocks(log_mass_RSB, top_p_RS, twin.lens_R, twin.block_tokens)
+
+
+def _log_masses(
+    layer: TrialLayer, score_blocks: Callable[..., Tensor], *, in_float: bool
+) -> Tensor:
+    """Of all blocks; `in_float`: of float32 queries and keys, but of 8-bit keys as they are."""
+    given = layer.selection
+    assert given is not None
+    qi_RSI, keys = given.qi_RSI, given.index_cache
+    if in_float:
+        qi_RSI, keys = qi_RSI.float(), keys if keys.dtype == torch.int8 else keys.float()
+    pages = (layer.full.tables_RB, layer.lens_R, given.index_scales, given.age_bias_SA)
+    return score_blocks(qi_RSI, given.index_row_S, keys, *pages)
 
 
 def _attention(layer: TrialLayer, mask_RSB: Tensor | None, dtype: torch.dtype) -> Tensor:

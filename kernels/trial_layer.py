@@ -22,6 +22,7 @@ from kernels.paged_kv import quantise_index_keys
 from kernels.trial import Random, random_numbers
 
 LONG = 300  # blocks
+LONG_ROW = 3  # which has them
 LONGEST = 1024  # blocks, where a window of many small pages is to end inside a context
 SHARED_PAGES = 24  # that contexts are made of
 
@@ -94,6 +95,23 @@ class TrialLayer:
     @property
     def scale(self) -> float:
         return float(self.q_RHD.shape[2] ** -0.5)
+
+    def of_row(self, row: int) -> TrialLayer:
+        """That row alone: the indexer of a single one is another kernel."""
+        own, selection = slice(row, row + 1), self.selection
+        full, window = (
+            replace(pool, tables_RB=pool.tables_RB[own]) for pool in (self.full, self.window)
+        )
+        if selection is not None:
+            top_p_R = selection.own_top_p_R
+            selection = replace(
+                selection,
+                qi_RSI=selection.qi_RSI[own],
+                own_top_p_R=None if top_p_R is None else top_p_R[own],
+            )
+        q_RHD, lens_R = self.q_RHD[own], self.lens_R[own]
+        given = replace(self, q_RHD=q_RHD, lens_R=lens_R, selection=selection)
+        return replace(given, full=full, window=window)
 
     def to(self, device: torch.device) -> TrialLayer:
         return replace(

@@ -25,21 +25,10 @@ namespace {
 
 constexpr int kMostRanks = 16;
 constexpr int kClusterCopies = 4;  // of the histogram
-constexpr int kMostWords = (kMaxBlocks + kWordBlocks) / kWordBlocks;
 
-// What the CTAs of a cluster leave with the first one, where its rings were.
-struct Gathered {
-    uint64_t masses[kMostRanks][kBins];
-    alignas(16) uint8_t bins[kMostWords * kWordBlocks];  // of blocks
-    uint32_t words[kMostWords];                          // those that are kept, by the first one
-};
-
-// Shared memory of a CTA, followed by log masses of its blocks.
+// Shared memory of a CTA, followed by what depends on the launch.
 struct ClusterShared {
-    union alignas(128) {
-        unsigned char rings[kSelectWarps][kRingBytes];
-        Gathered gathered;
-    };
+    alignas(128) unsigned char rings[kSelectWarps][kRingBytes];
     Histogram<kClusterCopies> histogram;
     uint64_t sums[kSelectWarps];
     float most[kSelectWarps];
@@ -47,14 +36,35 @@ struct ClusterShared {
     Group group;
     ListScratch list;
     int flag;
+};
 
-    DEVICE float* masses() { return reinterpret_cast<float*>(this + 1); }
+// The rest. What other CTAs write to lies apart from the rings: copies and writes of two CTAs never
+// share a place, so no order of theirs matters but that of the cluster's barriers.
+struct ClusterArrays {
+    uint64_t* gathered;  // [ranks, kBins] masses of each CTA, in the first one
+    float* masses;       // log masses of this CTA's blocks
+    uint8_t* bins;       // of all blocks, in the first one
+    uint32_t* words;     // of blocks that are kept, in the first one
+
+    DEVICE ClusterArrays(ClusterShared& shared, int64_t width, Dealt dealt) {
+        const int words_each = dealt.words(static_cast<int>(width));
+        gathered = reinterpret_cast<uint64_t*>(&shared + 1);
+        masses = reinterpret_cast<float*>(gathered + dealt.ranks * kBins);
+        bins = reinterpret_cast<uint8_t*>(masses + words_each * kWordBlocks);
+        words = reinterpret_cast<uint32_t*>(bins + words_each * dealt.ranks * kWordBlocks);
+    }
 
     static int bytes(int64_t width, int ranks) {
-        const int words = Dealt{0, ranks}.words(static_cast<int>(width));
-        return static_cast<int>(sizeof(ClusterShared) + words * kWordBlocks * sizeof(float));
+        const int words_each = Dealt{0, ranks}.words(static_cast<int>(width));
+        const int own = kWordBlocks * static_cast<int>(sizeof(float));
+        const int of_all = ranks * (kWordBlocks + static_cast<int>(sizeof(uint32_t)));
+        return ranks * kBins * static_cast<int>(sizeof(uint64_t)) + words_each * (own + of_all);
     }
 };
+
+int shared_bytes(int64_t width, int ranks) {
+    return static_cast<int>(sizeof(ClusterShared)) + ClusterArrays::bytes(width, ranks);
+}
 
 // Largest log mass of the head, from the `most` of this thread's blocks. Begins to wait for the cluster;
 // `meanwhile` may load what is needed later.
@@ -84,12 +94,13 @@ DEVICE float largest_of_cluster(float most, Dealt dealt, ClusterShared& shared,
 }
 
 // Leaves bins of this CTA's blocks, and their masses, with the first CTA.
-DEVICE void give_bins(float largest, int blocks, Dealt dealt, ClusterShared& shared) {
+DEVICE void give_bins(float largest, int blocks, Dealt dealt, ClusterShared& shared,
+                      const ClusterArrays& arrays) {
     const int thread = threadIdx.x;
     const int places = dealt.words(blocks) * kWordBlocks;
-    uint8_t* bins = in_cluster(shared.gathered.bins, 0);
+    uint8_t* bins = in_cluster(arrays.bins, 0);
     for (int place = thread * 4; place < places; place += kSelectThreads * 4) {
-        const float4 four = *reinterpret_cast<const float4*>(shared.masses() + place);
+        const float4 four = *reinterpret_cast<const float4*>(arrays.masses + place);
         const float masses[4] = {four.x, four.y, four.z, four.w};
         uint32_t packed = 0;
 #pragma unroll
@@ -104,16 +115,15 @@ DEVICE void give_bins(float largest, int blocks, Dealt dealt, ClusterShared& sha
         if (block < blocks) *reinterpret_cast<uint32_t*>(bins + block) = packed;
     }
     __syncthreads();
-    *in_cluster(&shared.gathered.masses[dealt.rank][thread], 0) = shared.histogram.sum();
+    *in_cluster(arrays.gathered + dealt.rank * kBins + thread, 0) = shared.histogram.sum();
 }
 
 // Blocks of bins up to `last` and those that are kept anyway, as words; returns how many.
 DEVICE int64_t keep_words(const SelectArgs& args, int64_t head, int blocks, int last,
-                          ClusterShared& shared) {
-    Gathered& gathered = shared.gathered;
+                          uint64_t* sums, const ClusterArrays& arrays) {
     uint64_t kept = 0, total = 0;
     for (int word = threadIdx.x; word * kWordBlocks < blocks; word += kSelectThreads) {
-        const uint4* bins = reinterpret_cast<const uint4*>(gathered.bins + word * kWordBlocks);
+        const uint4* bins = reinterpret_cast<const uint4*>(arrays.bins + word * kWordBlocks);
         const uint4 low = bins[0], high = bins[1];
         const uint32_t fours[8] = {low.x,  low.y,  low.z,  low.w,
                                    high.x, high.y, high.z, high.w};
@@ -125,21 +135,21 @@ DEVICE int64_t keep_words(const SelectArgs& args, int64_t head, int blocks, int 
         const int left = blocks - word * kWordBlocks;
         if (left < kWordBlocks) bits &= (1u << left) - 1;
         bits |= forced_bits(word, blocks);
-        gathered.words[word] = bits;
+        arrays.words[word] = bits;
         args.words[head * args.words_width + word] = bits;
         kept += static_cast<uint64_t>(__popc(bits));
     }
-    cta_running_sum(kept, shared.sums, total);
+    cta_running_sum(kept, sums, total);
     return static_cast<int64_t>(total);
 }
 
 // The list of a head's group, unless another head of the group is to write it.
 DEVICE void write_own_list(const SelectArgs& args, int64_t head, int group, int context,
-                           ClusterShared& shared) {
+                           ClusterShared& shared, const uint32_t* words) {
     const uint32_t heads = __popc(static_cast<uint32_t>(shared.group.retrieval));
     if (heads > 1 && !arrive(args.group_done + group, 1, heads, &shared.flag)) return;
     const SelectedWords selected{args.words, args.words_width, static_cast<int>(head),
-                                 shared.gathered.words};
+                                 words};
     const WindowBlocks window = window_blocks(context, args.block_tokens, args.window, args.sinks);
     const int count = write_list(selected, shared.group, window, args.lists + group * args.width,
                                  shared.list);
@@ -155,6 +165,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic);
     const int thread = threadIdx.x;
     const Dealt dealt{cluster_rank(), cluster_size()};
+    const ClusterArrays arrays(shared, args.width, dealt);
     const int64_t head = blockIdx.y;
     const bool is_first = dealt.rank == 0;
     DealtScores<Keys> scores(args, dealt, 0, head);
@@ -171,7 +182,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     float most = -FLT_MAX;
     scores.run(context, blocks, shared.rings[thread / 32], [&](int place, int block, float mass) {
         const float finite = block < blocks ? finite_or_none(mass) : -INFINITY;
-        if (thread % 16 == 0) shared.masses()[place] = finite;
+        if (thread % 16 == 0) arrays.masses[place] = finite;
         most = fmaxf(most, finite);
     });
     float share = 0.0f;
@@ -183,7 +194,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
         share = wanted_share(args, 0, head);
         if (has_word) group_word = reinterpret_cast<const int32_t*>(args.groups + group)[thread];
     });
-    give_bins(largest, blocks, dealt, shared);
+    give_bins(largest, blocks, dealt, shared, arrays);
     cluster_arrive();
     if (!is_first) return;
     if (has_word) reinterpret_cast<int32_t*>(&shared.group)[thread] = group_word;
@@ -191,11 +202,11 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     uint64_t mass = 0;
 #pragma unroll
     for (int rank = 0; rank < kMostRanks; ++rank) {
-        if (rank < dealt.ranks) mass += shared.gathered.masses[rank][thread];
+        if (rank < dealt.ranks) mass += arrays.gathered[rank * kBins + thread];
     }
     const int last = threshold_bin(mass, share, shared.sums);
-    const int64_t kept = keep_words(args, head, blocks, last, shared);
-    if (group >= 0) write_own_list(args, head, group, context, shared);
+    const int64_t kept = keep_words(args, head, blocks, last, shared.sums, arrays);
+    if (group >= 0) write_own_list(args, head, group, context, shared, arrays.words);
     if (thread == 0 && args.attended != nullptr) {
         args.attended[head] = tokens_of(kept, blocks, args.block_tokens, context);
     }
@@ -212,7 +223,7 @@ int launch_index_cluster(const SelectArgs& args, void* stream) {
     const int ranks = static_cast<int>(args.cluster);
     if (kernel == nullptr || ranks > kMostRanks) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(ranks), static_cast<unsigned>(args.heads));
-    return launch(kernel, grid, kSelectThreads, ClusterShared::bytes(args.width, ranks), stream,
+    return launch(kernel, grid, kSelectThreads, shared_bytes(args.width, ranks), stream,
                   args, false, ranks);
 }
 
@@ -228,7 +239,7 @@ int plan_index_cluster(const SelectArgs& args, SelectPlan& plan) {
                                            device)) {
         return error;
     }
-    const int bytes = ClusterShared::bytes(kMaxBlocks, 8);
+    const int bytes = shared_bytes(kMaxBlocks, 8);
     if (kernel == nullptr || major < 9 || bytes > most_bytes) return cudaSuccess;
     if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          bytes)) {

@@ -12,7 +12,7 @@
 
 namespace rtpurbo {
 
-constexpr int kRingBytes = 16384;  // of a warp: with 80 CTAs 10 MB, three times what latency needs
+constexpr int kRingBytes = 12288;  // of a warp: with 80 CTAs 8 MB, twice what latency needs
 constexpr int kBlocksTogether = 2;  // of a warp, whose chains of arithmetic hide each other
 constexpr int kWordBlocks = 32;
 constexpr int kWarpBlocks = kWordBlocks / kSelectWarps;  // of a word; those together are of one

@@ -11,7 +11,16 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Check
-from benchmarks.gpu_steps import BUILD, EXPLAIN, FOUND, LOGGED_BYTES, STEPS, WITHOUT_PEER, Step
+from benchmarks.gpu_steps import (
+    BUILD,
+    BY_NAME,
+    EXPLAIN,
+    FOUND,
+    LOGGED_BYTES,
+    STEPS,
+    WITHOUT_PEER,
+    Step,
+)
 
 PRINTS = Step("prints", ("-c", "print('noise'); print('{\"a\": 1}'); print('more')"), 30)
 BLOCKING = (
@@ -57,7 +66,7 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
 ) -> None:
     """With and without the tool; PyTorch's pool is off, which hides what lies behind a tensor."""
     show = "import os; print(os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING'))"
-    step = next(step for step in STEPS if step.checker == "memcheck")
+    step = BY_NAME["memcheck"]
     checked = dataclasses.replace(step, arguments=("-c", show))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
@@ -66,14 +75,20 @@ def test_a_checker_of_the_toolkit_runs_what_it_is_given_and_its_finds_are_a_stat
     assert missing[0]["last_lines"] == ["compute-sanitizer: not found"]
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\necho "$1 $2 $3 $4 $5 $6"; shift 6; "$@"; exit 86\n')
+    tool.write_text('#!/bin/sh\necho "$1 $2 $3 $4 $5 $6"; shift 6; "$@"; echo "$FOUND"; exit 86\n')
     tool.chmod(0o755)
+    line = (
+        "========= Invalid __global__ read at void rtpurbo::a_kernel<(int)8>(Args)+0x90 in a.cu:3"
+    )
+    monkeypatch.setenv("FOUND", line)
     (found,) = Check(tmp_path, "abc", 60).run([checked])["steps"]
     assert found["status"] == FOUND
     assert found["last_lines"] == [
         f"--tool memcheck --kernel-name kns=rtpurbo --error-exitcode {FOUND}",
         "1",
+        line,
     ]
+    assert found["reported"] == ["rtpurbo::a_kernel"]
     assert found["command"].startswith("compute-sanitizer --tool memcheck python -c ")
 
 
@@ -194,7 +209,7 @@ def test_the_folder_comes_back_whole() -> None:
     assert len(files) <= 8
 
 
-@pytest.mark.parametrize("step", [*STEPS, BUILD], ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [*BY_NAME.values(), BUILD], ids=lambda step: step.name)
 def test_steps_name_files_that_exist(step: Step) -> None:
     root = Path(__file__).parents[2]
     for argument in step.arguments:
