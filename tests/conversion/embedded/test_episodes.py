@@ -98,8 +98,6 @@ def test_most_long_sequences_begin_with_plain_code(tokenizer: Tokenizer) -> None
 def test_the_share_of_lists_can_be_chosen(tokenizer: Tokenizer, share: float) -> None:
     writer = EpisodeWriter(tokenizer, 5.0, share)
     code = np.array(tokenizer.encode("value = compute(value)\n" * 200).ids, dtype=np.int64)
-    lists = sum(
-        ".append(" in tokenizer.decode(writer.write(code[:900], np.random.default_rng(seed)).ids)
-        for seed in range(100)
-    )
+    written = [writer.write(code[:900], np.random.default_rng(seed)).ids for seed in range(100)]
+    lists = sum(".append(" in tokenizer.decode(ids.tolist()) for ids in written)
     assert abs(lists - 100 * share) <= 15
