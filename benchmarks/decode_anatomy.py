@@ -7,7 +7,7 @@ selected. Attention of all heads, of local heads alone, and of retrieval heads a
 made before) by `benchmarks.kernel_cuts`: from a grid that returns at once to the whole kernel, so
 that the difference of two lines is what the later one adds to the chain; what overlaps adds
 nothing. Beside them an empty kernel, a copy that moves as many bytes, the selection, and both
-kernels with grids and shares that differ from the plan. FILE is written after every shape.
+kernels with settings and grids that differ from the plan. FILE is written after every shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.attention_decode import blocks_needed
 from benchmarks.attention_layer import BLOCK, DIM
+from benchmarks.decode_grids import grids
 from benchmarks.decode_layers import Stack
 from benchmarks.device_times import graph_microseconds
 from benchmarks.hardware import describe_hardware
@@ -100,6 +101,7 @@ def anatomy(libraries: Libraries, rows: int, context: int) -> dict[str, Any]:
         "parts": parts,
         "selection": selection_parts(stack, libraries.selection) if rows == 1 else {},
         "settings": settings(stack, libraries.attention["whole"]),
+        "grids": grid_times(stack, local, retrieval, libraries.attention["whole"]),
     }
 
 
@@ -115,16 +117,7 @@ def selection_parts(stack: Stack, libraries: dict[str, Path]) -> Figures:
 
 def settings(stack: Stack, path: Path) -> Figures:
     """The layer and its kernels under the plan, and each time with one thing changed."""
-    plan = stack.spaces[0].plan(stack.tiles)
-    device = stack.layers[0].q_RHD.device
-    resident = plan.ctas // torch.cuda.get_device_properties(device).multi_processor_count
     changed = {"as planned": Change()}
-    for count in range(1, resident):
-        ctas = plan.ctas // resident * count
-        changed[f"{count} CTAs a multiprocessor"] = Change({"ctas": ctas, "held_back": ctas // 3})
-    for part in (2, 3, 4, 6):
-        changed[f"1 CTA in {part} for lists alone"] = Change({"held_back": plan.ctas // part})
-    changed["no CTA for lists alone"] = Change({"held_back": 0})
     changed["2 warps a CTA"] = Change({"warps": 2})
     changed["attention after the selection"] = Change({"overlap": 0})
     for times in (0.5, 2.0):
@@ -143,6 +136,22 @@ def settings(stack: Stack, path: Path) -> Figures:
     return found
 
 
+def grid_times(stack: Stack, local: Stack, retrieval: Stack, path: Path) -> Figures:
+    """The layer, and heads of either role alone, with attention's launches divided otherwise."""
+    found: Figures = {}
+    plan, rows = stack.spaces[0].plan(stack.tiles), len(stack.layers[0].lens_R)
+    for name, grid in grids(plan, rows, stack.tiles.count).items():
+        use(stack, Adjusted(path, Change(asdict(grid))))
+        found[name] = {"whole": stack.microseconds(Stack.whole)}
+        found[name]["attention"] = stack.microseconds(Stack.attention)
+        found[name]["local"] = local.microseconds(Stack.attention)
+    retrieval.each(Stack.select)  # lists are numbered by tile
+    for name, grid in grids(plan, rows, stack.tiles.count).items():
+        use(stack, Adjusted(path, Change(asdict(grid))))
+        found[name]["lists"] = retrieval.microseconds(Stack.attention)
+    return found
+
+
 def use(stack: Stack, library: KernelLibrary) -> None:
     """Launch from this library; its plan is asked for, which also prepares its kernels."""
     for layer, space in zip(stack.layers, stack.spaces, strict=True):
@@ -158,7 +167,7 @@ def _copy(moved: int, count: int) -> float:
 
 def tables(record: dict[str, Any]) -> list[Table]:
     found = []
-    for what in ("parts", "selection", "settings"):
+    for what in ("parts", "selection", "settings", "grids"):
         if not record[what]:
             continue
         title = f"{record['rows']} x {record['context']}: {what}, microseconds; an empty kernel "

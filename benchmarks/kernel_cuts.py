@@ -33,14 +33,29 @@ def _never(condition: str) -> Cut:
     return Cut(f"if ({condition}) {{", f"if ({condition} && args.ctas < 0) {{")
 
 
-ENTRY = "const int ctas = gridDim.x, cta = blockIdx.x, held = static_cast<int>(args.held_back);"
-PIECES, MERGE = "const int pieces = starts[items];", "const bool complete = piece == start"
+ENTRY = "const int workers = gridDim.x >> ranks, worker = blockIdx.x >> ranks;"
+# By CTAs for themselves, and by clusters.
+SHARED, CLUSTERED = "const int pieces = starts[items];", "piece < cut.total;"
+MERGE, MERGE_CLUSTER = (
+    "const bool complete = piece == start",
+    "merge_cluster<Strip, kDim>(args, item,",
+)
 PARTS = "merge_parts<Strip, kDim>(args, item, first, last, shared);"
-AT_ONCE = _before(ENTRY, "if (args.ctas > 0) return;\n")
-NO_PIECES = Cut(PIECES, "const int pieces = args.ctas > 0 ? 0 : starts[items];")
-NO_MERGE = _before(MERGE, "if (args.ctas > 0) {\npiece = until;\ncontinue;\n}\n")
-NO_PARTS = _before(PARTS, "if (args.ctas < 0) ")
-NO_STEPS, NO_COPIES = _never("now.first >= 0"), _never("target.first >= 0")
+PARTS_CLUSTER = "if (pieces == 1) return;"
+AT_ONCE = (_before(ENTRY, "if (args.ctas > 0) return;\n"),)
+NO_PIECES = (
+    Cut(SHARED, "const int pieces = args.ctas > 0 ? 0 : starts[items];"),
+    Cut(CLUSTERED, "piece < (args.ctas > 0 ? 0 : cut.total);"),
+)
+NO_MERGE = (
+    _before(MERGE, "if (args.ctas > 0) {\npiece = until;\ncontinue;\n}\n"),
+    _before(MERGE_CLUSTER, "if (args.ctas < 0) "),
+)
+NO_PARTS = (
+    _before(PARTS, "if (args.ctas < 0) "),
+    Cut(PARTS_CLUSTER, "if (pieces == 1 || args.ctas > 0) return;"),
+)
+NO_STEPS, NO_COPIES = _never("now.first >= 0"), _never("first >= 0")
 # Scores are added up, or the compiler would leave the products behind the return.
 SCORES_ALONE = _before(
     "const bool clear = sight.is_clear(slots);",
@@ -50,12 +65,12 @@ SCORES_ALONE = _before(
 )
 # From nothing to the whole; each name tells what the kernel does up to there.
 VARIANTS: dict[str, tuple[Cut, ...]] = {
-    "starts and returns": (AT_ONCE,),
-    "+ lengths, lists, shares": (NO_PIECES,),
-    "+ pages, keys and values arrive": (NO_STEPS, NO_MERGE),
-    "+ scores": (SCORES_ALONE, NO_MERGE),
-    "+ softmax and values": (NO_MERGE,),
-    "+ warps merged, parts written": (NO_PARTS,),
+    "starts and returns": AT_ONCE,
+    "+ lengths, lists, shares": NO_PIECES,
+    "+ pages, keys and values arrive": (NO_STEPS, *NO_MERGE),
+    "+ scores": (SCORES_ALONE, *NO_MERGE),
+    "+ softmax and values": NO_MERGE,
+    "+ warps and clusters merged": NO_PARTS,
     "whole": (),
     "whole, but no keys or values": (NO_COPIES,),
 }

@@ -16,6 +16,9 @@ from torch import Tensor
 
 TILE_HEADS = 16
 MAX_ITEMS = 1024  # rows x group tiles of one launch
+FEW_ITEMS = 64  # at most, for clusters
+MAX_RANKS = 16  # CTAs of a cluster
+CHUNK_COLUMNS = 16  # that one of them adds up
 MAX_BLOCKS = 65535  # of one sequence
 MAX_WINDOW = 2**30
 GROUP_WORDS = 4 + 2 * TILE_HEADS  # int32 of a group
@@ -135,6 +138,12 @@ class DecodeArgs(ctypes.Structure):
         ("shared_bytes", c_int64),
         ("overlap", c_int64),
         ("held_back", c_int64),
+        ("cluster", c_int64),
+        ("least_blocks", c_int64),
+        ("least_listed", c_int64),
+        ("by_groups", c_int64),
+        ("by_tokens", c_int64),
+        ("by_strips", c_int64),
     ]
 
 
@@ -146,7 +155,14 @@ class DecodePlan(ctypes.Structure):
         ("warps", c_int64),
         ("shared_bytes", c_int64),
         ("overlap", c_int64),
+        ("clusters_of_8", c_int64),
+        ("clusters_of_16", c_int64),
     ]
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster for few rows; 0 where the device has no clusters."""
+        return 16 if self.clusters_of_16 else 8 if self.clusters_of_8 else 0
 
 
 def pointer(tensor: Tensor | None) -> int | None:

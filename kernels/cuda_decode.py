@@ -14,12 +14,13 @@ N KV heads in a cache, K tokens of a page, B block-table width, G tiles (`head_t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from kernels._args import DATA_TYPES, MAX_ITEMS, MAX_WINDOW, DecodeArgs, Table
 from kernels.cuda_select import list_blocks
+from kernels.decode_grid import DecodeGrid
 from kernels.decode_inputs import (
     PagedPool,
     Selection,
@@ -29,8 +30,6 @@ from kernels.decode_inputs import (
 )
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
-
-SEVERAL_ROWS = 4  # whose selected blocks take as long as their windows
 
 
 def attend(
@@ -142,11 +141,9 @@ def attend_listed(
         partial=workspace.partial.data_ptr(),
         partial_stats=workspace.partial_stats.data_ptr(),
         item_done=workspace.item_done.data_ptr(),
-        ctas=plan.ctas,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
         overlap=overlap and bool(plan.overlap),
-        held_back=held_back(len(context_lens_R), plan.ctas),
     )
     for index, pool in enumerate((full, window)):
         if pool is not None:
@@ -155,21 +152,15 @@ def attend_listed(
             args.kv_rows[index] = pool.k_cache.shape[1]
             args.tables[index] = Table.of(pool.tables_RB)
             args.block_tokens = pool.k_cache.shape[2]
+    grid = DecodeGrid.of(plan, args.rows, tiles.count, args.block_tokens)
+    for name, number in asdict(grid).items():
+        setattr(args, name, number)
     if listed_from is not None and full is not None:
         args.lists = workspace.lists.data_ptr()
         args.list_counts = workspace.list_counts.data_ptr()
         args.list_width = full.tables_RB.shape[1]
         args.dense_below = listed_from
     workspace.library.launch_decode(args, q_RHD)
-
-
-def held_back(rows: int, ctas: int) -> int:
-    """CTAs that take items with lists only.
-
-    Neither role waits for the other, and either part alone moves memory as fast as all: a third, or
-    half where several rows have lists (benchmarks/NOTES.md).
-    """
-    return ctas // (2 if rows >= SEVERAL_ROWS else 3)
 
 
 def _rows_of_pool(pool: PagedPool | None, part: slice) -> PagedPool | None:

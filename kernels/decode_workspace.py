@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._args import ENTRY_WORDS, MAX_BLOCKS, TILE_HEADS, DecodePlan
+from kernels._args import (
+    CHUNK_COLUMNS,
+    ENTRY_WORDS,
+    FEW_ITEMS,
+    MAX_BLOCKS,
+    MAX_RANKS,
+    TILE_HEADS,
+    DecodePlan,
+)
 from kernels._launch import KernelLibrary
 from kernels.head_tiles import HeadTiles
 
@@ -58,10 +66,10 @@ class DecodeWorkspace:
         self.group_done = ints(rows * max_tiles)
         self.lists = ints(rows * max_tiles * max_blocks * ENTRY_WORDS if max_selecting else 0)
         self.list_counts = ints(rows * max_tiles)
-        self.item_done = ints(rows * max_tiles)
-        parts = (max(plan.ctas for plan in self._plans), 4, TILE_HEADS)
-        self.partial = floats(*parts, head_dim)
-        self.partial_stats = floats(*parts, 2)
+        self.item_done = ints(rows * max_tiles * MAX_RANKS)
+        parts = 4 * max(plan.ctas for plan in self._plans) + 2 * FEW_ITEMS
+        self.partial = floats(parts, TILE_HEADS, head_dim)
+        self.partial_stats = floats(parts, TILE_HEADS, head_dim // CHUNK_COLUMNS, 2)
 
     @property
     def num_bytes(self) -> int:

@@ -11,6 +11,7 @@ namespace rtpurbo {
 
 constexpr int kTileHeads = 16;
 constexpr int kMaxItems = 1024;    // rows x group tiles of one launch
+constexpr int kFewItems = 64;      // at most, for clusters
 constexpr int kMaxBlocks = 65535;  // of one sequence
 constexpr int kAgeRanges = 16;     // of blocks, kernels/block_age.py
 
@@ -30,6 +31,12 @@ struct Group {
 struct ListEntry {
     int32_t block;
     uint32_t heads;  // bit per slot that selected it
+};
+
+// A number to divide by, as a product and a shift (partition.cuh).
+struct Divisor {
+    uint32_t factor;
+    uint32_t shift;
 };
 
 // Block table of a pool.
@@ -116,14 +123,20 @@ struct DecodeArgs {
     const int32_t* list_counts;
     int64_t list_width;
     int64_t dense_below;  // rows of shorter contexts take no list
-    float* partial;       // [ctas, 4, 16, D]
-    float* partial_stats; // [ctas, 4, 16, 2] maximum and sum
-    uint32_t* item_done;  // [R, G] zeros, and zeros again afterwards
+    float* partial;       // [4 ctas + 2 kFewItems, 16, D]
+    float* partial_stats; // [4 ctas + 2 kFewItems, 16, 2] maximum and sum; for clusters by 16 of D
+    uint32_t* item_done;  // [R, G, 16] zeros, and zeros again afterwards
     int64_t ctas;
     int64_t warps;
     int64_t shared_bytes;
     int64_t overlap;  // 1: straight after index_select on the stream; start before it has ended
-    int64_t held_back;  // CTAs, at most half, that take items with lists only
+    int64_t held_back;  // CTAs or clusters, at most half, that take items with lists only
+    int64_t cluster;    // CTAs of a cluster, which takes whole pieces; 0: none, each CTA for itself
+    int64_t least_blocks;  // of a piece, where there is no list
+    int64_t least_listed;  // of a piece of a list
+    Divisor by_groups;     // set by the launcher: group_count
+    Divisor by_tokens;     // block_tokens
+    Divisor by_strips;     // strips of a block
 };
 
 // How a decode launch fits the current device.
@@ -132,6 +145,8 @@ struct DecodePlan {
     int64_t warps;
     int64_t shared_bytes;
     int64_t overlap;  // 1: the device can start a kernel before the one before it has ended
+    int64_t clusters_of_8;   // CTAs; how many run at once, 0: none
+    int64_t clusters_of_16;
 };
 
 }  // namespace rtpurbo

@@ -22,6 +22,8 @@ DEVICE Value warp_sum(Value value) {
     return value;
 }
 
+DEVICE int warp_total(int value) { return __reduce_add_sync(kAllLanes, value); }
+
 // Sum of the values of this lane and all lower ones.
 template <typename Value>
 DEVICE Value warp_running_sum(Value value) {

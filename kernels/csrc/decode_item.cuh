@@ -2,10 +2,42 @@
 #pragma once
 
 #include "args.h"
+#include "cta.cuh"
 #include "device.cuh"
 #include "partition.cuh"
 
 namespace rtpurbo {
+
+// What must be loaded to know an item.
+struct ItemWords {
+    int4 group;
+    int context;
+
+    DEVICE static ItemWords load(const DecodeArgs& args, int item) {
+        const int row = divide(item, args.by_groups);
+        const Group* group = args.groups + (item - row * static_cast<int>(args.group_count));
+        return {*reinterpret_cast<const int4*>(group),  // 144 bytes each
+                static_cast<int>(args.context_lens[row])};
+    }
+
+    DEVICE ItemWords of_lane(int lane) const {
+        return {{__shfl_sync(kAllLanes, group.x, lane), __shfl_sync(kAllLanes, group.y, lane),
+                 __shfl_sync(kAllLanes, group.z, lane), __shfl_sync(kAllLanes, group.w, lane)},
+                __shfl_sync(kAllLanes, context, lane)};
+    }
+
+    // By value, so that both may stay in registers.
+    DEVICE static ItemWords either(bool first, const ItemWords& a, const ItemWords& b) {
+        return {{first ? a.group.x : b.group.x, first ? a.group.y : b.group.y,
+                 first ? a.group.z : b.group.z, first ? a.group.w : b.group.w},
+                first ? a.context : b.context};
+    }
+
+    DEVICE bool is_listed(const DecodeArgs& args) const {
+        return args.lists != nullptr && group.w != 0 && context > 0 &&
+               context >= static_cast<int>(args.dense_below);
+    }
+};
 
 // A row and a group, and the blocks to read for them.
 struct Item {
@@ -19,44 +51,31 @@ struct Item {
     WindowBlocks window;
     const ListEntry* list;  // or null
 
-    DEVICE Item(const DecodeArgs& args, int item) : index(item) {
-        const int groups = static_cast<int>(args.group_count);
-        row = divide(item, groups);
-        group = args.groups + (item - row * groups);
-        const int4 first = *reinterpret_cast<const int4*>(group);  // 144 bytes each
-        context = static_cast<int>(args.context_lens[row]);
-        pool = first.x;
-        kv_row = first.y;
-        heads = first.z;
-        retrieval = static_cast<uint32_t>(first.w);
+    DEVICE Item(const DecodeArgs& args, int item) : Item(args, item, ItemWords::load(args, item)) {}
+
+    DEVICE Item(const DecodeArgs& args, int item, const ItemWords& words) : index(item) {
+        row = divide(item, args.by_groups);
+        group = args.groups + (item - row * static_cast<int>(args.group_count));
+        context = words.context;
+        pool = words.group.x;
+        kv_row = words.group.y;
+        heads = words.group.z;
+        retrieval = static_cast<uint32_t>(words.group.w);
         local = ((1u << heads) - 1) & ~retrieval;
-        window = window_blocks(context, args.block_tokens, args.window, args.sinks);
-        const bool listed = args.lists != nullptr && retrieval != 0 && context > 0 &&
-                            context >= args.dense_below;
-        list = listed ? args.lists + index * args.list_width : nullptr;
+        window = window_blocks(context, static_cast<int>(args.block_tokens),
+                               static_cast<int>(args.window), static_cast<int>(args.sinks),
+                               args.by_tokens);
+        list = words.is_listed(args) ? args.lists + index * args.list_width : nullptr;
     }
 
     // Blocks of an item without a list.
     DEVICE int count() const { return retrieval != 0 ? window.blocks : window.count(); }
 
-    // Blocks number `places` with the slots that see all of them.
-    template <int kCount>
-    DEVICE void read(const int (&places)[kCount], ListEntry (&entries)[kCount]) const {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const int place = places[i];
-            entries[i] = {retrieval != 0 ? place : window.at(place), retrieval};
-        }
-        if (list == nullptr) return;
-        int2 found[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            found[i] = __ldcg(reinterpret_cast<const int2*>(list) + places[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            entries[i] = {found[i].x, static_cast<uint32_t>(found[i].y)};
-        }
+    // Block number `place` with the slots that see all of it.
+    DEVICE ListEntry read(int place) const {
+        if (list == nullptr) return {retrieval != 0 ? place : window.at(place), retrieval};
+        const int2 found = __ldcg(reinterpret_cast<const int2*>(list) + place);
+        return {found.x, static_cast<uint32_t>(found.y)};
     }
 };
 

@@ -31,43 +31,62 @@ DEVICE Element* out_of(const DecodeArgs& args, const Item& item, int slot) {
            item.group->head[slot] * args.out_head_stride;
 }
 
+// Weighted values of a slot's four columns, relative to its largest score.
+struct Partial {
+    float4 total;
+    Stats stats;
+};
+
+// Of the warps of a CTA.
+template <typename Strip, int kDim>
+DEVICE Partial sum_of_warps(const unsigned char* shared, int slot, int column) {
+    using Layout = DecodeLayout<Strip, kDim>;
+    const int warps = blockDim.x / 32;
+    const Stats* stats = reinterpret_cast<const Stats*>(shared + Layout::kStats) + slot;
+    Partial found = {make_float4(0.0f, 0.0f, 0.0f, 0.0f), {-INFINITY, 0.0f}};
+#pragma unroll
+    for (int warp = 0; warp < kMaxWarps; ++warp) {
+        if (warp < warps) found.stats.most = fmaxf(found.stats.most, stats[warp * kTileHeads].most);
+    }
+    const float reference = reference_of(found.stats.most);
+#pragma unroll
+    for (int warp = 0; warp < kMaxWarps; ++warp) {
+        if (warp >= warps) continue;
+        const Stats own = stats[warp * kTileHeads];
+        const float factor = exp2_fast(own.most - reference);
+        const float* result =
+            reinterpret_cast<const float*>(shared + Layout::kRing + warp * Layout::kRingBytes);
+        found.stats.sum = fmaf(factor, own.sum, found.stats.sum);
+        add_scaled(found.total, factor,
+                   *reinterpret_cast<const float4*>(result + slot * Strip::kPitch + column));
+    }
+    return found;
+}
+
+// Columns of the output of which this is all.
+template <typename Element>
+DEVICE void store_whole(Element* out, const Partial& whole) {
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    add_scaled(value, whole.stats.sum == 0.0f ? 0.0f : 1.0f / whole.stats.sum, whole.total);
+    store(out, value);
+}
+
 // Merges the warps' results: into `out` if the item is complete, else into part `part`.
 template <typename Strip, int kDim>
 DEVICE void merge_warps(const DecodeArgs& args, const Item& item, bool complete, int64_t part,
                         unsigned char* shared) {
-    using Layout = DecodeLayout<Strip, kDim>;
-    const int warps = blockDim.x / 32;
-    const Stats* stats = reinterpret_cast<const Stats*>(shared + Layout::kStats);
 #pragma unroll 1
     for (int i = threadIdx.x; i < item.heads * (kDim / 4); i += blockDim.x) {
         const int slot = i / (kDim / 4), column = i % (kDim / 4) * 4;
-        float most = -INFINITY, sum = 0.0f;
-#pragma unroll
-        for (int warp = 0; warp < kMaxWarps; ++warp) {
-            if (warp < warps) most = fmaxf(most, stats[warp * kTileHeads + slot].most);
-        }
-        const float reference = reference_of(most);
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int warp = 0; warp < kMaxWarps; ++warp) {
-            if (warp >= warps) continue;
-            const Stats own = stats[warp * kTileHeads + slot];
-            const float factor = exp2_fast(own.most - reference);
-            const float* result =
-                reinterpret_cast<const float*>(shared + Layout::kRing + warp * Layout::kRingBytes);
-            sum = fmaf(factor, own.sum, sum);
-            add_scaled(total, factor,
-                       *reinterpret_cast<const float4*>(result + slot * Strip::kPitch + column));
-        }
+        const Partial found = sum_of_warps<Strip, kDim>(shared, slot, column);
         if (complete) {
-            float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            add_scaled(value, sum == 0.0f ? 0.0f : 1.0f / sum, total);
-            store(out_of<typename Strip::Element>(args, item, slot) + column, value);
+            store_whole(out_of<typename Strip::Element>(args, item, slot) + column, found);
         } else {
             const int64_t at = part * kTileHeads + slot;
-            *reinterpret_cast<float4*>(args.partial + at * kDim + column) = total;
+            *reinterpret_cast<float4*>(args.partial + at * kDim + column) = found.total;
             if (column == 0) {
-                reinterpret_cast<float2*>(args.partial_stats)[at] = make_float2(most, sum);
+                reinterpret_cast<float2*>(args.partial_stats)[at] =
+                    make_float2(found.stats.most, found.stats.sum);
             }
         }
     }

@@ -210,6 +210,77 @@ DEVICE void cluster_wait() {
 #endif
 }
 
+// What CTAs of a cluster give each other, without a wait for all: a barrier in shared memory, of one CTA,
+// counts the bytes of a round that have arrived there. To be made before `cluster_start`, by one thread.
+DEVICE void deliveries_init(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n" ::"r"(address)
+        : "memory");
+#endif
+}
+
+// Bytes of the next round, by one thread; they may have begun to arrive.
+DEVICE void deliveries_expect(uint64_t* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Until all of round number `round` are there.
+DEVICE void deliveries_wait(uint64_t* barrier, int round) {
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(address), "r"(round & 1)
+            : "memory");
+    }
+#endif
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Where another CTA has what `own` is here, for instructions on shared memory.
+DEVICE uint32_t cluster_address(const void* own, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;\n"
+        : "=r"(there)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+    return there;
+}
+#endif
+
+// Puts a value where another CTA, or this one, has what `own` and `barrier` are here.
+DEVICE void deliver(float4* own, int rank, float4 value, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+        "[%0], {%2, %3, %4, %5}, [%1];\n" ::"r"(cluster_address(own, rank)),
+        "r"(cluster_address(barrier, rank)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+        : "memory");
+#endif
+}
+
+DEVICE void deliver(float2* own, int rank, float2 value, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+        "[%0], {%2, %3}, [%1];\n" ::"r"(cluster_address(own, rank)),
+        "r"(cluster_address(barrier, rank)), "f"(value.x), "f"(value.y)
+        : "memory");
+#endif
+}
+
 // How to launch in clusters of so many CTAs, 1 for none; `overlap`: may start early.
 struct LaunchAttributes {
     cudaLaunchAttribute values[2] = {};

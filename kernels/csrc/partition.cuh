@@ -30,19 +30,35 @@ HOST_DEVICE int divide(int a, int b) {
     return static_cast<int>((by & (by - 1)) == 0 ? of >> log2_of(by) : of / by);
 }
 
-// All below 2^31.
-HOST_DEVICE WindowBlocks window_blocks(int64_t context, int64_t block_tokens, int64_t window,
-                                       int64_t sinks) {
-    const int length = static_cast<int>(context), size = static_cast<int>(block_tokens);
+// The same of what is below 2^31, where the host knows the divisor.
+HOST_DEVICE int divide(int a, Divisor by) {
+    return static_cast<int>((static_cast<uint64_t>(2u * static_cast<uint32_t>(a)) * by.factor >> 32) >>
+                            by.shift);
+}
+
+inline Divisor divisor_of(int64_t by) {
+    uint32_t shift = 0;
+    while (int64_t{1} << shift < by) ++shift;
+    return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + by - 1) / by), shift};
+}
+
+// All below 2^31; `by` divides by the `size` of a block.
+template <typename By>
+HOST_DEVICE WindowBlocks window_blocks(int length, int size, int window, int sinks, By by) {
     WindowBlocks found;
-    found.blocks = divide(length + size - 1, size);
+    found.blocks = divide(length + size - 1, by);
     // A window of 0 sees nothing: its first block is past the end.
-    found.first = window <= 0        ? found.blocks
-                  : context > window ? divide(length - static_cast<int>(window), size)
-                                     : 0;
-    const int sink_blocks = divide(static_cast<int>(sinks) + size - 1, size);
+    found.first = window <= 0 ? found.blocks : length > window ? divide(length - window, by) : 0;
+    const int sink_blocks = divide(sinks + size - 1, by);
     found.sink_blocks = sink_blocks < found.first ? sink_blocks : found.first;
     return found;
+}
+
+HOST_DEVICE WindowBlocks window_blocks(int64_t context, int64_t block_tokens, int64_t window,
+                                       int64_t sinks) {
+    const int size = static_cast<int>(block_tokens);
+    return window_blocks(static_cast<int>(context), size, static_cast<int>(window),
+                         static_cast<int>(sinks), size);
 }
 
 // Most blocks of a piece, if `items` items of `total` blocks are to be cut for `workers` CTAs. Where

@@ -50,27 +50,35 @@ DEVICE float reference_of(float most) { return most == -INFINITY ? 0.0f : most; 
 
 // Tokens are the rows of a product and heads its 8 columns, kTiles times: with 8 heads or fewer nothing
 // is computed for heads that are not there, and half the registers hold it.
-template <int kDim, int kTiles>
+template <int kDim, int kTileCount>
 struct Bfloat16Strip {
     using Element = uint16_t;
+    static constexpr int kTiles = kTileCount;
     static constexpr int kChunks = kDim / 8;  // of a row
     static constexpr int kScratchFloats = 0;
     static constexpr int kResidentCtas = kTiles == 1 ? 4 : 2;  // on a multiprocessor
     static constexpr int kPitch = kDim + 4;  // floats of a result's row: lanes in different banks
 
     uint32_t slots;  // bit per slot in use
+    int head[kTiles];  // of slot l / 4
     uint32_t query[kTiles][kDim / 16][2];  // slot l / 4, dimensions 2 (l % 4) and up, and 8 further
     float acc[kTiles][kDim / 16][4];  // dimensions l / 4 and l / 4 + 8, slots 2 (l % 4) and up
     Stats stats[kTiles][2];           // of these two slots; `sum` is this lane's part of it
 
-    // `queries` is the row's [H, D].
-    DEVICE void begin(const Element* queries, int64_t head_stride, const Group& group, float*) {
-        const int lane = threadIdx.x % 32;
+    // To be called before `begin`, which then need not wait for whose queries to load. A slot that is
+    // not in use names head 0, and what comes of it goes nowhere.
+    DEVICE void name_heads(const Group& group) {
         slots = (1u << group.heads) - 1;
 #pragma unroll
+        for (int t = 0; t < kTiles; ++t) head[t] = group.head[t * 8 + threadIdx.x % 32 / 4];
+    }
+
+    // `queries` is the row's [H, D].
+    DEVICE void begin(const Element* queries, int64_t head_stride, const Group&, float*) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-            // A slot that is not in use names head 0, and what comes of it goes nowhere.
-            const Element* own = queries + group.head[t * 8 + lane / 4] * head_stride;
+            const Element* own = queries + head[t] * head_stride;
 #pragma unroll
             for (int k = 0; k < kDim / 16; ++k) {
                 const Element* pair = own + k * 16 + (lane % 4) * 2;
@@ -186,6 +194,7 @@ struct Bfloat16Strip {
 template <int kDim>
 struct Float32Strip {
     using Element = float;
+    static constexpr int kTiles = kTileHeads / 8;
     static constexpr int kChunks = kDim / 4;
     static constexpr int kScratchFloats = kTileHeads * (kStripTokens + 1);
     static constexpr int kResidentCtas = 1;  // on a multiprocessor
@@ -198,6 +207,8 @@ struct Float32Strip {
     float* weights;  // [16 slots][16 tokens], then [16 slots]: the factor on what was summed before
     float acc[kTileHeads][kOwn];
     Stats stats;  // of slot l / 2, the same in both lanes but `sum`, which is this lane's part
+
+    DEVICE void name_heads(const Group&) {}
 
     DEVICE void begin(const Element* queries, int64_t stride, const Group& tile, float* scratch) {
         query = queries;

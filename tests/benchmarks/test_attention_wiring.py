@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from benchmarks import (
     prefill_figures,
 )
 from benchmarks.attention_layer import BLOCK, DIM, KV_HEADS, RETRIEVAL
+from benchmarks.decode_grids import grids
 from benchmarks.flashinfer_peer import FlashInfer
 from benchmarks.kernel_cuts import SELECTIONS, VARIANTS, Libraries
 from kernels import prefill_triton
+from kernels._args import DecodePlan
 from kernels._launch import KernelLibrary
+from kernels.decode_grid import DecodeGrid
 from tests.benchmarks import fake_flashinfer
 from tests.benchmarks.without_gpu import TIME, without_gpu
 from tests.kernels.emulation.library import compiler
@@ -70,8 +74,8 @@ def test_the_anatomy_has_every_variant_and_setting(
     rows, context = 1, 2 * BLOCK
     path = Path(emulated_kernels.host._name)
     monkeypatch.setattr(decode_layers, "MOST_LAYERS", 1)
-    device = SimpleNamespace(multi_processor_count=1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_: device)
+    few = partial(some_grids, names=["as planned", "each CTA for itself", "clusters of 2"])
+    monkeypatch.setattr(decode_anatomy, "grids", few)
     with without_gpu(monkeypatch, decode_layers, decode_anatomy):
         same = (dict.fromkeys(variants, path) for variants in (VARIANTS, SELECTIONS))
         record = decode_anatomy.anatomy(Libraries(*same), rows, context)
@@ -86,7 +90,29 @@ def test_the_anatomy_has_every_variant_and_setting(
         len(VARIANTS),
         len(SELECTIONS),
         len(record["settings"]),
+        3,
     ]
+
+
+def some_grids(
+    plan: DecodePlan, rows: int, tiles: int, names: Sequence[str]
+) -> dict[str, DecodeGrid]:
+    found = grids(plan, rows, tiles)
+    return {name: found[name] for name in names}
+
+
+def test_every_grid_is_one_that_can_be_launched() -> None:
+    plan = DecodePlan(ctas=396, clusters_of_8=49, clusters_of_16=24)
+    for rows in (1, 8):
+        found = grids(plan, rows, 8)
+        assert found["as planned"] == DecodeGrid.of(plan, rows, 8, BLOCK)
+        assert len(set(found.values())) >= len(found) - 3, "few names for the same"
+        for grid in found.values():
+            assert 0 < grid.ctas <= plan.ctas
+            assert grid.ctas % max(1, grid.cluster) == 0
+            assert 2 * grid.held_back <= grid.ctas // max(1, grid.cluster)
+            assert min(grid.least_blocks, grid.least_listed) > 0
+    assert list(grids(plan, 64, 8)) == ["as planned", "each CTA for itself"]
 
 
 def test_a_prefill_row_has_all_peers_and_parts(

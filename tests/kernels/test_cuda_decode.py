@@ -178,7 +178,7 @@ def test_few_items_on_many_ctas(
     library: KernelLibrary, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row on a device of 120 CTAs: each piece has one of its own; merges are of 35 parts."""
-    plan = library.decode_plan(torch.device("cpu"), dtype, dim)
+    plan = library.decode_plan(torch.device("cpu"), dtype, dim, wide=True)
     large = DecodePlan(120, plan.warps, plan.shared_bytes, plan.overlap)
     monkeypatch.setattr(library, "decode_plan", lambda *_, wide: large)
     make = partial(LayerCase.make, dtype=dtype, dim=dim, block=16)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(400)  # half a minute of a core, which others m
 KERNELS = {
     "index_select": 11,
     "index_cluster": 9,
-    "sparse_decode": 6,
+    "sparse_decode": 12,
     "host_checks": 0,
     "span_prefill": 4,
     "qkv_store": 4,

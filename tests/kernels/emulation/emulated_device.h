@@ -347,6 +347,13 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
     return bits;
 }
 
+inline int __reduce_add_sync(uint32_t, int value) {
+    const auto& all = rtpurbo::emulation::exchange(value, "reduce add");
+    int sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += rtpurbo::emulation::read_lane<int>(all, lane);
+    return sum;
+}
+
 inline bool __any_sync(uint32_t lanes, bool predicate) {
     return __ballot_sync(lanes, predicate) != 0;
 }
@@ -530,6 +537,40 @@ inline void cluster_wait() {
     thread.waits_at = &machine.cluster;
     thread.waits_for = thread.cluster_waits;
     emulation::yield();
+}
+
+inline void deliveries_init(uint64_t* barrier) {
+    emulation::machine.others[barrier] = emulation::Barrier{1};
+}
+
+// `count` holds the bytes that are still to come.
+inline void settle_deliveries(emulation::Barrier& barrier) {
+    if (barrier.arrived < barrier.expected || barrier.count != 0) return;
+    barrier.arrived = 0;
+    ++barrier.generation;
+}
+
+inline void deliveries_expect(uint64_t* barrier, int bytes) {
+    auto& found = emulation::machine.others.at(barrier);
+    if (++found.arrived > found.expected) emulation::fail("a round is expected twice");
+    found.count += bytes;
+    settle_deliveries(found);
+}
+
+inline void deliveries_wait(uint64_t* barrier, int round) {
+    auto& found = emulation::machine.others.at(barrier);
+    while ((found.generation & 1) == (static_cast<unsigned>(round) & 1)) emulation::wait_for(found);
+}
+
+template <typename Value>
+void deliver(Value* own, int rank, Value value, uint64_t* barrier) {
+    Value* there = in_cluster(own, rank);
+    auto& found = emulation::machine.others.at(in_cluster(barrier, rank));
+    emulation::machine.deferred.push_back([there, value, &found] {
+        *there = value;
+        found.count -= static_cast<int>(sizeof(Value));
+        settle_deliveries(found);
+    });
 }
 
 inline uint32_t bytes_up_to(uint32_t four, uint32_t bound) {

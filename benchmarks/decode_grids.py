@@ -1,0 +1,43 @@
+"""Ways to divide a launch of `sparse_decode` beside the planned one (`decode_anatomy`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.attention_layer import BLOCK, WINDOW
+from kernels._args import FEW_ITEMS, DecodePlan
+from kernels.decode_grid import DecodeGrid
+
+WINDOW_BLOCKS = WINDOW // BLOCK + 2  # and one for sinks, one that the window's edge cuts
+
+
+def grids(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
+    """By name: each CTA for itself, clusters of every size, other pieces and shares for lists."""
+    planned = DecodeGrid.of(plan, rows, tiles, BLOCK)
+    alone = DecodeGrid.of(DecodePlan(ctas=plan.ctas), rows, tiles, BLOCK)
+    found = {"as planned": planned, "each CTA for itself": alone}
+    if rows * tiles > FEW_ITEMS:
+        return found
+    for cluster, count in ((16, plan.clusters_of_16), (8, plan.clusters_of_8)):
+        if count == 0:
+            continue
+        for pieces in (1, 2, 4, 8):
+            window = -(-WINDOW_BLOCKS // pieces)
+            found[f"clusters of {cluster}, a window in {pieces}"] = DecodeGrid(
+                cluster * count, cluster, count // 3, window, 4 * cluster
+            )
+        usual = found[f"clusters of {cluster}, a window in 1"]
+        for part in (2, 4, 6):
+            found[f"clusters of {cluster}, 1 in {part} for lists alone"] = replace(
+                usual, held_back=count // part
+            )
+        for blocks in (2, 8):
+            found[f"clusters of {cluster}, {blocks} blocks of a list a CTA"] = replace(
+                usual, least_listed=blocks * cluster
+            )
+    for cluster in (1, 2, 4):
+        count = plan.ctas // cluster
+        found[f"clusters of {cluster}"] = DecodeGrid(
+            cluster * count, cluster, count // 3, max(5, 4 * cluster), max(2, 2 * cluster)
+        )
+    return found
