@@ -120,6 +120,7 @@ def settings(stack: Stack, path: Path) -> Figures:
     changed = {"as planned": Change()}
     changed["2 warps a CTA"] = Change({"warps": 2})
     changed["attention after the selection"] = Change({"overlap": 0})
+    changed["selection after what is before it"] = Change(select={"overlap": 0})
     for times in (0.5, 2.0):
         changed[f"selection by {times:g} x the CTAs"] = Change(select_ctas=times)
     if len(stack.layers[0].lens_R) == 1:

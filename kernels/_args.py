@@ -83,6 +83,7 @@ class SelectArgs(ctypes.Structure):
         ("shared_bytes", c_int64),
         ("most_kept", c_int64),
         ("cluster", c_int64),
+        ("overlap", c_int64),
     ]
 
 

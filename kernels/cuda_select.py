@@ -70,6 +70,7 @@ def list_blocks(
     args.group_done = workspace.group_done.data_ptr()
     args.lists = workspace.lists.data_ptr()
     args.list_counts = workspace.list_counts.data_ptr()
+    args.overlap = workspace.plan(tiles).overlap
     args.window, args.sinks = min(rule.window, MAX_WINDOW), min(rule.sinks, MAX_WINDOW)
     workspace.library.launch_select("index_select", args, qi)
 

@@ -87,6 +87,7 @@ struct SelectArgs {
     int64_t shared_bytes;  // of a CTA, for where rows start and for log masses
     int64_t most_kept;     // log masses that fit; set by the launcher
     int64_t cluster;       // CTAs for each head of a single row, which then leave no log masses; 0: none
+    int64_t overlap;       // 1: may start before the kernel before it on the stream has ended
 };
 
 // How a launch of index_select fits the current device.

@@ -139,7 +139,8 @@ DEVICE uint16_t load_streaming(const uint16_t* address) {
 
 // Programmatic dependent launch (compute capability 9.0): a kernel launched with `overlap` may start
 // as soon as all CTAs of the one before it on the stream have let it. What it does before it waits
-// may use only what was written before that earlier kernel began.
+// may use only what was written before that earlier kernel began; and for that to have an end, the
+// earlier one must itself have waited for its predecessor, if it may overlap that.
 DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");

@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     index_cluster_kernel(const __grid_constant__ SelectArgs args) {
     DYNAMIC_SHARED(dynamic);
     cluster_start();
+    wait_for_previous_kernel();  // so the next, which may start now, need not wait for that one
     let_next_kernel_start();
     ClusterShared& shared = *reinterpret_cast<ClusterShared*>(dynamic);
     const int thread = threadIdx.x;
@@ -224,7 +225,7 @@ int launch_index_cluster(const SelectArgs& args, void* stream) {
     if (kernel == nullptr || ranks > kMostRanks) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(ranks), static_cast<unsigned>(args.heads));
     return launch(kernel, grid, kSelectThreads, shared_bytes(args.width, ranks), stream,
-                  args, false, ranks);
+                  args, args.overlap != 0, ranks);
 }
 
 int plan_index_cluster(const SelectArgs& args, SelectPlan& plan) {

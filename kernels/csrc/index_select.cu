@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     index_select_kernel(const __grid_constant__ SelectArgs args) {
     DYNAMIC_SHARED(dynamic);
     __shared__ SelectScratch scratch;
+    wait_for_previous_kernel();  // so the next, which may start now, need not wait for that one
     let_next_kernel_start();
     int64_t* starts = reinterpret_cast<int64_t*>(dynamic);
     const int rows = static_cast<int>(args.rows);
@@ -145,7 +146,7 @@ extern "C" int rtpurbo_index_select(const SelectArgs* args, void* stream) {
     given.most_kept = kept_masses(args->width, args->shared_bytes - start_bytes);
     const int64_t bytes = start_bytes + given.most_kept * static_cast<int64_t>(sizeof(float));
     return launch(kernel, dim3(static_cast<unsigned>(args->ctas)), kSelectThreads,
-                  static_cast<int>(bytes), stream, given);
+                  static_cast<int>(bytes), stream, given, given.overlap != 0);
 }
 
 extern "C" int rtpurbo_select(const SelectArgs* args, void* stream) {

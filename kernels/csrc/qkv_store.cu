@@ -206,6 +206,7 @@ DEVICE void do_task(const StoreArgs& args, const Task& task, int64_t token, int 
 template <typename Pair, int kDim>
 __global__ void __launch_bounds__(kThreads)
     qkv_store_kernel(const __grid_constant__ StoreArgs args) {
+    let_next_kernel_start();
     constexpr int kLanes = kDim / 4, kTeams = kThreads / kLanes;
     const int lane = threadIdx.x % kLanes, team = threadIdx.x / kLanes;
     const Task task = task_of(args, blockIdx.y);

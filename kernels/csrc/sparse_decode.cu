@@ -33,6 +33,7 @@ template <typename Strip, int kDim, bool kClusters>
 __global__ void __launch_bounds__(kMaxWarps * 32, kResident<Strip, kClusters>)
     sparse_decode_kernel(const __grid_constant__ DecodeArgs args) {
     DYNAMIC_SHARED(shared);
+    let_next_kernel_start();
     // A worker is a cluster or a CTA.
     const int ranks = log2_of(kClusters ? cluster_size() : 1);
     const int workers = gridDim.x >> ranks, worker = blockIdx.x >> ranks;
