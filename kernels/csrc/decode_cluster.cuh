@@ -86,19 +86,39 @@ struct LaneCut {
         }
         sum = warp_total(sum);
         filled = warp_total(filled);
-        if (sum < alone * cluster_size() * kListedAlone) workers = alone;
-        // Each item may end with a short piece, and still there should be no more than workers.
-        const int full = max(workers - filled, (workers + 1) / 2);
-        const int longest = sum <= least * full ? least : ceil_div(sum, full);
+        if (filled <= alone && sum < alone * cluster_size() * kListedAlone) workers = alone;
+        const int longest = longest_piece(items, workers, least, sum, filled);
 #pragma unroll
         for (int i = 0; i < kLaneItems; ++i) {
             starts[i] = pieces[i] = 0;
             if (!items.has(i)) continue;
-            pieces[i] = blocks[i] <= longest ? blocks[i] != 0 : ceil_div(blocks[i], longest);
+            pieces[i] = pieces_of(i, longest);
             const int until = warp_running_sum(pieces[i]);
             starts[i] = total + until - pieces[i];
             total += __shfl_sync(kAllLanes, until, 31);
         }
+    }
+
+    DEVICE int pieces_of(int i, int longest) const {
+        return blocks[i] <= longest ? blocks[i] != 0 : ceil_div(blocks[i], longest);
+    }
+
+    // As short as may be: no more pieces than workers, though each item may end with a short one.
+    DEVICE int longest_piece(const LaneItems& items, int workers, int least, int sum,
+                             int filled) const {
+        const int full = max(workers - filled, (workers + 1) / 2);
+        if (sum <= least * full) return least;
+        const int most = ceil_div(sum, full);
+        int longest = max(least, ceil_div(sum, workers));
+        for (; longest < most; longest = min(longest + longest / 32 + 1, most)) {
+            int count = 0;
+#pragma unroll
+            for (int i = 0; i < kLaneItems; ++i) {
+                if (items.has(i)) count += pieces_of(i, longest);
+            }
+            if (warp_total(count) <= workers) break;
+        }
+        return longest;
     }
 
     DEVICE Piece find(int piece) const {

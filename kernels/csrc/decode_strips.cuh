@@ -80,11 +80,11 @@ struct Target {
 // was never written may hold NaN, which a weight of zero does not silence.
 template <typename Strip, int kDim>
 DEVICE void copy_strip(const Source& source, const Target& target, int context,
-                       unsigned char* stage) {
+                       unsigned char* stage, int lane) {
     using Element = typename Strip::Element;
     constexpr int kHalfBytes = DecodeLayout<Strip, kDim>::kHalfBytes;
     constexpr int kRows = 32 / Strip::kChunks;  // of tokens, that a warp copies at once
-    const int lane = threadIdx.x % 32, row = lane / Strip::kChunks, column = lane % Strip::kChunks;
+    const int row = lane / Strip::kChunks, column = lane % Strip::kChunks;
     const int64_t offset =
         target.token * kDim * static_cast<int64_t>(sizeof(Element)) + lane * 16;
     const unsigned char* keys = source.keys + offset;
@@ -117,14 +117,14 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, const Source& sourc
     using Layout = DecodeLayout<Strip, kDim>;
     using Element = typename Strip::Element;
     constexpr int kStages = Layout::kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int thread = from_here(threadIdx.x), warp = thread / 32, lane = thread % 32;
     unsigned char* ring = shared + Layout::kRing + warp * Layout::kRingBytes;
     InFlight* in_flight = reinterpret_cast<InFlight*>(shared + Layout::kInFlight) + warp * kStages;
     float* scratch =
         reinterpret_cast<float*>(shared + Layout::kScratch) + warp * Strip::kScratchFloats;
     const int count = turns.of(strips.count);
     Strip strip;
-    strip.name_heads(*item.group);
+    strip.name_heads(*item.group, lane);
     // Of turn `lane` of the 32 that are copied now.
     Target held(args, item, source, looked_up, lane < count);
     // Every call closes a group of copies, empty or not, so that waiting can count them.
@@ -144,7 +144,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, const Source& sourc
             heads = target.heads;
             if (first >= 0) {
                 copy_strip<Strip, kDim>(source, target, item.context,
-                                        ring + stage * 2 * Layout::kHalfBytes);
+                                        ring + stage * 2 * Layout::kHalfBytes, lane);
             }
         }
         if (lane == 0) in_flight[stage] = {first, heads};

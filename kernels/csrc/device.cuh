@@ -114,6 +114,13 @@ DEVICE uint32_t zero_after(uint32_t value) {
     return zero;
 }
 
+// The same value, but for the compiler another: what comes of it is computed from here on, not ahead of
+// all loops, where nothing may be waited for yet.
+DEVICE int from_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Read once, never again: do not push other data out of L1.
 DEVICE uint4 load_streaming(const uint4* address) {
     uint4 value;

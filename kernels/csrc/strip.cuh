@@ -61,21 +61,22 @@ struct Bfloat16Strip {
 
     uint32_t slots;  // bit per slot in use
     int head[kTiles];  // of slot l / 4
+    int lane;
     uint32_t query[kTiles][kDim / 16][2];  // slot l / 4, dimensions 2 (l % 4) and up, and 8 further
     float acc[kTiles][kDim / 16][4];  // dimensions l / 4 and l / 4 + 8, slots 2 (l % 4) and up
     Stats stats[kTiles][2];           // of these two slots; `sum` is this lane's part of it
 
     // To be called before `begin`, which then need not wait for whose queries to load. A slot that is
     // not in use names head 0, and what comes of it goes nowhere.
-    DEVICE void name_heads(const Group& group) {
+    DEVICE void name_heads(const Group& group, int own_lane) {
+        lane = own_lane;
         slots = (1u << group.heads) - 1;
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) head[t] = group.head[t * 8 + threadIdx.x % 32 / 4];
+        for (int t = 0; t < kTiles; ++t) head[t] = group.head[t * 8 + lane / 4];
     }
 
     // `queries` is the row's [H, D].
     DEVICE void begin(const Element* queries, int64_t head_stride, const Group&, float*) {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
             const Element* own = queries + head[t] * head_stride;
@@ -98,7 +99,6 @@ struct Bfloat16Strip {
     // `scale` turns q·k into log2 of a weight.
     DEVICE void step(const unsigned char* keys, const unsigned char* values, const Sight& sight,
                      float scale, float*) {
-        const int lane = threadIdx.x % 32;
         const int matrix = lane / 8, row = lane % 8;
         // Two sums each, of even and odd 16 dimensions: a product waits for the one two before it.
         float scores[kTiles][2][4] = {};  // tokens l / 4 and l / 4 + 8, slots 2 (l % 4) and up
@@ -168,7 +168,6 @@ struct Bfloat16Strip {
 
     // Leaves the weighted values [8 kTiles, kPitch] and the statistics [8 kTiles] in shared memory.
     DEVICE void end(float* out, Stats* out_stats) {
-        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -208,7 +207,7 @@ struct Float32Strip {
     float acc[kTileHeads][kOwn];
     Stats stats;  // of slot l / 2, the same in both lanes but `sum`, which is this lane's part
 
-    DEVICE void name_heads(const Group&) {}
+    DEVICE void name_heads(const Group&, int) {}
 
     DEVICE void begin(const Element* queries, int64_t stride, const Group& tile, float* scratch) {
         query = queries;

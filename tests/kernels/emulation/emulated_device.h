@@ -392,6 +392,7 @@ inline uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float multiply(float a, float b) { return a * b; }
+inline int from_here(int value) { return value; }
 inline uint32_t zero_after(uint32_t) { return 0; }
 template <typename Value>
 Value load_streaming(const Value* address) { return *address; }
