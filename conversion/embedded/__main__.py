@@ -154,6 +154,13 @@ def main(
     attention: Annotated[
         Literal["flash", "cudnn"], typer.Option(help="Attention kernel on CUDA.")
     ] = "flash",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the network: faster steps, minutes before the first of each length.",
+        ),
+    ] = True,
     documents: Annotated[int, typer.Option(help="Documents per cell of the judgement.")] = 32,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, batches and judgement.")] = 0,
@@ -168,6 +175,7 @@ def main(
             retrieval_heads=() if heads is None else _retrieval_heads(heads),
             window_tokens=window_tokens,
             device=device,
+            compile=compiled,
             seed=seed,
         )
         wanted = [BACKENDS[attention], FOR_WINDOWS] if device != "cpu" else [SDPBackend.MATH]
