@@ -33,7 +33,7 @@ def try_decode(
         KernelError: there is no such kernel, or a launch failed.
     """
     whole = TrialLayer.make(kind)
-    for layer in (whole, *([] if whole.selection is None else [whole.of_row(LONG_ROW)])):
+    for layer in (whole, whole.of_row(LONG_ROW)):
         given, twin = layer.to(device), layer.to(twins or device)
         mask_RSB = None if layer.selection is None else _checked_selection(library, given, twin)
         _check_attention(library, given, twin, mask_RSB)

@@ -97,7 +97,7 @@ class TrialLayer:
         return float(self.q_RHD.shape[2] ** -0.5)
 
     def of_row(self, row: int) -> TrialLayer:
-        """That row alone: the indexer of a single one is another kernel."""
+        """That row alone: a single one is for clusters, which are other kernels."""
         own, selection = slice(row, row + 1), self.selection
         full, window = (
             replace(pool, tables_RB=pool.tables_RB[own]) for pool in (self.full, self.window)

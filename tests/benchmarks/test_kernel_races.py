@@ -38,7 +38,8 @@ def test_every_kernel_is_run_and_gives_what_its_twin_gives(
 
     def decoded(args: Any, like: Any) -> None:
         decode(args, like)
-        launched.add(("sparse_decode", like.dtype, args.head_dim, args.tile_heads > 8))
+        by = "clusters" if args.cluster else "shares"
+        launched.add(("sparse_decode", by, like.dtype, args.head_dim, args.tile_heads > 8))
         launched.add(("sparse_decode", "lists" if args.lists else "no lists"))
 
     def other(name: Any, args: Any, like: Any) -> None:
@@ -63,8 +64,9 @@ def test_every_kernel_is_run_and_gives_what_its_twin_gives(
     keys = {KEY_TYPES[dtype] for dtype in (BF16, F32, INT8)}
     for by in ("shares", "clusters"):
         wanted |= {("index_select", by, key, dim) for key in keys for dim in (8, 16, 32)}
-    wanted |= {("sparse_decode", BF16, dim, wide) for dim in (64, 128) for wide in (False, True)}
-    wanted |= {("sparse_decode", F32, 64, False), ("sparse_decode", F32, 128, False)}
+        for dim in (64, 128):
+            wanted |= {("sparse_decode", by, BF16, dim, wide) for wide in (False, True)}
+            wanted.add(("sparse_decode", by, F32, dim, False))
     wanted |= {("sparse_decode", "lists"), ("sparse_decode", "no lists")}
     wanted |= {("span_prefill", d, rule) for d in (64, 128) for rule in ("window", "all", "lists")}
     step = ("qkv_store", "add_norm", "silu_mul", "route_experts", "expert_products", "pick_tokens")
