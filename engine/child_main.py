@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable
 
 from engine.config import EngineConfig
-from engine.core import Channel, EngineCore
+from engine.core import EngineCore
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.ipc import EngineChannel
 from engine.launch import die_with_parent, read_launch
 from engine.log_lines import log_lines
 from engine.messages import Failed, Ready
-from engine.step import EngineParts
+from engine.step import Channel, EngineParts
 
 logger = logging.getLogger(__name__)
 

@@ -11,31 +11,22 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Protocol
 
 from engine.batch import Batch
 from engine.errors import RequestError, StepMemoryError
 from engine.flight import Flight, leaving, note_of
 from engine.load_snapshot import with_load
-from engine.messages import Abort, Add, FromEngine, Report, Shutdown, ToEngine
+from engine.messages import Abort, Add, Report, Shutdown, ToEngine
 from engine.request import FinishReason
 from engine.request_book import RequestBook
 from engine.scheduler import Scheduler
-from engine.step import Runner, StepResult
+from engine.step import Channel, Runner, StepResult
 from engine.step_accounts import StepAccounts
 from engine.step_note import StepNote
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5  # between reports of an idle engine; well inside any hang deadline
-
-
-class Channel(Protocol):
-    """Where the loop gets its messages and leaves its own (`engine.ipc.EngineChannel`)."""
-
-    def receive(self, timeout: float) -> list[ToEngine]: ...
-
-    def send(self, message: FromEngine) -> None: ...
 
 
 class EngineCore:

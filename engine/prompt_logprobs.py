@@ -5,24 +5,42 @@ Legend: T tokens of the span, E hidden size, R rows of logits at once, V logits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 from engine.batch import Span
 from engine.messages import TokenLogprobs
+from engine.queued_step import QueuedStep
 from engine.request import Request
 from engine.sampler import top_logprobs
 from engine.step import PromptLogprobs
 
+Logits = Callable[[torch.Tensor], torch.Tensor]  # [R, E] to [R, V]
 _MAX_LOGITS = 1 << 23  # elements computed at once: 32 MiB in float32
+
+
+def step_prompt_logprobs(
+    step: QueuedStep, failed: Collection[int], logits: Logits, vocab_size: int
+) -> dict[int, PromptLogprobs]:
+    """By request id, of the spans of a step that ask for them and have not failed."""
+    result: dict[int, PromptLogprobs] = {}
+    if step.hidden_TE is None:
+        return result
+    rows = step.batch.rows()
+    for span, request, (start, stop) in zip(step.batch.spans, step.owners, rows, strict=True):
+        asked = span.rule == "prefill" and request.params.prompt_logprobs is not None
+        if asked and span.request_id not in failed:
+            hidden = step.hidden_TE[start:stop]
+            result[span.request_id] = prompt_logprobs(span, request, hidden, logits, vocab_size)
+    return result
 
 
 def prompt_logprobs(
     span: Span,
     request: Request,
     hidden_TE: torch.Tensor,
-    logits: Callable[[torch.Tensor], torch.Tensor],
+    logits: Logits,
     vocab_size: int,
 ) -> PromptLogprobs:
     """Entries for the prompt positions that this span's hidden states predict.

@@ -5,7 +5,7 @@ Legend: T tokens of the batch, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,3 +55,14 @@ class QueuedStep:
             return {}
         ids = (request.request_id for request in self.samples.requests)
         return dict(zip(ids, self.samples.read(values), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class StartedStep:
+    """Implements `engine.step.PendingStep` with the runner that started the step."""
+
+    step: QueuedStep
+    read: Callable[[QueuedStep], StepResult]
+
+    def finish(self) -> StepResult:
+        return self.read(self.step)

@@ -1,4 +1,5 @@
-"""What one step of the model brings, and who brings it. Torch-free, so that tests can fake it."""
+"""What one step of the model brings, who brings it, and where it goes. Torch-free, so that tests
+can fake it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from engine.batch import Batch
-from engine.messages import Attended, EngineInfo, TokenLogprobs
+from engine.messages import Attended, EngineInfo, FromEngine, ToEngine, TokenLogprobs
 from engine.request import Request
 from engine.scheduler import Scheduler
 
@@ -83,6 +84,14 @@ class Runner(Protocol):
     def forget(self, request_id: int) -> None:
         """Drop what is kept for a request that ended; unknown ids are ignored."""
         ...
+
+
+class Channel(Protocol):
+    """Where the engine's loop gets its messages and leaves its own (`engine.ipc.EngineChannel`)."""
+
+    def receive(self, timeout: float) -> list[ToEngine]: ...
+
+    def send(self, message: FromEngine) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

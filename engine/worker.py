@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -26,11 +26,11 @@ from engine.model.decode_kernels import DecodeKernels
 from engine.model.decoder import Decoder
 from engine.model.kv_cache import KVCache
 from engine.model.prefill_kernels import SpanKernels
-from engine.prompt_logprobs import prompt_logprobs
-from engine.queued_step import QueuedStep
+from engine.prompt_logprobs import step_prompt_logprobs
+from engine.queued_step import QueuedStep, StartedStep
 from engine.request import Request
 from engine.sampler import PendingSamples, Sampler, is_plain_greedy
-from engine.step import PromptLogprobs, StepResult
+from engine.step import StepResult
 from engine.token_budget import PendingBudget, queue_budget
 from engine.token_draw import Draw
 from engine.transfer import Readback, upload
@@ -38,17 +38,6 @@ from engine.transfer import Readback, upload
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingStep:
-    """Implements `engine.step.PendingStep`."""
-
-    step: QueuedStep
-    read: Callable[[QueuedStep], StepResult]
-
-    def finish(self) -> StepResult:
-        return self.read(self.step)
 
 
 class ModelRunner:
@@ -139,7 +128,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def start(self, batch: Batch, requests: Mapping[int, Request]) -> _PendingStep:
+    def start(self, batch: Batch, requests: Mapping[int, Request]) -> StartedStep:
         """Queue one step on the device; its `finish` names in `failed` what was not finite.
 
         Raises:
@@ -147,7 +136,7 @@ class ModelRunner:
                 depend on nothing that was kept, and block tables are sent anew: a retry is safe.
         """
         step = self._attempt(batch, lambda: self._start(batch, requests))
-        return _PendingStep(step, self._finish)
+        return StartedStep(step, self._finish)
 
     def _start(self, batch: Batch, requests: Mapping[int, Request]) -> QueuedStep:
         readback = Readback()
@@ -165,7 +154,10 @@ class ModelRunner:
     def _read(self, step: QueuedStep) -> StepResult:
         result = step.read()
         self._scrub(span for span in step.batch.spans if span.request_id in result.failed)
-        return replace(result, prompt_logprobs=self._prompt_logprobs(step, result.failed))
+        entries = step_prompt_logprobs(
+            step, result.failed, self._decoder.logits, self.info.vocab_size
+        )
+        return replace(result, prompt_logprobs=entries)
 
     def _attempt(self, batch: Batch, work: Callable[[], Result]) -> Result:
         """Do a part of a step. Raises StepMemoryError where that finds no memory."""
@@ -235,20 +227,6 @@ class ModelRunner:
         budget = queue_budget(batch, attention.attended, readback)
         owners = [requests[span.request_id] for span in batch.spans]
         return QueuedStep(batch, readback, finite, samples, budget, owners, hidden_TE)
-
-    def _prompt_logprobs(self, step: QueuedStep, failed: set[int]) -> dict[int, PromptLogprobs]:
-        result: dict[int, PromptLogprobs] = {}
-        if step.hidden_TE is None:
-            return result
-        rows = step.batch.rows()
-        for span, request, (start, stop) in zip(step.batch.spans, step.owners, rows, strict=True):
-            asked = span.rule == "prefill" and request.params.prompt_logprobs is not None
-            if asked and span.request_id not in failed:
-                hidden = step.hidden_TE[start:stop]
-                result[span.request_id] = prompt_logprobs(
-                    span, request, hidden, self._decoder.logits, self.info.vocab_size
-                )
-        return result
 
     def _scrub(self, spans: Iterable[Span]) -> None:
         """Zero the pages that a failed span wrote to.
