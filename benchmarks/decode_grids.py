@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from benchmarks.attention_layer import BLOCK, WINDOW
 from kernels._args import FEW_ITEMS, DecodePlan
-from kernels.decode_grid import DecodeGrid
+from kernels.decode_grid import BALANCED, DEVICE_CHOICE, DecodeGrid
 
 WINDOW_BLOCKS = WINDOW // BLOCK + 2  # and one for sinks, one that the window's edge cuts
 
@@ -27,6 +27,11 @@ def grids(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
                 cluster * count, cluster, count // 3, window, 4 * cluster
             )
         usual = found[f"clusters of {cluster}, a window in 1"]
+        for name, placement in (
+            ("placed by the device", DEVICE_CHOICE),
+            ("placed by load", BALANCED),
+        ):
+            found[f"clusters of {cluster}, {name}"] = replace(usual, placement=placement)
         for part in (2, 4, 6):
             found[f"clusters of {cluster}, 1 in {part} for lists alone"] = replace(
                 usual, held_back=count // part

@@ -140,6 +140,7 @@ class DecodeArgs(ctypes.Structure):
         ("overlap", c_int64),
         ("held_back", c_int64),
         ("cluster", c_int64),
+        ("placement", c_int64),
         ("least_blocks", c_int64),
         ("least_listed", c_int64),
         ("by_groups", c_int64),

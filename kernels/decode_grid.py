@@ -12,6 +12,7 @@ from kernels._args import FEW_ITEMS, DecodePlan
 SEVERAL_ROWS = 4  # whose selected blocks take as long as their windows
 FEW_ROWS = 3  # whose bytes take less time than the loads that wait for each other
 WINDOW_TOKENS, LISTED_TOKENS = 576, 256  # for each CTA of a cluster, at least
+DEVICE_CHOICE, SPREAD, BALANCED = 0, 1, 2  # of CUDA's cluster scheduling policies
 LEAST_BLOCKS, LEAST_LISTED = 5, 2  # for a CTA without a cluster
 
 
@@ -25,6 +26,7 @@ class DecodeGrid:
         part alone moves memory as fast as all: a third, or half where several rows have lists.
     least_blocks, least_listed: blocks of a piece at least, without and with a list. A merge of more
         pieces takes longer than their blocks.
+    placement: where CTAs of a cluster go, so that more multiprocessors read at the same time.
     """
 
     ctas: int
@@ -32,6 +34,7 @@ class DecodeGrid:
     held_back: int
     least_blocks: int
     least_listed: int
+    placement: int = SPREAD
 
     @classmethod
     def of(cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int) -> DecodeGrid:

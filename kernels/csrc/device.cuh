@@ -289,12 +289,13 @@ DEVICE void deliver(float2* own, int rank, float2 value, uint64_t* barrier) {
 #endif
 }
 
-// How to launch in clusters of so many CTAs, 1 for none; `overlap`: may start early.
+// How to launch in clusters of so many CTAs, 1 for none; `overlap`: may start early; `policy` says how
+// the CTAs of a cluster are laid on multiprocessors, a cudaClusterSchedulingPolicy.
 struct LaunchAttributes {
-    cudaLaunchAttribute values[2] = {};
+    cudaLaunchAttribute values[3] = {};
     unsigned count = 0;
 
-    LaunchAttributes(bool overlap, int cluster) {
+    LaunchAttributes(bool overlap, int cluster, int policy) {
         if (overlap) {
             values[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
             values[count++].val.programmaticStreamSerializationAllowed = 1;
@@ -305,15 +306,20 @@ struct LaunchAttributes {
             values[count].val.clusterDim.y = 1;
             values[count++].val.clusterDim.z = 1;
         }
+        if (cluster > 1 && policy != cudaClusterSchedulingPolicyDefault) {
+            values[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+            values[count++].val.clusterSchedulingPolicyPreference =
+                static_cast<cudaClusterSchedulingPolicy>(policy);
+        }
     }
 };
 
 // All kernels take one struct by value. Returns a cudaError_t.
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
-           bool overlap = false, int cluster = 1) {
+           bool overlap = false, int cluster = 1, int policy = 0) {
     void* parameters[] = {&args};
-    LaunchAttributes attributes(overlap, cluster);
+    LaunchAttributes attributes(overlap, cluster, policy);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
@@ -327,7 +333,7 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void*
 // Clusters of so many CTAs that run at the same time; 0 where the device cannot have any.
 template <typename Args>
 int clusters_at_once(void (*kernel)(Args), int threads, int shared_bytes, int cluster) {
-    LaunchAttributes attributes(false, cluster);
+    LaunchAttributes attributes(false, cluster, 0);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(cluster));
     config.blockDim = dim3(threads);

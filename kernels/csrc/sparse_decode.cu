@@ -173,5 +173,6 @@ extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
     return launch(in_clusters ? kernels.clusters : kernels.alone,
                   dim3(static_cast<unsigned>(given.ctas)), static_cast<int>(given.warps * 32),
                   static_cast<int>(given.shared_bytes), stream, given, given.overlap != 0,
-                  in_clusters ? static_cast<int>(given.cluster) : 1);
+                  in_clusters ? static_cast<int>(given.cluster) : 1,
+                  static_cast<int>(given.placement));
 }

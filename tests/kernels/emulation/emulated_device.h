@@ -589,7 +589,7 @@ int clusters_at_once(void (*)(Args), int, int, int cluster) {
 // Runs a kernel to its end. `stream` is the seed of the order of CTAs and threads.
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
-           bool = false, int cluster = 1) {
+           bool = false, int cluster = 1, int = 0) {
     static void (*current)(Args);
     current = kernel;
     auto& machine = emulation::machine;
