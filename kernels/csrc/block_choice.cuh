@@ -40,6 +40,7 @@ struct Histogram {
     DEVICE uint64_t sum() const {
         const int thread = threadIdx.x;
         uint64_t sum = 0;
+#pragma unroll 4  // places of more would be kept in registers while blocks are scored
         for (int i = 0; i < kCopies; ++i) {
             // Each lane begins elsewhere: bins are a multiple of the banks apart.
             const int place = thread * kCopies + (i + thread * kCopies / 32) % kCopies;

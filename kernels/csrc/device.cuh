@@ -75,6 +75,15 @@ DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c[16 x 8] += a[16 x 32] b[32 x 8], integers of 8 bits in, of 32 out.
+DEVICE void multiply_add_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                 uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Two floats as bfloat16, nearest even; `low` in the lower half.
 DEVICE uint32_t pack_bfloat16(float low, float high) {
     uint32_t packed;

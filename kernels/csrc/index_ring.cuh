@@ -72,15 +72,22 @@ struct KeyRing {
         }
     }
 
-    // What this lane multiplies, of one block.
-    static DEVICE void load(const unsigned char* from, Piece (&raw)[Keys::kLoadsAtOnce],
-                            uint16_t (&scale)[Keys::kLoadsAtOnce]) {
-        const int lane = threadIdx.x % 32;
+    // What this lane multiplies, of one block of which `valid` tokens are in the stage.
+    static DEVICE void load(const unsigned char* from, int valid, Piece (&raw)[Keys::kLoadsAtOnce],
+                            uint16_t (&scale)[Keys::kScores]) {
+        const Piece* pieces = reinterpret_cast<const Piece*>(from) + threadIdx.x % 32;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(from + kKeyBytes);
 #pragma unroll
-        for (int i = 0; i < Keys::kLoadsAtOnce; ++i) {
-            raw[i] = reinterpret_cast<const Piece*>(from)[i * 32 + lane];
-            scale[i] = Keys::kScaled ? scales[(i * 32 + lane) / Keys::kLanes] : 0;
+        for (int i = 0; i < Keys::kLoadsAtOnce; ++i) raw[i] = pieces[i * 32];
+        if (Keys::kMayBeNan && valid < kTokens) {
+#pragma unroll
+            for (int i = 0; i < Keys::kLoadsAtOnce; ++i) {
+                if (token_of_piece<Keys>(i) >= valid) raw[i] = {};
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < Keys::kScores; ++i) {
+            scale[i] = Keys::kScaled ? scales[token_of_score<Keys>(i)] : 0;
         }
     }
 };
@@ -94,20 +101,19 @@ struct DealtScores {
     Dealt dealt;
     int64_t row, index_row;
     uint32_t places, next;  // of block number `lane` of 32, and of the next 32; page x index rows
-    float query[Keys::kElements];
+    typename Keys::Query query;
     AgeBias bias;
 
     // Begins the loads that do not need the context's length.
     DEVICE DealtScores(const SelectArgs& args, Dealt dealt, int64_t row, int64_t head)
-        : args(args), dealt(dealt), row(row), index_row(args.index_row[head]), bias(args, head) {
-        const int lane = threadIdx.x % 32;
-        places = find(lane);
-        next = find(32 + lane);
-        load_query(args,
-                   row * args.query_row_stride + head * args.query_head_stride +
-                       lane % Keys::kLanes * Keys::kElements,
-                   query);
-    }
+        : args(args),
+          dealt(dealt),
+          row(row),
+          index_row(args.index_row[head]),
+          places(find(threadIdx.x % 32)),
+          next(find(32 + threadIdx.x % 32)),
+          query(args, row * args.query_row_stride + head * args.query_head_stride),
+          bias(args, head) {}
 
     // Where the CTA has this warp's block of that number.
     DEVICE int place_of(int index) const {
@@ -165,13 +171,14 @@ struct DealtScores {
 #pragma unroll 1
             for (int first = 0; first < block_tokens; first += Ring::kTokens) {
                 typename Keys::Piece raw[kBlocksTogether][kLoadsAtOnce];
-                uint16_t scale[kBlocksTogether][kLoadsAtOnce];
+                uint16_t scale[kBlocksTogether][Keys::kScores];
                 copy_async_wait<kStages - 1>();
                 __syncwarp();
 #pragma unroll
                 for (int u = 0; u < kBlocksTogether; ++u) {
-                    Ring::load(ring + now * Ring::kStageBytes + u * Ring::kBlockBytes, raw[u],
-                               scale[u]);
+                    Ring::load(ring + now * Ring::kStageBytes + u * Ring::kBlockBytes,
+                               min(context - (block + u) * block_tokens, block_tokens) - first,
+                               raw[u], scale[u]);
                 }
                 now = now + 1 == kStages ? 0 : now + 1;
                 __syncwarp();  // all have read

@@ -20,40 +20,46 @@ struct TokenSum {
     float sum = 0.0f;
 };
 
+// The dot product that this lane keeps, of those that it has with its neighbours.
+template <int kLanes>
+DEVICE float own_of(const float* dots) {
+    const int place = static_cast<int>(threadIdx.x) % kLanes;
+    float own = dots[0];
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) own = place == i ? dots[i] : own;
+    return own;
+}
+
 // Adds what a warp has loaded of a block, from token `first` on; those from `valid` on do not count.
 template <typename Keys>
 DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
-                       const uint16_t (&scale)[Keys::kLoadsAtOnce],
-                       const float (&query)[Keys::kElements], int first, int valid, TokenSum& sum) {
-    constexpr int kLanes = Keys::kLanes, kLoadsAtOnce = Keys::kLoadsAtOnce;
-    const int lane = threadIdx.x % 32;
-    float scores[kLoadsAtOnce];
+                       const uint16_t (&scale)[Keys::kScores], const typename Keys::Query& query,
+                       int first, int valid, TokenSum& sum) {
+    constexpr int kLoadsAtOnce = Keys::kLoadsAtOnce, kScores = Keys::kScores;
+    float dots[kLoadsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kLoadsAtOnce; ++i) dots[i] = query.multiply_with(raw[i]);
+    float scores[kScores];
     float most = sum.largest;
 #pragma unroll
-    for (int i = 0; i < kLoadsAtOnce; ++i) {
-        float key[Keys::kElements];
-        Keys::unpack(raw[i], key);
-        float dot = 0.0f;
-#pragma unroll
-        for (int e = 0; e < Keys::kElements; ++e) dot = fmaf(key[e], query[e], dot);
-#pragma unroll
-        for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+    for (int i = 0; i < kScores; ++i) {
+        constexpr int kChoices = Keys::kRepeats == 1 ? Keys::kLanes : 1;
+        float dot = own_of<kChoices>(dots + i * kChoices);
         if (Keys::kScaled) dot = multiply(dot, bits_to_float(static_cast<uint32_t>(scale[i]) << 16));
-        const int token = first + i * (32 / kLanes) + lane / kLanes;
-        scores[i] = token < valid ? dot : -INFINITY;
+        scores[i] = first + token_of_score<Keys>(i) < valid ? dot : -INFINITY;
         most = fmaxf(most, scores[i]);
     }
     const float reference = most == -INFINITY ? 0.0f : most;
     float total = multiply(sum.sum, exp2_fast(sum.largest - reference));
 #pragma unroll
-    for (int i = 0; i < kLoadsAtOnce; ++i) total += exp2_fast(scores[i] - reference);
+    for (int i = 0; i < kScores; ++i) total += exp2_fast(scores[i] - reference);
     sum = {most, total};
 }
 
-// The log mass of a block from the sum over all lanes, of which kLanes hold the score of each key.
+// The log mass of a block from the sum over all lanes, of which kRepeats hold the score of each key.
 template <typename Keys>
 DEVICE float log_mass_of(float reference, float total) {
-    return multiply(reference + log2f(total * (1.0f / Keys::kLanes)), kLn2);
+    return multiply(reference + log2f(total * (1.0f / Keys::kRepeats)), kLn2);
 }
 
 // The log mass of a block, in all lanes, from what each has seen of it.
@@ -108,14 +114,12 @@ struct AgeBias {
 
 // Log masses of blocks [first, first + count) of one row and head, with the bias of their age.
 template <typename Keys>
-DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, int count) {
+DEVICE void score(const SelectArgs& args, uint32_t row, uint32_t head, int first, int count) {
     using Piece = typename Keys::Piece;
-    constexpr int kElements = Keys::kElements, kLanes = Keys::kLanes;
-    constexpr int kTokens = 32 / kLanes;  // of one load by the warp
-    constexpr int kLoadsAtOnce = Keys::kLoadsAtOnce;
+    constexpr int kLanes = Keys::kLanes, kLoadsAtOnce = Keys::kLoadsAtOnce;
+    constexpr int kTokens = kLoadsAtOnce * 32 / kLanes;  // of a block, at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int block_tokens = static_cast<int>(args.block_tokens);
-    const int loads = ceil_div(block_tokens, kTokens);
     const int end = static_cast<int>(args.context_lens[row]) - first * block_tokens;
     const int64_t index_row = args.index_row[head];
     const Piece* cache = static_cast<const Piece*>(args.index_cache);
@@ -130,15 +134,17 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
             place[u] = static_cast<uint32_t>(page * args.index_rows + index_row);
         }
     };
+    // Tokens of the context in a block, of those that start at `base`.
+    const auto valid_of = [&](int base, int u) {
+        const int index = base + u * kSelectWarps;
+        return min(end - index * block_tokens, index < count ? block_tokens : 0);
+    };
     constexpr bool kLooksAhead = kLoadsAtOnce <= 2;  // else registers do not suffice
     uint32_t next[kBlocksAtOnce];
     if (kLooksAhead) find_places(warp, next);
 
-    float query[kElements];
-    load_query(args,
-               row * args.query_row_stride + head * args.query_head_stride +
-                   lane % kLanes * kElements,
-               query);
+    const typename Keys::Query query(
+        args, row * args.query_row_stride + head * args.query_head_stride);
     const AgeBias bias(args, head);
 
     for (int base = warp; base < count; base += kSelectWarps * kBlocksAtOnce) {
@@ -153,20 +159,29 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
         } else {
             find_places(base, place);
         }
-        for (int load = 0; load < loads; load += kLoadsAtOnce) {
+        for (int start = 0; start < block_tokens; start += kTokens) {
             Piece raw[kBlocksAtOnce][kLoadsAtOnce];
-            uint16_t scale[kBlocksAtOnce][kLoadsAtOnce];
+            uint16_t scale[kBlocksAtOnce][Keys::kScores];
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
                 const int64_t block_at = static_cast<int64_t>(place[u]) * block_tokens;
                 const Piece* keys = cache + block_at * kLanes;
                 const uint16_t* scales = args.index_scales + block_at;
+                // Never past the page, nor past the context if that matters: any key will do there.
+                const int there = Keys::kMayBeNan ? max(valid_of(base, u), 1) : block_tokens;
+                const uint32_t last = static_cast<uint32_t>(there * kLanes - 1);
 #pragma unroll
                 for (int i = 0; i < kLoadsAtOnce; ++i) {
-                    // Never past the page; what lies past the context is not looked at below.
-                    const int piece = min((load + i) * 32 + lane, block_tokens * kLanes - 1);
-                    raw[u][i] = load_streaming(keys + piece);
-                    if (Keys::kScaled) scale[u][i] = load_streaming(scales + piece / kLanes);
+                    const uint32_t piece = static_cast<uint32_t>(start * kLanes + i * 32 + lane);
+                    raw[u][i] = load_streaming(keys + min(piece, last));
+                }
+#pragma unroll
+                for (int i = 0; i < Keys::kScores; ++i) {
+                    const int token = start + token_of_score<Keys>(i);
+                    scale[u][i] = 0;
+                    if (Keys::kScaled) {
+                        scale[u][i] = load_streaming(scales + min(token, block_tokens - 1));
+                    }
                 }
             }
             // All loads are issued before the first is used: left alone, the compiler waits for some
@@ -175,31 +190,36 @@ DEVICE void score(const SelectArgs& args, int64_t row, int64_t head, int first, 
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
 #pragma unroll
-                for (int i = 0; i < kLoadsAtOnce; ++i) {
-                    loaded ^= raw[u][i].x;
-                    if (Keys::kScaled) loaded ^= scale[u][i];
+                for (int i = 0; i < kLoadsAtOnce; ++i) loaded ^= raw[u][i].x;
+                if (Keys::kScaled) {
+#pragma unroll
+                    for (int i = 0; i < Keys::kScores; ++i) loaded ^= scale[u][i];
                 }
             }
-            const uint32_t zero = zero_after(loaded);
+            uint32_t zero = zero_after(loaded);
 #pragma unroll
             for (int u = 0; u < kBlocksAtOnce; ++u) {
 #pragma unroll
                 for (int i = 0; i < kLoadsAtOnce; ++i) raw[u][i].x ^= zero;
-            }
-#pragma unroll
-            for (int u = 0; u < kBlocksAtOnce; ++u) {
-                const int index = base + u * kSelectWarps;
-                const int valid = index < count ? min(end - index * block_tokens, block_tokens) : 0;
-                add_tokens<Keys>(raw[u], scale[u], query, load * kTokens, valid, sums[u]);
+                add_tokens<Keys>(raw[u], scale[u], query, start, valid_of(base, u), sums[u]);
+                // Products of 8-bit keys wait for those before: for all at once registers do not suffice.
+                if (Keys::kScaled) zero = zero_after(float_to_bits(sums[u].sum));
             }
         }
+        constexpr int kTogether = kLooksAhead ? 2 : 1;  // again for registers
 #pragma unroll
-        for (int u = 0; u < kBlocksAtOnce; ++u) {
-            const int index = base + u * kSelectWarps;
+        for (int u = 0; u < kBlocksAtOnce; u += kTogether) {
+            const int which = u + lane / (32 / kTogether);
+            const int index = base + which * kSelectWarps;
             const int newest = divide(end - 1, block_tokens);  // not kept, to save a register
-            const float mass = bias.add_to(log_mass_of<Keys>(sums[u]), newest - index);
-            if (lane == 0 && index < count) {
-                args.log_mass[(row * args.heads + head) * args.width + first + index] = mass;
+            const float log_mass = kTogether == 2
+                                       ? log_mass_of_two<Keys>(sums[u], sums[u + kTogether - 1])
+                                       : log_mass_of<Keys>(sums[u]);
+            const float mass = bias.add_to(log_mass, newest - index);
+            if (lane % (32 / kTogether) == 0 && index < count) {
+                // Unsigned, or the compiler keeps part of the address while blocks are scored.
+                const uint32_t block = static_cast<uint32_t>(first) + static_cast<uint32_t>(index);
+                args.log_mass[(row * args.heads + head) * args.width + block] = mass;
             }
         }
     }

@@ -71,13 +71,14 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const int64_t ctas = working_ctas(total, gridDim.x, kLeastUnits);
     if (blockIdx.x >= ctas) return;
     int64_t unit = share_start(blockIdx.x, total, ctas);
-    const int64_t end = share_start(blockIdx.x + 1, total, ctas);
-    while (unit < end) {
-        const int row = item_of(starts, rows, unit);
+    int left = static_cast<int>(share_start(blockIdx.x + 1, total, ctas) - unit);
+    while (left > 0) {
+        const uint32_t row = static_cast<uint32_t>(item_of(starts, rows, unit));
         const int blocks = scored_blocks(args, row);
-        const int64_t head = (unit - starts[row]) / blocks;
-        const int first = static_cast<int>((unit - starts[row]) % blocks);
-        const int count = static_cast<int>(min(end - unit, static_cast<int64_t>(blocks - first)));
+        const uint32_t of_row = static_cast<uint32_t>(unit - starts[row]);  // 2^32 fit no GPU
+        const uint32_t head = of_row / static_cast<uint32_t>(blocks);
+        const int first = static_cast<int>(of_row - head * static_cast<uint32_t>(blocks));
+        const int count = min(left, blocks - first);
         score<Keys>(args, row, head, first, count);
         if (args.words != nullptr && arrive(args.head_done + row * args.heads + head,
                                             static_cast<uint32_t>(count),
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
             __syncthreads();
         }
         unit += count;
+        left -= count;
     }
 }
 

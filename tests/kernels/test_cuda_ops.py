@@ -57,6 +57,24 @@ def test_score_blocks_by_int8_keys(
     torch.testing.assert_close(got, reference.score_blocks(qi.float(), *tail), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_int8_keys_take_queries_of_any_size(library: KernelLibrary, dtype: torch.dtype) -> None:
+    """The kernel multiplies digits of the query: sizes apart, zeros, the smallest, no numbers."""
+    case = PagedCase.make([300], block=64, index_dim=16, dim=1)
+    steps, scales = case.int8_index()
+    factors = torch.tensor([1e-35, 1e-9, 1.0, 3000.0, 0.0])
+    qi = random_tensor(1, 8, 16) * torch.cat((factors, torch.ones(3)))[:, None]
+    qi[0, 5] *= 10.0 ** -torch.arange(16)  # from 1 to 1e-15
+    qi[0, 6, 3], qi[0, 7, 9] = torch.nan, -torch.inf
+    qi, rows = qi.to(dtype), torch.tensor([2, 0, 1, 1, 0, 2, 0, 1])
+    tail = (rows, steps, case.tables_SB, case.lens_S, scales)
+    got = CudaOps(library).score_blocks(qi, *tail)
+    want = reference.score_blocks(qi.float(), *tail)
+    torch.testing.assert_close(got[:, :6], want[:, :6], rtol=1e-5, atol=1e-5)
+    used = -(-300 // 64)
+    assert got[:, 6:, :used].isnan().all(), "and then only what is forced is selected"
+
+
 @pytest.mark.parametrize(
     ("int8_index", "rows", "blocks"),
     [(True, [2, 0], 300), (False, [1], 2**14 + 9)],

@@ -495,6 +495,27 @@ inline void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t
     }
 }
 
+// The same of bytes: row l / 4 and 8 further, bytes 4 (l % 4) and up, and 16 further.
+inline int32_t byte_of(uint32_t word, int byte) {
+    return static_cast<int8_t>(word >> 8 * byte);
+}
+
+inline void multiply_add_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                 uint32_t b1) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto& all =
+        emulation::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, "multiply bytes");
+    for (int word = 0; word < 8; ++word) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+            const auto left = emulation::read_lane<Fragments>(all, row * 4 + word % 4);
+            const auto right = emulation::read_lane<Fragments>(all, column * 4 + word % 4);
+            const uint32_t keys = left.a[i / 2 + word / 4 * 2], query = right.b[word / 4];
+            for (int byte = 0; byte < 4; ++byte) c[i] += byte_of(keys, byte) * byte_of(query, byte);
+        }
+    }
+}
+
 // Kernels run one after the other.
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
