@@ -123,9 +123,18 @@ def settings(stack: Stack, path: Path) -> Figures:
     changed["selection after what is before it"] = Change(select={"overlap": 0})
     for times in (0.5, 2.0):
         changed[f"selection by {times:g} x the CTAs"] = Change(select_ctas=times)
-    if len(stack.layers[0].lens_R) == 1:
+    rows = len(stack.layers[0].lens_R)
+    if rows == 1:
         changed["selection by shares"] = Change(select={"cluster": 0})
         changed["selection by clusters of 8"] = Change(select={"cluster": 8})
+    else:
+        plan = stack.spaces[0].plan(stack.tiles)
+        workers = grids(plan, rows, stack.tiles.count)["as planned"]
+        for part in (2, 3, 4, 6):
+            held = {"held_back": workers.ctas // max(1, workers.cluster) // part}
+            changed[f"1 in {part} for lists alone"] = Change(held)
+            name = f"selection by half, 1 in {part} for lists alone"
+            changed[name] = Change(held, select_ctas=0.5)
     # What is left out stands in the workspace from the launches before.
     changed["selection without lists"] = Change(without=("groups",))
     changed["scores alone, by shares"] = Change(without=("words",))

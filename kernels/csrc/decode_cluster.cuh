@@ -169,6 +169,7 @@ DEVICE int attend_few(const DecodeArgs& args, bool listed, int place, int worker
     cut.cut(items, workers, listed ? static_cast<int>(args.held_back) : 0,
             static_cast<int>(listed ? args.least_listed : args.least_blocks));
     for (int piece = place; piece < cut.total; piece += workers) {
+        if (round > 0) __syncthreads();  // rings and heads of the piece before have been read
         const Piece own = cut.find(piece);
         int begin = 0, end = own.blocks;
         if (own.pieces > 1) {
