@@ -9,7 +9,8 @@
 
 On a GPU, decoding has CUDA kernels (`csrc`, compiled by `_build`, loaded by `_launch`):
 
-    cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace)
+    cuda_decode    attend: a layer in two launches (head_tiles, decode_inputs, decode_workspace,
+                   decode_grid: what each CTA or cluster takes)
     cuda_select    list_blocks: the first of the two, which scores and selects
     cuda_prefill   attend_spans: prefill of some heads of a layer, on chips of the Hopper generation
     cuda_store     store_qkv: from a layer's projection to where attention reads (layer_inputs)

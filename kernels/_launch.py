@@ -165,6 +165,7 @@ class KernelLibrary:
         lib.rtpurbo_share_start.restype = c_int64
         lib.rtpurbo_piece_blocks.argtypes = [c_int] * 4
         lib.rtpurbo_piece_start.argtypes = [c_int] * 3
+        lib.rtpurbo_divide.argtypes = [c_int] * 2
         lib.rtpurbo_shares_start.argtypes = [c_int] * 3
         lib.rtpurbo_shares_owner.argtypes = [c_int] * 3
         lib.rtpurbo_working_ctas.argtypes = [c_int64] * 3

@@ -25,6 +25,8 @@ extern "C" int rtpurbo_piece_start(int piece, int pieces, int blocks) {
     return piece_start(piece, pieces, blocks);
 }
 
+extern "C" int rtpurbo_divide(int of, int by) { return divide(of, divisor_of(by)); }
+
 extern "C" int rtpurbo_shares_start(int share, int total, int count) {
     return Shares(total, count).start(share);
 }

@@ -143,6 +143,12 @@ def test_items_are_cut_into_pieces_and_these_shared_out(
     assert starts[owner] <= piece < starts[owner + 1]
 
 
+@given(of=st.integers(0, 2**31 - 1), by=st.integers(1, 2**30) | st.integers(1, 300))
+def test_a_product_and_a_shift_divide(host: ctypes.CDLL, of: int, by: int) -> None:
+    for near in (of, of // by * by, max(0, of // by * by - 1), 2**31 - 1):
+        assert host.rtpurbo_divide(near, by) == near // by
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20))
 def test_units_belong_to_the_item_that_holds_them(host: ctypes.CDLL, sizes: list[int]) -> None:
     starts = (ctypes.c_int * (len(sizes) + 1))(*[sum(sizes[:i]) for i in range(len(sizes) + 1)])
