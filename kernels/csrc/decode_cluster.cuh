@@ -7,6 +7,7 @@
 #pragma once
 
 #include "args.h"
+#include "clusters.cuh"
 #include "cta.cuh"
 #include "decode_gather.cuh"
 #include "decode_item.cuh"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "args.h"
+#include "clusters.cuh"
 #include "cta.cuh"
 #include "decode_item.cuh"
 #include "decode_layout.cuh"

@@ -12,6 +12,7 @@
 #include "args.h"
 #include "block_choice.cuh"
 #include "block_list.cuh"
+#include "clusters.cuh"
 #include "cta.cuh"
 #include "device.cuh"
 #include "index_cluster.h"

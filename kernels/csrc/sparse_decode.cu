@@ -16,6 +16,7 @@
 // over all workers.
 
 #include "args.h"
+#include "clusters.cuh"
 #include "decode_cluster.cuh"
 #include "decode_layout.cuh"
 #include "decode_shares.cuh"
