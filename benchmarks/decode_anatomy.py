@@ -132,9 +132,9 @@ def settings(stack: Stack, path: Path) -> Figures:
         workers = grids(plan, rows, stack.tiles.count)["as planned"]
         for part in (2, 3, 4, 6):
             held = {"held_back": workers.ctas // max(1, workers.cluster) // part}
-            changed[f"1 in {part} for lists alone"] = Change(held)
-            name = f"selection by half, 1 in {part} for lists alone"
-            changed[name] = Change(held, select_ctas=0.5)
+            for times in (1.0, 0.75, 0.5):
+                name = f"selection by {times:g} x the CTAs, 1 in {part} for lists alone"
+                changed[name] = Change(held, select_ctas=times)
     # What is left out stands in the workspace from the launches before.
     changed["selection without lists"] = Change(without=("groups",))
     changed["scores alone, by shares"] = Change(without=("words",))
