@@ -24,9 +24,10 @@ struct Histogram {
     uint32_t low[kBins * kCopies];
 
     DEVICE void clear() {
-        for (int i = threadIdx.x; i < kBins * kCopies; i += kSelectThreads) {
-            high[i] = 0;
-            low[i] = 0;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            high[i * kSelectThreads + threadIdx.x] = 0;
+            low[i * kSelectThreads + threadIdx.x] = 0;
         }
     }
 

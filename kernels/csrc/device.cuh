@@ -97,6 +97,19 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
+DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The largest of a warp's values, in all lanes.
+DEVICE int32_t largest_of_warp(int32_t value) {
+    int32_t largest;
+    asm("redux.sync.max.s32 %0, %1, 0xffffffff;\n" : "=r"(largest) : "r"(value));
+    return largest;
+}
+
 // Adds, and returns what was there. Whoever sees the sum sees all that this thread, and those that met
 // it at a barrier, wrote before; and this one sees what was written before by all who added earlier.
 DEVICE uint32_t add_in_order(uint32_t* counter, uint32_t amount) {

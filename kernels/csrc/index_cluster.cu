@@ -73,7 +73,7 @@ template <typename Meanwhile>
 DEVICE float largest_of_cluster(float most, Dealt dealt, ClusterShared& shared,
                                 Meanwhile meanwhile) {
     const int thread = threadIdx.x;
-    most = warp_max(most);
+    most = largest_of_warp(most);
     if (thread % 32 == 0) shared.most[thread / 32] = most;
     __syncthreads();
     cluster_wait();  // all have started
@@ -119,10 +119,10 @@ DEVICE void give_bins(float largest, int blocks, Dealt dealt, ClusterShared& sha
     *in_cluster(arrays.gathered + dealt.rank * kBins + thread, 0) = shared.histogram.sum();
 }
 
-// Blocks of bins up to `last` and those that are kept anyway, as words; returns how many.
-DEVICE int64_t keep_words(const SelectArgs& args, int64_t head, int blocks, int last,
-                          uint64_t* sums, const ClusterArrays& arrays) {
-    uint64_t kept = 0, total = 0;
+// Blocks of bins up to `last` and those that are kept anyway, as words; how many this thread has.
+DEVICE int keep_words(const SelectArgs& args, int64_t head, int blocks, int last,
+                      const ClusterArrays& arrays) {
+    int kept = 0;
     for (int word = threadIdx.x; word * kWordBlocks < blocks; word += kSelectThreads) {
         const uint4* bins = reinterpret_cast<const uint4*>(arrays.bins + word * kWordBlocks);
         const uint4 low = bins[0], high = bins[1];
@@ -138,10 +138,10 @@ DEVICE int64_t keep_words(const SelectArgs& args, int64_t head, int blocks, int 
         bits |= forced_bits(word, blocks);
         arrays.words[word] = bits;
         args.words[head * args.words_width + word] = bits;
-        kept += static_cast<uint64_t>(__popc(bits));
+        kept += __popc(bits);
     }
-    cta_running_sum(kept, sums, total);
-    return static_cast<int64_t>(total);
+    __syncthreads();
+    return kept;
 }
 
 // The list of a head's group, unless another head of the group is to write it.
@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     DealtScores<Keys> scores(args, dealt, 0, head);
     const int group = args.groups == nullptr ? -1 : args.group_of_head[head];
     const int context = static_cast<int>(args.context_lens[0]);
+    shared.histogram.clear();  // while these loads are under way
     const int block_tokens = static_cast<int>(args.block_tokens);
     const int blocks =
         context < args.dense_below ? 0 : divide(context + block_tokens - 1, block_tokens);
@@ -180,7 +181,6 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
         if (is_first && thread == 0 && args.attended != nullptr) args.attended[head] = 0;
         return;
     }
-    shared.histogram.clear();
     float most = -FLT_MAX;
     scores.run(context, blocks, shared.rings[thread / 32], [&](int place, int block, float mass) {
         const float finite = block < blocks ? finite_or_none(mass) : -INFINITY;
@@ -207,10 +207,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
         if (rank < dealt.ranks) mass += arrays.gathered[rank * kBins + thread];
     }
     const int last = threshold_bin(mass, share, shared.sums);
-    const int64_t kept = keep_words(args, head, blocks, last, shared.sums, arrays);
+    const int kept = keep_words(args, head, blocks, last, arrays);
     if (group >= 0) write_own_list(args, head, group, context, shared, arrays.words);
-    if (thread == 0 && args.attended != nullptr) {
-        args.attended[head] = tokens_of(kept, blocks, args.block_tokens, context);
+    if (args.attended == nullptr) return;
+    int total = 0;  // counted last: attention waits for the list, nobody for this
+    cta_running_sum(kept, shared.list.sums, total);
+    if (thread == 0) {
+        args.attended[head] = tokens_of(total, blocks, args.block_tokens, context);
     }
 }
 

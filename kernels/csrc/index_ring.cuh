@@ -46,45 +46,39 @@ struct KeyRing {
     static constexpr int kStageBytes = kBlocksTogether * kBlockBytes;
     static constexpr int kStages = kRingBytes / kStageBytes;
 
-    static_assert(kKeyBytes % 512 == 0 && kScaleBytes <= 512, "a lane copies 16 bytes");
+    static_assert(kKeyBytes % 256 == 0 && kScaleBytes <= 256, "a lane copies 16 bytes");
 
-    // Copies tokens of a page from the one of number `first` on, as many as it has.
-    static DEVICE void copy(const SelectArgs& args, uint32_t page, int first, unsigned char* to) {
-        constexpr uint32_t kTokenBytes = Keys::kLanes * sizeof(Piece);
+    // Copies tokens of a page from number `first` on with 16 lanes, as far as the `valid` that are of the
+    // context; zeros in place of the others.
+    static DEVICE void copy(const SelectArgs& args, uint32_t page, int first, int valid,
+                            unsigned char* to) {
+        constexpr int kTokenBytes = Keys::kLanes * static_cast<int>(sizeof(Piece));
         const uint32_t block_tokens = static_cast<uint32_t>(args.block_tokens);
-        const uint32_t lane = threadIdx.x % 32, token = static_cast<uint32_t>(first);
-        const char* keys = static_cast<const char*>(args.index_cache) + lane * 16 +
-                           token * kTokenBytes +
+        const uint32_t token = static_cast<uint32_t>(first);
+        const int lane = threadIdx.x % 16, left = valid * kTokenBytes - lane * 16;
+        const char* keys = static_cast<const char*>(args.index_cache) +
+                           (token * kTokenBytes + static_cast<uint32_t>(lane) * 16) +
                            static_cast<uint64_t>(page) * (block_tokens * kTokenBytes);
         to += lane * 16;
-        if (token + kTokens <= block_tokens) {
 #pragma unroll
-            for (int at = 0; at < kKeyBytes; at += 512) copy_async_16(to + at, keys + at, 16);
-        } else {
-            const int left = static_cast<int>((block_tokens - token) * kTokenBytes - lane * 16);
-#pragma unroll 1
-            for (int at = 0; at < left; at += 512) copy_async_16(to + at, keys + at, 16);
+        for (int at = 0; at < kKeyBytes; at += 256) {
+            copy_async_16(to + at, keys + at, at < left ? 16 : 0);
         }
-        if (Keys::kScaled && lane * 16 < kScaleBytes && token + lane * 8 < block_tokens) {
-            const uint16_t* scales = args.index_scales + lane * 8 +
-                                     static_cast<uint64_t>(page) * block_tokens + token;
+        if (Keys::kScaled && lane * 16 < kScaleBytes && lane * 8 < valid) {
+            const char* scales = reinterpret_cast<const char*>(args.index_scales) +
+                                 (token * 2 + static_cast<uint32_t>(lane) * 16) +
+                                 static_cast<uint64_t>(page) * (block_tokens * 2);
             copy_async_16(to + kKeyBytes, scales, 16);
         }
     }
 
-    // What this lane multiplies, of one block of which `valid` tokens are in the stage.
-    static DEVICE void load(const unsigned char* from, int valid, Piece (&raw)[Keys::kLoadsAtOnce],
+    // What this lane multiplies, of one block.
+    static DEVICE void load(const unsigned char* from, Piece (&raw)[Keys::kLoadsAtOnce],
                             uint16_t (&scale)[Keys::kScores]) {
         const Piece* pieces = reinterpret_cast<const Piece*>(from) + threadIdx.x % 32;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(from + kKeyBytes);
 #pragma unroll
         for (int i = 0; i < Keys::kLoadsAtOnce; ++i) raw[i] = pieces[i * 32];
-        if (Keys::kMayBeNan && valid < kTokens) {
-#pragma unroll
-            for (int i = 0; i < Keys::kLoadsAtOnce; ++i) {
-                if (token_of_piece<Keys>(i) >= valid) raw[i] = {};
-            }
-        }
 #pragma unroll
         for (int i = 0; i < Keys::kScores; ++i) {
             scale[i] = Keys::kScaled ? scales[token_of_score<Keys>(i)] : 0;
@@ -122,9 +116,17 @@ struct DealtScores {
                                 at % kWarpBlocks);
     }
 
+    // The block itself, `dealt.block(place_of(index))`.
+    DEVICE int block_of(int index) const {
+        const unsigned at = static_cast<unsigned>(index), warp = threadIdx.x / 32;
+        const unsigned words = at / kWarpBlocks * static_cast<unsigned>(dealt.ranks) +
+                               static_cast<unsigned>(dealt.rank);
+        return static_cast<int>(words * kWordBlocks + warp * kWarpBlocks + at % kWarpBlocks);
+    }
+
     // Always a load; past the end any will do.
     DEVICE uint32_t find(int index) const {
-        const int block = min(dealt.block(place_of(index)), static_cast<int>(args.width) - 1);
+        const int block = min(block_of(index), static_cast<int>(args.width) - 1);
         return static_cast<uint32_t>(page_of(args.table, row, block) * args.index_rows + index_row);
     }
 
@@ -143,15 +145,12 @@ struct DealtScores {
                     places = next;
                     next = find(copied + 32 + static_cast<int>(threadIdx.x) % 32);
                 }
-                const int block = dealt.block(place_of(copied));
-                unsigned char* to = ring + stage * Ring::kStageBytes;
-#pragma unroll
-                for (int u = 0; u < kBlocksTogether; ++u) {
-                    const uint32_t page = __shfl_sync(kAllLanes, places, (copied + u) & 31);
-                    if (block + u < blocks) {
-                        Ring::copy(args, page, token, to + u * Ring::kBlockBytes);
-                    }
-                }
+                static_assert(kBlocksTogether == 2, "half of the lanes each");
+                const int which = static_cast<int>(threadIdx.x) % 32 / 16;
+                const uint32_t page = __shfl_sync(kAllLanes, places, (copied + which) & 31);
+                const int left = context - block_of(copied + which) * block_tokens;
+                Ring::copy(args, page, token, min(left, block_tokens) - token,
+                           ring + stage * Ring::kStageBytes + which * Ring::kBlockBytes);
                 token += Ring::kTokens;
                 if (token >= block_tokens) {
                     token = 0;
@@ -166,7 +165,7 @@ struct DealtScores {
         int now = 0;  // the stage to compute
 #pragma unroll 1
         for (int index = 0; index < count; index += kBlocksTogether) {
-            const int place = place_of(index), block = dealt.block(place);
+            const int place = place_of(index), block = block_of(index);
             TokenSum sums[kBlocksTogether];
 #pragma unroll 1
             for (int first = 0; first < block_tokens; first += Ring::kTokens) {
@@ -176,9 +175,8 @@ struct DealtScores {
                 __syncwarp();
 #pragma unroll
                 for (int u = 0; u < kBlocksTogether; ++u) {
-                    Ring::load(ring + now * Ring::kStageBytes + u * Ring::kBlockBytes,
-                               min(context - (block + u) * block_tokens, block_tokens) - first,
-                               raw[u], scale[u]);
+                    Ring::load(ring + now * Ring::kStageBytes + u * Ring::kBlockBytes, raw[u],
+                               scale[u]);
                 }
                 now = now + 1 == kStages ? 0 : now + 1;
                 __syncwarp();  // all have read
@@ -190,7 +188,7 @@ struct DealtScores {
                                      min(context - start, block_tokens), sums[u]);
                 }
             }
-            static_assert(kBlocksTogether == 2 && kWarpBlocks % 2 == 0, "");
+            static_assert(kWarpBlocks % kBlocksTogether == 0, "those together are of one word");
             const int which = threadIdx.x % 32 / 16;
             const float mass = log_mass_of_two<Keys>(sums[0], sums[1]);
             put(place + which, block + which, bias.add_to(mass, blocks - 1 - block - which));

@@ -13,12 +13,20 @@ namespace rtpurbo {
 constexpr int kBlocksAtOnce = 4;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Of the tokens of a block that a lane has seen: the largest score, in powers of two, and the sum of
-// all relative to it.
+// Of the tokens of a block that a warp has seen: the largest score, in powers of two, and of those that
+// this lane has the sum relative to it.
 struct TokenSum {
     float largest = -INFINITY;
     float sum = 0.0f;
 };
+
+// The largest of a warp's floats, in all lanes.
+DEVICE float largest_of_warp(float value) {
+    // As integers they have the same order, once what follows the sign of negative ones is turned round.
+    const auto turned = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+    const int32_t bits = static_cast<int32_t>(float_to_bits(value));
+    return bits_to_float(static_cast<uint32_t>(turned(largest_of_warp(turned(bits)))));
+}
 
 // The dot product that this lane keeps, of those that it has with its neighbours.
 template <int kLanes>
@@ -40,7 +48,7 @@ DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
 #pragma unroll
     for (int i = 0; i < kLoadsAtOnce; ++i) dots[i] = query.multiply_with(raw[i]);
     float scores[kScores];
-    float most = sum.largest;
+    float most = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
         constexpr int kChoices = Keys::kRepeats == 1 ? Keys::kLanes : 1;
@@ -49,47 +57,26 @@ DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
         scores[i] = first + token_of_score<Keys>(i) < valid ? dot : -INFINITY;
         most = fmaxf(most, scores[i]);
     }
+    most = fmaxf(sum.largest, largest_of_warp(most));
     const float reference = most == -INFINITY ? 0.0f : most;
-    float total = multiply(sum.sum, exp2_fast(sum.largest - reference));
+    float total = first == 0 ? 0.0f : multiply(sum.sum, exp2_fast(sum.largest - reference));
 #pragma unroll
     for (int i = 0; i < kScores; ++i) total += exp2_fast(scores[i] - reference);
     sum = {most, total};
 }
 
-// The log mass of a block from the sum over all lanes, of which kRepeats hold the score of each key.
-template <typename Keys>
-DEVICE float log_mass_of(float reference, float total) {
-    return multiply(reference + log2f(total * (1.0f / Keys::kRepeats)), kLn2);
-}
-
-// The log mass of a block, in all lanes, from what each has seen of it.
-template <typename Keys>
-DEVICE float log_mass_of(const TokenSum& sum) {
-    const float most = warp_max(sum.largest);
-    const float reference = most == -INFINITY ? 0.0f : most;
-    const float total = warp_sum(multiply(sum.sum, exp2_fast(sum.largest - reference)));
-    return log_mass_of<Keys>(reference, total);
-}
-
-// The same of two blocks with half the work: of the first in lanes 0 to 15, of the second in the others.
-// Every sum is one that the butterfly of a single block has too, so the bits are the same.
+// The log masses of two blocks, of the first in lanes 0 to 15, of the second in the others, from what
+// each lane has of the sums.
 template <typename Keys>
 DEVICE float log_mass_of_two(const TokenSum& first, const TokenSum& second) {
     const bool is_upper = threadIdx.x % 32 >= 16;
-    const TokenSum own = is_upper ? second : first, other = is_upper ? first : second;
-    float most = fmaxf(own.largest, __shfl_xor_sync(kAllLanes, other.largest, 16));
-#pragma unroll
-    for (int step = 8; step > 0; step /= 2) {
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
-    }
-    const float reference = most == -INFINITY ? 0.0f : most;
-    const float others = __shfl_xor_sync(kAllLanes, reference, 16);
-    const float given = multiply(other.sum, exp2_fast(other.largest - others));
-    float total = multiply(own.sum, exp2_fast(own.largest - reference));
-    total += __shfl_xor_sync(kAllLanes, given, 16);
+    float total = is_upper ? second.sum : first.sum;
+    total += __shfl_xor_sync(kAllLanes, is_upper ? first.sum : second.sum, 16);
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-    return log_mass_of<Keys>(reference, total);
+    const float largest = is_upper ? second.largest : first.largest;
+    const float reference = largest == -INFINITY ? 0.0f : largest;
+    return multiply(reference + log2_fast(total * (1.0f / Keys::kRepeats)), kLn2);
 }
 
 // Which bias a block that lies `age` before the newest one has: the number of bits of its age.
@@ -206,17 +193,13 @@ DEVICE void score(const SelectArgs& args, uint32_t row, uint32_t head, int first
                 if (Keys::kScaled) zero = zero_after(float_to_bits(sums[u].sum));
             }
         }
-        constexpr int kTogether = kLooksAhead ? 2 : 1;  // again for registers
 #pragma unroll
-        for (int u = 0; u < kBlocksAtOnce; u += kTogether) {
-            const int which = u + lane / (32 / kTogether);
-            const int index = base + which * kSelectWarps;
+        for (int u = 0; u < kBlocksAtOnce; u += 2) {
+            const int index = base + (u + lane / 16) * kSelectWarps;
             const int newest = divide(end - 1, block_tokens);  // not kept, to save a register
-            const float log_mass = kTogether == 2
-                                       ? log_mass_of_two<Keys>(sums[u], sums[u + kTogether - 1])
-                                       : log_mass_of<Keys>(sums[u]);
+            const float log_mass = log_mass_of_two<Keys>(sums[u], sums[u + 1]);
             const float mass = bias.add_to(log_mass, newest - index);
-            if (lane % (32 / kTogether) == 0 && index < count) {
+            if (lane % 16 == 0 && index < count) {
                 // Unsigned, or the compiler keeps part of the address while blocks are scored.
                 const uint32_t block = static_cast<uint32_t>(first) + static_cast<uint32_t>(index);
                 args.log_mass[(row * args.heads + head) * args.width + block] = mass;

@@ -391,6 +391,16 @@ inline uint32_t add_in_order(uint32_t* counter, uint32_t amount) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
+
+inline int32_t largest_of_warp(int32_t value) {
+    const auto& all = emulation::exchange(value, "largest");
+    for (int lane = 0; lane < 32; ++lane) {
+        value = std::max(value, emulation::read_lane<int32_t>(all, lane));
+    }
+    return value;
+}
+
 inline float multiply(float a, float b) { return a * b; }
 inline int from_here(int value) { return value; }
 inline uint32_t zero_after(uint32_t) { return 0; }
