@@ -90,11 +90,14 @@ def test_pieces_longer_than_a_warps_lanes(
 
 @needs_compiler
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "grid", [GRIDS["eight"], DecodeGrid(2, 2, 0, 1, 1)], ids=["eight", "one-for-all-pieces"]
+)
 def test_the_order_of_threads_does_not_matter(
-    library: KernelLibrary, seed: int, monkeypatch: pytest.MonkeyPatch
+    library: KernelLibrary, grid: DecodeGrid, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    divide(monkeypatch, GRIDS["eight"])
-    case = LayerCase.make([900, 64], dtype=torch.bfloat16, dim=128, split_roles=True, window=300)
+    divide(monkeypatch, grid)
+    case = LayerCase.make([300, 64], dtype=torch.bfloat16, dim=128, split_roles=True, window=100)
     want, _ = case.run(case.workspace(library))
     # The emulation takes the stream's handle as the seed of its order.
     monkeypatch.setattr("kernels._launch.stream_of", lambda _: 1000 + seed)

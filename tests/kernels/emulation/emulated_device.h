@@ -1,7 +1,8 @@
 // CUDA on the CPU, for tests: the kernels' sources compiled by a host compiler run here as they are.
 //
 // CTAs run one after the other in a random order, or clusters of them. Their threads are fibers that run,
-// in a random order too, from one barrier to the next; a warp's collective operations are such barriers.
+// in a random order too, from one barrier to the next; a warp's collective operations are such barriers,
+// and some warps run ahead to the next barrier of the CTA.
 // What is wrong on a GPU only at times is wrong here more often: shared memory starts as NaN, a
 // copy under way leaves NaN at its destination and is made as late as the program allows, threads
 // that disagree about a barrier end the launch with an error, and so does a write past the end of
@@ -109,7 +110,6 @@ struct Lane {
 
 // A CTA of the cluster that runs.
 struct Cta {
-    dim3 block;
     int left = 0;  // threads that have not ended
     Barrier barrier;
     std::vector<unsigned char> memory;
@@ -214,7 +214,6 @@ inline void prepare(int threads, const std::vector<dim3>& blocks) {
     machine.ctas.resize(blocks.size());
     for (size_t rank = 0; rank < blocks.size(); ++rank) {
         Cta& cta = machine.ctas[rank];
-        cta.block = blocks[rank];
         cta.left = threads;
         cta.barrier = Barrier{threads};
         const size_t bytes = machine.shared_bytes + 128 + kGuardBytes + 128;
@@ -262,6 +261,30 @@ inline void check_end() {
     }
 }
 
+// The threads of a warp that wait for nothing, up to where each waits next; whether there were any.
+inline bool run_warp(int warp, int threads, const std::vector<dim3>& blocks, int& left) {
+    bool progress = false;
+    const int turn = static_cast<int>(machine.random() % kLanes);
+    for (int i = 0; i < kLanes; ++i) {
+        const int index = warp * kLanes + (i + turn) % kLanes;
+        Thread& thread = machine.threads[index];
+        if (thread.done) continue;
+        if (thread.waits_at != nullptr) {
+            if (thread.waits_at->generation < thread.waits_for) continue;
+            thread.waits_at = nullptr;
+        }
+        progress = true;
+        machine.current = index;
+        const auto rank = static_cast<size_t>(index / threads);
+        threadIdx = dim3(static_cast<unsigned>(index % threads));
+        blockIdx = blocks[rank];
+        resume(thread);
+        left -= thread.done;
+        machine.ctas[rank].left -= thread.done;
+    }
+    return progress;
+}
+
 // A cluster, or a single CTA.
 inline void run_ctas(int threads, const std::vector<dim3>& blocks) {
     prepare(threads, blocks);
@@ -272,23 +295,11 @@ inline void run_ctas(int threads, const std::vector<dim3>& blocks) {
         bool progress = false;
         std::shuffle(order.begin(), order.end(), machine.random);
         for (int warp : order) {
-            const int turn = static_cast<int>(machine.random() % kLanes);
-            for (int i = 0; i < kLanes; ++i) {
-                const int index = warp * kLanes + (i + turn) % kLanes;
-                Thread& thread = machine.threads[index];
-                if (thread.done) continue;
-                if (thread.waits_at != nullptr) {
-                    if (thread.waits_at->generation < thread.waits_for) continue;
-                    thread.waits_at = nullptr;
-                }
+            // Some run ahead, to where they need the others.
+            const bool hurries = machine.random() % 4 == 0;
+            while (run_warp(warp, threads, blocks, left)) {
                 progress = true;
-                machine.current = index;
-                Cta& cta = machine.ctas[static_cast<size_t>(index / threads)];
-                threadIdx = dim3(static_cast<unsigned>(index % threads));
-                blockIdx = cta.block;
-                resume(thread);
-                left -= thread.done;
-                cta.left -= thread.done;
+                if (!hurries || !machine.error.empty()) break;
             }
         }
         if (!machine.deferred.empty() && (!progress || machine.random() % 8 == 0)) {
