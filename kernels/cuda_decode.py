@@ -152,7 +152,8 @@ def attend_listed(
             args.kv_rows[index] = pool.k_cache.shape[1]
             args.tables[index] = Table.of(pool.tables_RB)
             args.block_tokens = pool.k_cache.shape[2]
-    grid = DecodeGrid.of(plan, args.rows, tiles.count, args.block_tokens)
+    has_lists = listed_from is not None
+    grid = DecodeGrid.of(plan, args.rows, tiles.count, args.block_tokens, has_lists=has_lists)
     for name, number in asdict(grid).items():
         setattr(args, name, number)
     if listed_from is not None and full is not None:

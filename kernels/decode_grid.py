@@ -37,15 +37,18 @@ class DecodeGrid:
     placement: int = SPREAD
 
     @classmethod
-    def of(cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int) -> DecodeGrid:
+    def of(
+        cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int, *, has_lists: bool = True
+    ) -> DecodeGrid:
         """For `rows` of `tiles` each, on the device of the plan."""
         few = rows <= FEW_ROWS and rows * tiles <= FEW_ITEMS
         cluster = plan.cluster if few else 0
         if cluster == 0:
-            held = plan.ctas // (2 if rows >= SEVERAL_ROWS else 3)
+            held = plan.ctas // (2 if rows >= SEVERAL_ROWS else 3) if has_lists else 0
             return cls(plan.ctas, 0, held, LEAST_BLOCKS, LEAST_LISTED)
         clusters = plan.clusters_of_16 if cluster == 16 else plan.clusters_of_8
+        held = clusters // 3 if has_lists else 0
         window, listed = (
             max(1, cluster * tokens // block_tokens) for tokens in (WINDOW_TOKENS, LISTED_TOKENS)
         )
-        return cls(cluster * clusters, cluster, clusters // 3, window, listed)
+        return cls(cluster * clusters, cluster, held, window, listed)

@@ -57,7 +57,7 @@ def test_every_grid(
     case = LayerCase.make(lens, "production", device="cuda", **shape)  # type: ignore[arg-type]
     assert case.tiles.count * len(lens) <= FEW_ITEMS
     for grid in grids_of(case, library).values():
-        monkeypatch.setattr(DecodeGrid, "of", lambda *_, grid=grid: grid)
+        monkeypatch.setattr(DecodeGrid, "of", lambda *_, grid=grid, **__: grid)
         check_layer(case, library)
         workspace = case.workspace(library)
         first_RHD, _ = case.run(workspace)

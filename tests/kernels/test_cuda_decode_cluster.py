@@ -6,8 +6,6 @@ here launches are divided otherwise, down to one block a piece.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -37,7 +35,7 @@ def library(emulated_kernels: KernelLibrary) -> KernelLibrary:
 
 def divide(monkeypatch: pytest.MonkeyPatch, grid: DecodeGrid) -> None:
     """Launches are divided like this from here on."""
-    monkeypatch.setattr(DecodeGrid, "of", lambda *_: grid)
+    monkeypatch.setattr(DecodeGrid, "of", lambda *_, **__: grid)
 
 
 @needs_compiler
@@ -123,6 +121,7 @@ PLAN = DecodePlan(
 
 def test_few_rows_have_clusters() -> None:
     assert DecodeGrid.of(PLAN, 1, 8, 64) == DecodeGrid(384, 16, 8, 144, 64)
+    assert DecodeGrid.of(PLAN, 1, 8, 64, has_lists=False).held_back == 0
     small = DecodePlan(ctas=60, clusters_of_8=7)
     assert DecodeGrid.of(small, 3, 8, 128) == DecodeGrid(56, 8, 2, 36, 16)
 
@@ -131,4 +130,5 @@ def test_many_rows_and_many_tiles_have_none() -> None:
     assert DecodeGrid.of(PLAN, 4, 8, 64) == DecodeGrid(396, 0, 198, 5, 2)
     assert DecodeGrid.of(PLAN, 3, 22, 64) == DecodeGrid(396, 0, 132, 5, 2)
     without = DecodePlan(ctas=396)
-    assert replace(DecodeGrid.of(without, 1, 8, 64), held_back=0) == DecodeGrid(396, 0, 0, 5, 2)
+    assert DecodeGrid.of(without, 1, 8, 64) == DecodeGrid(396, 0, 132, 5, 2)
+    assert DecodeGrid.of(without, 1, 8, 64, has_lists=False) == DecodeGrid(396, 0, 0, 5, 2)
