@@ -106,12 +106,19 @@ def anatomy(libraries: Libraries, rows: int, context: int) -> dict[str, Any]:
 
 
 def selection_parts(stack: Stack, libraries: dict[str, Path]) -> Figures:
-    """The selection of a single row up to each of its parts, and the layer with it."""
-    found: Figures = {}
-    for name, path in libraries.items():
-        use(stack, KernelLibrary(path))
-        calls = {"select": Stack.select, "whole": Stack.whole}
-        found[name] = {what: stack.microseconds(call) for what, call in calls.items()}
+    """The selection of a single row up to each of its parts, and the layer with it; with keys of 8
+    bits beside."""
+    in_int8, found = stack.with_int8_keys(), dict[str, dict[str, float]]()
+    loaded = {name: KernelLibrary(path) for name, path in libraries.items()}
+    loaded["whole, by shares"] = Adjusted(libraries["whole"], Change(select={"cluster": 0}))
+    for name, library in loaded.items():
+        use(stack, library)
+        found[name] = {
+            "select": stack.microseconds(Stack.select),
+            "whole": stack.microseconds(Stack.whole),
+            "select, int8": in_int8.microseconds(Stack.select),
+            "whole, int8": in_int8.microseconds(Stack.whole),
+        }
     return found
 
 

@@ -56,13 +56,20 @@ struct KeyRing {
         const uint32_t block_tokens = static_cast<uint32_t>(args.block_tokens);
         const uint32_t token = static_cast<uint32_t>(first);
         const int lane = threadIdx.x % 16, left = valid * kTokenBytes - lane * 16;
-        const char* keys = static_cast<const char*>(args.index_cache) +
-                           (token * kTokenBytes + static_cast<uint32_t>(lane) * 16) +
+        const char* cache = static_cast<const char*>(args.index_cache);
+        const char* keys = cache + (token * kTokenBytes + static_cast<uint32_t>(lane) * 16) +
                            static_cast<uint64_t>(page) * (block_tokens * kTokenBytes);
         to += lane * 16;
+        if (token + kTokens <= block_tokens) {
 #pragma unroll
-        for (int at = 0; at < kKeyBytes; at += 256) {
-            copy_async_16(to + at, keys + at, at < left ? 16 : 0);
+            for (int at = 0; at < kKeyBytes; at += 256) {
+                copy_async_16(to + at, keys + at, at < left ? 16 : 0);
+            }
+        } else {  // the page ends first: nothing behind it is named, though nothing is read there
+#pragma unroll 1
+            for (int at = 0; at < kKeyBytes; at += 256) {
+                copy_async_16(to + at, at < left ? keys + at : cache, at < left ? 16 : 0);
+            }
         }
         if (Keys::kScaled && lane * 16 < kScaleBytes && lane * 8 < valid) {
             const char* scales = reinterpret_cast<const char*>(args.index_scales) +
