@@ -161,9 +161,10 @@ class DecodePlan(ctypes.Structure):
         ("clusters_of_16", c_int64),
     ]
 
-    def cluster(self, items: int) -> int:
-        """CTAs of a cluster, if there is one for each of so many items; else 0."""
-        return 16 if items <= self.clusters_of_16 else 8 if items <= self.clusters_of_8 else 0
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster for few rows; 0 where the device has no clusters."""
+        return 16 if self.clusters_of_16 else 8 if self.clusters_of_8 else 0
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -42,7 +42,7 @@ class DecodeGrid:
     ) -> DecodeGrid:
         """For `rows` of `tiles` each, on the device of the plan."""
         few = rows <= FEW_ROWS and rows * tiles <= FEW_ITEMS
-        cluster = plan.cluster(rows * tiles) if few else 0
+        cluster = plan.cluster if few else 0
         if cluster == 0:
             held = plan.ctas // (2 if rows >= SEVERAL_ROWS else 3) if has_lists else 0
             return cls(plan.ctas, 0, held, LEAST_BLOCKS, LEAST_LISTED)

@@ -122,16 +122,13 @@ PLAN = DecodePlan(
 def test_few_rows_have_clusters() -> None:
     assert DecodeGrid.of(PLAN, 1, 8, 64) == DecodeGrid(384, 16, 8, 144, 64)
     assert DecodeGrid.of(PLAN, 1, 8, 64, has_lists=False).held_back == 0
-    assert DecodeGrid.of(PLAN, 3, 16, 128) == DecodeGrid(392, 8, 16, 36, 16)
     small = DecodePlan(ctas=60, clusters_of_8=7)
-    assert DecodeGrid.of(small, 1, 7, 64) == DecodeGrid(56, 8, 2, 72, 32)
+    assert DecodeGrid.of(small, 3, 8, 128) == DecodeGrid(56, 8, 2, 36, 16)
 
 
 def test_many_rows_and_many_tiles_have_none() -> None:
     assert DecodeGrid.of(PLAN, 4, 8, 64) == DecodeGrid(396, 0, 198, 5, 2)
     assert DecodeGrid.of(PLAN, 3, 22, 64) == DecodeGrid(396, 0, 132, 5, 2)
-    small = DecodePlan(ctas=60, clusters_of_8=7)
-    assert DecodeGrid.of(small, 1, 8, 64).cluster == 0
     without = DecodePlan(ctas=396)
     assert DecodeGrid.of(without, 1, 8, 64) == DecodeGrid(396, 0, 132, 5, 2)
     assert DecodeGrid.of(without, 1, 8, 64, has_lists=False) == DecodeGrid(396, 0, 0, 5, 2)

@@ -550,7 +550,7 @@ inline uint32_t bytes_up_to(uint32_t four, uint32_t bound) {
 // Few at once, so that small layers have clusters of both sizes and larger ones none.
 template <typename Args>
 int clusters_at_once(void (*)(Args), int, int, int cluster) {
-    return cluster == 16 ? 2 : 8;
+    return cluster == 16 ? 2 : 4;
 }
 
 // Runs a kernel to its end. `stream` is the seed of the order of CTAs and threads.
