@@ -40,7 +40,7 @@ def grids(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
             found[f"clusters of {cluster}, {blocks} blocks of a list a CTA"] = replace(
                 usual, least_listed=blocks * cluster
             )
-    for cluster in (1, 2, 4):
+    for cluster in (2, 4):
         count = plan.ctas // cluster
         found[f"clusters of {cluster}"] = DecodeGrid(
             cluster * count, cluster, count // 3, max(5, 4 * cluster), max(2, 2 * cluster)

@@ -15,10 +15,12 @@ from benchmarks.bounded_process import run_bounded
 SHOWN_LINES = 12
 FOUND = 86  # exit status where a checker found something; pytest has none above 5
 # memcheck looks at the project's kernels, by their namespace: others would take most of the time.
-# racecheck (of CUDA 13.0) dies of any such choice.
+# racecheck (of CUDA 13.0) dies of any such choice. It must be told how many mbarriers a CTA has:
+# what it counts by itself leaves some out, and what these order looks like a race.
+BARRIERS = 64
 CHECKERS = {
     "memcheck": ("--kernel-name", "kns=rtpurbo", "--error-exitcode", str(FOUND)),
-    "racecheck": ("--error-exitcode", str(FOUND)),
+    "racecheck": ("--num-cuda-barriers", str(BARRIERS), "--error-exitcode", str(FOUND)),
 }
 REPORTED = re.compile(r"^=========.* at (?:void )?(\S.*?)\+0x[0-9a-f]+", re.MULTILINE)
 LOGGED_BYTES = 2**20  # of a step, its end

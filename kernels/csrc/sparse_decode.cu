@@ -161,10 +161,10 @@ extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, int64_t 
 
 extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
     const DecodeKernels kernels = find_kernels(args->data_type, args->head_dim, args->tile_heads);
-    const bool in_clusters = args->cluster != 0;
+    const bool in_clusters = args->cluster != 0;  // one CTA is none: launched as such, it could not wait
     const int64_t most = in_clusters ? kFewItems : kMaxItems;
     if (kernels.alone == nullptr || args->rows * args->group_count > most ||
-        args->block_tokens % kStripTokens != 0 || args->cluster > kMaxRanks) {
+        args->block_tokens % kStripTokens != 0 || args->cluster == 1 || args->cluster > kMaxRanks) {
         return cudaErrorInvalidValue;
     }
     DecodeArgs given = *args;

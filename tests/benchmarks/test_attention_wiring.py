@@ -82,7 +82,8 @@ def test_the_anatomy_has_every_variant_and_setting(
     assert record["kv_bytes"] == rows * context * KV_HEADS * DIM * 4
     every = {"all": TIME, "local": TIME, "retrieval": TIME}
     assert record["parts"] == dict.fromkeys(VARIANTS, every)
-    assert record["selection"] == {name: {"select": TIME, "whole": TIME} for name in SELECTIONS}
+    keys = ("select", "whole", "select, int8", "whole, int8")
+    assert record["selection"] == {name: dict.fromkeys(keys, TIME) for name in SELECTIONS}
     both = {"whole": TIME, "select": TIME, "attention": TIME}
     assert record["settings"]["as planned"] == both
     assert len(record["settings"]) > len(VARIANTS)

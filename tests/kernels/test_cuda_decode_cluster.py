@@ -23,7 +23,6 @@ GRIDS = {
     "eight": DecodeGrid(40, 8, 2, 1, 1),
     "four": DecodeGrid(24, 4, 0, 1, 3),
     "two": DecodeGrid(14, 2, 3, 2, 1),
-    "single-ctas": DecodeGrid(5, 1, 1, 1, 1),
 }
 EACH_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
@@ -81,8 +80,8 @@ def test_pieces_longer_than_a_warps_lanes(
     library: KernelLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lane looks a strip up for its warp: 32 of them, then the next 32."""
-    divide(monkeypatch, DecodeGrid(2, 1, 0, 2**20, 2**20))
-    case = LayerCase.make([16 * 300 + 3], "one-head", dtype=torch.bfloat16, block=16, indexed=False)
+    divide(monkeypatch, DecodeGrid(2, 2, 0, 2**20, 2**20))
+    case = LayerCase.make([16 * 600 + 3], "one-head", dtype=torch.bfloat16, block=16, indexed=False)
     check_layer(case, library)
 
 
@@ -132,3 +131,14 @@ def test_many_rows_and_many_tiles_have_none() -> None:
     without = DecodePlan(ctas=396)
     assert DecodeGrid.of(without, 1, 8, 64) == DecodeGrid(396, 0, 132, 5, 2)
     assert DecodeGrid.of(without, 1, 8, 64, has_lists=False) == DecodeGrid(396, 0, 0, 5, 2)
+
+
+@needs_compiler
+def test_a_cluster_has_at_least_two_ctas(
+    library: KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is launched as none, and instructions for clusters are illegal there."""
+    divide(monkeypatch, DecodeGrid(5, 1, 1, 1, 1))
+    case = LayerCase.make([300], dtype=torch.bfloat16, dim=128)
+    with pytest.raises(KernelError, match="CUDA error 1"):
+        case.run(case.workspace(library))
