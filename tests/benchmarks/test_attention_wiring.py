@@ -83,13 +83,14 @@ def test_the_anatomy_has_every_variant_and_setting(
     every = {"all": TIME, "local": TIME, "retrieval": TIME}
     assert record["parts"] == dict.fromkeys(VARIANTS, every)
     keys = ("select", "whole", "select, int8", "whole, int8")
-    assert record["selection"] == {name: dict.fromkeys(keys, TIME) for name in SELECTIONS}
+    selections = [*SELECTIONS, "whole, by shares"]
+    assert record["selection"] == {name: dict.fromkeys(keys, TIME) for name in selections}
     both = {"whole": TIME, "select": TIME, "attention": TIME}
     assert record["settings"]["as planned"] == both
     assert len(record["settings"]) > len(VARIANTS)
     assert [table.row_count for table in decode_anatomy.tables(record)] == [
         len(VARIANTS),
-        len(SELECTIONS),
+        len(selections),
         len(record["settings"]),
         3,
     ]
