@@ -103,6 +103,7 @@ def _score_line(axes: Any, name: str, lengths: Sequence[float], points: Sequence
 
 def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
+    axes.set_xlim(min(lengths) / 1.5, max(lengths) * 1.5)  # also of a single length
     axes.set_xticks(list(lengths), list(map(str, lengths)))
     axes.minorticks_off()
 
