@@ -157,13 +157,14 @@ def grid_times(stack: Stack, local: Stack, retrieval: Stack, path: Path) -> Figu
     """The layer, and heads of either role alone, with attention's launches divided otherwise."""
     found: Figures = {}
     plan, rows = stack.spaces[0].plan(stack.tiles), len(stack.layers[0].lens_R)
-    for name, grid in grids(plan, rows, stack.tiles.count).items():
+    divisions = grids(plan, rows, stack.tiles.count)
+    for name, grid in divisions.items():
         use(stack, Adjusted(path, Change(asdict(grid))))
         found[name] = {"whole": stack.microseconds(Stack.whole)}
         found[name]["attention"] = stack.microseconds(Stack.attention)
         found[name]["local"] = local.microseconds(Stack.attention)
     retrieval.each(Stack.select)  # lists are numbered by tile
-    for name, grid in grids(plan, rows, stack.tiles.count).items():
+    for name, grid in divisions.items():
         use(stack, Adjusted(path, Change(asdict(grid))))
         found[name]["lists"] = retrieval.microseconds(Stack.attention)
     return found

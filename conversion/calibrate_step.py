@@ -61,7 +61,10 @@ class CalibrateStep:
 
     def run(self) -> dict[str, Any]:
         """The content of heads.json; raises ConversionError if the text is too short."""
-        options = self._options
+        options, shape = self._options, self._decoder.config
+        given = None  # read first: what is wrong with it should not cost the scores
+        if options.heads is not None:
+            given = read_heads(options.heads, shape.num_layers, shape.num_heads)
         by_length = self._scores()
         spread = ScoreSpread.of([score for scores in by_length.values() for score in scores])
         chosen = choose_heads(spread.mean, options.rule(), self._decoder.config.group_size)
@@ -69,9 +72,8 @@ class CalibrateStep:
         rule = options.rule().describe()
         if check is not None:
             chosen = heads_of(check[0].kept, len(spread.mean))
-        if options.heads is not None:
-            chosen = read_heads(options.heads, len(chosen), self._decoder.config.num_heads)
-            rule = {"heads": str(options.heads)}
+        if given is not None:
+            chosen, rule = given, {"heads": str(options.heads)}
         self._console.print(head_table(spread, chosen))
         content: dict[str, Any] = {
             "retrieval_heads": chosen,

@@ -22,10 +22,10 @@ from torch.nn.functional import pad
 HIDDEN = -1e30  # stands for -inf where a product with probability 0, or a gradient, must be 0
 
 
-def block_log_mass(log_RT: Tensor, block_tokens: int) -> Tensor:
-    """Logsumexp per block of keys, float32 [R, B]; -inf entries count nothing."""
-    padded = pad(log_RT.float(), (0, -log_RT.shape[1] % block_tokens), value=float("-inf"))
-    return padded.view(len(log_RT), -1, block_tokens).logsumexp(-1)
+def block_log_mass(log_T: Tensor, block_tokens: int) -> Tensor:
+    """Logsumexp per block of keys, float32 [..., T] to [..., B]; -inf entries count nothing."""
+    padded = pad(log_T.float(), (0, -log_T.shape[-1] % block_tokens), value=float("-inf"))
+    return padded.view(*padded.shape[:-1], -1, block_tokens).logsumexp(-1)
 
 
 def token_kl(log_attention_RT: Tensor, scores_RT: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from conversion.index_loss import block_log_mass
 from conversion.student_layers import StudentLayers
 from kernels.block_age import age_bias
 from kernels.indexer import project_index, select_blocks
@@ -152,7 +153,7 @@ class StudentAttention:
         past_RW = torch.arange(width, device=k_ZHLI.device) <= positions_R[:, None]
         scores_ZHRW = pad(q_ZHRI @ k_ZHLI.transpose(2, 3), (0, width - length))
         scores_ZHRW = scores_ZHRW.masked_fill_(~past_RW, float("-inf"))
-        mass_ZHRB = scores_ZHRW.view(*scores_ZHRW.shape[:3], -1, block).logsumexp(-1)
+        mass_ZHRB = block_log_mass(scores_ZHRW, block)
         indexer = self.layers.indexers[layer]
         if indexer is not None and indexer.age_bias_HA is not None:
             bias_RHB = age_bias(indexer.age_bias_HA, positions_R + 1, width // block, block)

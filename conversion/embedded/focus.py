@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from conversion.index_loss import HIDDEN, block_log_mass
 from kernels.block_age import AGE_RANGES, row_ranges
 
 INDEX_DIM, BLOCK_TOKENS = 16, 64
@@ -115,8 +116,7 @@ def _rows(x_ZLHD: Tensor, rows_ZR: Tensor) -> Tensor:
 
 
 def _log_mass(scores_ZHRL: Tensor, rows_ZR: Tensor) -> Tensor:
-    """Logsumexp per block over keys up to each row's own; large and negative for later blocks."""
+    """Logsumexp per block over keys up to each row's own; HIDDEN for later blocks."""
     keys_L = torch.arange(scores_ZHRL.shape[-1], device=scores_ZHRL.device)
     later_ZRL = keys_L > rows_ZR[:, :, None]
-    seen_ZHRL = scores_ZHRL.masked_fill(later_ZRL[:, None], -1e4)  # finite: gradients stay so
-    return seen_ZHRL.view(*seen_ZHRL.shape[:-1], -1, BLOCK_TOKENS).logsumexp(-1)
+    return block_log_mass(scores_ZHRL.masked_fill(later_ZRL[:, None], HIDDEN), BLOCK_TOKENS)
