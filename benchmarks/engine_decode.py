@@ -155,7 +155,7 @@ def measure(
 def _speed(step_ms: float, streams: int) -> dict[str, Any]:
     return {
         "step_ms": round(step_ms, 4),
-        "tokens_per_second": round(streams / step_ms * 1e3, 1),
+        "tokens_per_second": round(streams / step_ms * 1e3, 4),
     }
 
 
