@@ -1,7 +1,9 @@
-// What the kernels need from CUDA beyond C++: PTX instructions by name, and one way to launch.
+// What the kernels need from CUDA beyond C++: PTX instructions by name.
 //
-// Built by nvcc for a GPU. A host compiler takes `emulated_device.h` in its place (tests run every
-// kernel on the CPU that way), so nothing else in this folder may hold PTX or the <<<>>> syntax.
+// Built by nvcc for a GPU. A host compiler takes `emulated_device.h` in its place: tests run every
+// kernel on the CPU that way. The other headers with PTX or the launch of kernels in them are emulated
+// likewise (matrices.cuh, clusters.cuh, hopper.cuh, launch.cuh), and nothing else in this folder may
+// hold either.
 #pragma once
 
 #include <cstdint>
@@ -38,50 +40,6 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "m
 template <int kPending>
 DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Four 8x8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8. Lane l receives of
-// each the two values at row l / 4, columns 2 (l % 4) and up.
-DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// The same of the transposed matrices: rows 2 (l % 4) and up, column l / 4.
-DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// An 8x8 matrix as above, transposed.
-DEVICE uint32_t transpose_matrix(uint32_t own) {
-    uint32_t out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(own));
-    return out;
-}
-
-// c[16 x 8] += a[16 x 16] b[16 x 8], bfloat16 in, float32 out.
-DEVICE void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// c[16 x 8] += a[16 x 32] b[32 x 8], integers of 8 bits in, of 32 out.
-DEVICE void multiply_add_16x8x32(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                 uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Two floats as bfloat16, nearest even; `low` in the lower half.
@@ -187,64 +145,6 @@ DEVICE void wait_for_previous_kernel() {
 DEVICE uint32_t bytes_up_to(uint32_t four, uint32_t bound) {
     // A one in each such byte; the product moves them side by side, to the top.
     return (__vcmpleu4(four, bound * 0x01010101u) & 0x01010101u) * 0x10204080u >> 28;
-}
-
-// How to launch in clusters of so many CTAs, 1 for none; `overlap`: may start early; `policy` says how
-// the CTAs of a cluster are laid on multiprocessors, a cudaClusterSchedulingPolicy.
-struct LaunchAttributes {
-    cudaLaunchAttribute values[3] = {};
-    unsigned count = 0;
-
-    LaunchAttributes(bool overlap, int cluster, int policy) {
-        if (overlap) {
-            values[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            values[count++].val.programmaticStreamSerializationAllowed = 1;
-        }
-        if (cluster > 1) {
-            values[count].id = cudaLaunchAttributeClusterDimension;
-            values[count].val.clusterDim.x = static_cast<unsigned>(cluster);
-            values[count].val.clusterDim.y = 1;
-            values[count++].val.clusterDim.z = 1;
-        }
-        if (cluster > 1 && policy != cudaClusterSchedulingPolicyDefault) {
-            values[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-            values[count++].val.clusterSchedulingPolicyPreference =
-                static_cast<cudaClusterSchedulingPolicy>(policy);
-        }
-    }
-};
-
-// All kernels take one struct by value. Returns a cudaError_t.
-template <typename Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, void* stream, Args args,
-           bool overlap = false, int cluster = 1, int policy = 0) {
-    void* parameters[] = {&args};
-    LaunchAttributes attributes(overlap, cluster, policy);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes.values;
-    config.numAttrs = attributes.count;
-    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
-}
-
-// Clusters of so many CTAs that run at the same time; 0 where the device cannot have any.
-template <typename Args>
-int clusters_at_once(void (*kernel)(Args), int threads, int shared_bytes, int cluster) {
-    LaunchAttributes attributes(false, cluster, 0);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(cluster));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.attrs = attributes.values;
-    config.numAttrs = attributes.count;
-    int found = 0;
-    const void* function = reinterpret_cast<const void*>(kernel);
-    if (cudaOccupancyMaxActiveClusters(&found, function, &config) == cudaSuccess) return found;
-    cudaGetLastError();  // has been answered
-    return 0;
 }
 
 }  // namespace rtpurbo

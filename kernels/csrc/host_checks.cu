@@ -2,6 +2,7 @@
 // the names of CUDA's errors.
 
 #include "args.h"
+#include "device.cuh"
 #include "partition.cuh"
 #include "selection.cuh"
 

@@ -18,6 +18,7 @@
 #include "index_cluster.h"
 #include "index_keys.cuh"
 #include "index_ring.cuh"
+#include "launch.cuh"
 #include "partition.cuh"
 #include "selection.cuh"
 
@@ -246,21 +247,7 @@ int plan_index_cluster(const SelectArgs& args, SelectPlan& plan) {
     }
     const int bytes = shared_bytes(kMaxBlocks, 8);
     if (kernel == nullptr || major < 9 || bytes > most_bytes) return cudaSuccess;
-    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         bytes)) {
-        return error;
-    }
-    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared)) {
-        return error;
-    }
-    plan.clusters_of_8 = clusters_at_once(kernel, kSelectThreads, bytes, 8);
-    if (int error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
-        return error;
-    }
-    plan.clusters_of_16 = clusters_at_once(kernel, kSelectThreads, bytes, 16);
-    return cudaSuccess;
+    return plan_clusters(kernel, kSelectThreads, bytes, plan);
 }
 
 }  // namespace rtpurbo

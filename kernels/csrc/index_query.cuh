@@ -14,6 +14,7 @@
 #include "args.h"
 #include "cta.cuh"
 #include "device.cuh"
+#include "matrices.cuh"
 
 namespace rtpurbo {
 

@@ -17,6 +17,7 @@
 #include "index_cluster.h"
 #include "index_keys.cuh"
 #include "index_score.cuh"
+#include "launch.cuh"
 #include "partition.cuh"
 #include "selection.cuh"
 

@@ -6,6 +6,7 @@
 #include "cta.cuh"
 #include "device.cuh"
 #include "elements.cuh"
+#include "launch.cuh"
 #include "layer_args.h"
 
 namespace rtpurbo {

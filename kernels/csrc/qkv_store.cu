@@ -13,6 +13,7 @@
 #include "cta.cuh"
 #include "device.cuh"
 #include "elements.cuh"
+#include "launch.cuh"
 #include "layer_args.h"
 
 namespace rtpurbo {

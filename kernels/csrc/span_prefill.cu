@@ -23,6 +23,7 @@
 
 #include "device.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "span_args.h"
 #include "span_load.cuh"
 #include "span_rows.cuh"

@@ -21,6 +21,7 @@
 #include "decode_layout.cuh"
 #include "decode_shares.cuh"
 #include "device.cuh"
+#include "launch.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {
@@ -96,29 +97,6 @@ DecodeKernels find_kernels(int64_t data_type, int64_t head_dim, int64_t heads) {
     return {};
 }
 
-// All of a multiprocessor's memory that can be: a busy one does not divide it anew.
-int allow_shared(Kernel kernel, int64_t bytes) {
-    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(bytes))) {
-        return error;
-    }
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                cudaSharedmemCarveoutMaxShared);
-}
-
-int plan_clusters(Kernel kernel, DecodePlan& plan) {
-    const int threads = static_cast<int>(plan.warps * 32);
-    const int bytes = static_cast<int>(plan.shared_bytes);
-    if (int error = allow_shared(kernel, bytes)) return error;
-    plan.clusters_of_8 = clusters_at_once(kernel, threads, bytes, 8);
-    if (int error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
-        return error;
-    }
-    plan.clusters_of_16 = clusters_at_once(kernel, threads, bytes, 16);
-    return cudaSuccess;
-}
-
 }  // namespace
 }  // namespace rtpurbo
 
@@ -148,15 +126,17 @@ extern "C" int rtpurbo_decode_plan(int64_t data_type, int64_t head_dim, int64_t 
     if (warps < 1) return cudaErrorInvalidConfiguration;
     plan->warps = warps < kMaxWarps ? warps : kMaxWarps;
     plan->shared_bytes = kernels.fixed_bytes + plan->warps * kernels.warp_bytes;
-    if (int error = allow_shared(kernels.alone, plan->shared_bytes)) return error;
+    const int threads = static_cast<int>(plan->warps * 32);
+    const int shared_bytes = static_cast<int>(plan->shared_bytes);
+    if (int error = allow_shared(kernels.alone, shared_bytes)) return error;
     if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &resident, kernels.alone, static_cast<int>(plan->warps * 32),
-            static_cast<size_t>(plan->shared_bytes))) {
+            &resident, kernels.alone, threads, static_cast<size_t>(shared_bytes))) {
         return error;
     }
     plan->ctas = static_cast<int64_t>(multiprocessors) * resident;
     plan->clusters_of_8 = plan->clusters_of_16 = 0;
-    return major < 9 ? cudaSuccess : plan_clusters(kernels.clusters, *plan);
+    if (major < 9) return cudaSuccess;
+    return plan_clusters(kernels.clusters, threads, shared_bytes, *plan);
 }
 
 extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {

@@ -5,6 +5,7 @@
 #include "cta.cuh"
 #include "device.cuh"
 #include "elements.cuh"
+#include "launch.cuh"
 #include "step_args.h"
 
 namespace rtpurbo {

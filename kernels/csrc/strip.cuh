@@ -11,6 +11,7 @@
 #include "args.h"
 #include "cta.cuh"
 #include "device.cuh"
+#include "matrices.cuh"
 
 namespace rtpurbo {
 

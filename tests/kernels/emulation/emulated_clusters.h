@@ -1,10 +1,10 @@
-// The functions of clusters.cuh on the CPU; see emulated_device.h.
+// The functions of clusters.cuh on the CPU; see machine.h.
 //
 // What is delivered arrives some time later. A write to a CTA that may not have started, or has ended,
 // ends the launch with an error.
 #pragma once
 
-#include "emulated_device.h"
+#include "machine.h"
 
 namespace rtpurbo {
 

@@ -1,4 +1,4 @@
-// The functions of hopper.cuh on the CPU; see emulated_device.h.
+// The functions of hopper.cuh on the CPU; see machine.h.
 //
 // TMA loads leave NaN at their destination and come some time later. Products are computed at random
 // either when they are issued, or when they are waited for and scores are NaN until then. Registers of
@@ -8,7 +8,10 @@
 
 #include <array>
 
+#include "emulated_collectives.h"
+#include "emulated_cuda.h"
 #include "emulated_device.h"
+#include "machine.h"
 
 #define RTPURBO_HAS_HOPPER
 
