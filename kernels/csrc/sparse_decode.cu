@@ -23,6 +23,8 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "strip.cuh"
+#include "strip_bfloat16.cuh"
+#include "strip_float32.cuh"
 
 namespace rtpurbo {
 namespace {
