@@ -1,6 +1,8 @@
 // The top-p choice of blocks of one row and head from their log masses, by a CTA.
 #pragma once
 
+#include <cfloat>
+
 #include "args.h"
 #include "block_list.cuh"
 #include "cta.cuh"

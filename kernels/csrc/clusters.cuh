@@ -4,6 +4,12 @@
 
 #include "device.cuh"
 
+namespace rtpurbo {
+
+constexpr int kMaxRanks = 16;  // CTAs of a cluster
+
+}  // namespace rtpurbo
+
 #ifdef __CUDACC__
 
 namespace rtpurbo {

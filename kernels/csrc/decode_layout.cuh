@@ -2,12 +2,12 @@
 #pragma once
 
 #include "args.h"
+#include "clusters.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {
 
 constexpr int kMaxWarps = 4;
-constexpr int kMaxRanks = 16;    // CTAs of a cluster
 constexpr int kMergedRows = 32;  // of partial results that a warp has on their way
 
 constexpr int kListedAlone = 8;  // blocks, for each CTA that takes items with lists only
