@@ -7,7 +7,8 @@ selected. Attention of all heads, of local heads alone, and of retrieval heads a
 made before) by `benchmarks.kernel_cuts`: from a grid that returns at once to the whole kernel, so
 that the difference of two lines is what the later one adds to the chain; what overlaps adds
 nothing. Beside them an empty kernel, a copy that moves as many bytes, the selection, and both
-kernels with settings and grids that differ from the plan. FILE is written after every shape.
+kernels with settings and grids that differ from the plan. FILE is written after every table, and
+after every grid.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from kernels._launch import KernelLibrary
 SHARE = 0.03
 SHAPES = "1x32768,1x131072,8x32768"
 Figures = dict[str, dict[str, float]]
+Keep = Callable[[dict[str, Any]], None]  # takes some of a shape's figures as soon as they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Adjusted(KernelLibrary):
         super().launch_select(which, args, like)
 
 
-def anatomy(libraries: Libraries, rows: int, context: int) -> dict[str, Any]:
+def anatomy(libraries: Libraries, rows: int, context: int, keep: Keep) -> None:
     """All figures of one shape."""
     torch.cuda.empty_cache()
     loaded = {name: KernelLibrary(path) for name, path in libraries.attention.items()}
@@ -91,18 +94,23 @@ def anatomy(libraries: Libraries, rows: int, context: int) -> dict[str, Any]:
     needed = partial(blocks_needed, rows=rows, context=context, tiles=stack.tiles.count)
     moved = int(statistics.fmean(map(needed, stack.spaces))) * BLOCK * DIM * 4
     empty = partial(torch.zeros(1, device="cuda").add_, 1)
-    return {
-        "rows": rows,
-        "context": context,
-        "layers_in_a_graph": len(stack.layers),
-        "kv_bytes": moved,
-        "empty_kernel": graph_microseconds([empty] * len(stack.layers)),
-        "copy_of_as_many_bytes": _copy(moved, len(stack.layers)),
-        "parts": parts,
-        "selection": selection_parts(stack, libraries.selection) if rows == 1 else {},
-        "settings": settings(stack, libraries.attention["whole"]),
-        "grids": grid_times(stack, local, retrieval, libraries.attention["whole"]),
-    }
+    keep(
+        {
+            "rows": rows,
+            "context": context,
+            "layers_in_a_graph": len(stack.layers),
+            "kv_bytes": moved,
+            "empty_kernel": graph_microseconds([empty] * len(stack.layers)),
+            "copy_of_as_many_bytes": _copy(moved, len(stack.layers)),
+            "parts": parts,
+        }
+    )
+    keep({"selection": selection_parts(stack, libraries.selection) if rows == 1 else {}})
+    keep({"settings": settings(stack, libraries.attention["whole"])})
+    whole, found = libraries.attention["whole"], dict[str, dict[str, float]]()
+    for name, row in grid_times(stack, local, retrieval, whole):
+        found[name] = row
+        keep({"grids": found})
 
 
 def selection_parts(stack: Stack, libraries: dict[str, Path]) -> Figures:
@@ -153,21 +161,26 @@ def settings(stack: Stack, path: Path) -> Figures:
     return found
 
 
-def grid_times(stack: Stack, local: Stack, retrieval: Stack, path: Path) -> Figures:
-    """The layer, and heads of either role alone, with attention's launches divided otherwise."""
-    found: Figures = {}
+def grid_times(
+    stack: Stack, local: Stack, retrieval: Stack, path: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The layer, and heads of either role alone, with attention's launches divided otherwise.
+
+    One after the other, and a failure names its grid: it ends all work on the device.
+    """
     plan, rows = stack.spaces[0].plan(stack.tiles), len(stack.layers[0].lens_R)
-    divisions = grids(plan, rows, stack.tiles.count)
-    for name, grid in divisions.items():
+    for name, grid in grids(plan, rows, stack.tiles.count).items():
         use(stack, Adjusted(path, Change(asdict(grid))))
-        found[name] = {"whole": stack.microseconds(Stack.whole)}
-        found[name]["attention"] = stack.microseconds(Stack.attention)
-        found[name]["local"] = local.microseconds(Stack.attention)
-    retrieval.each(Stack.select)  # lists are numbered by tile
-    for name, grid in divisions.items():
-        use(stack, Adjusted(path, Change(asdict(grid))))
-        found[name]["lists"] = retrieval.microseconds(Stack.attention)
-    return found
+        try:
+            times = {"whole": stack.microseconds(Stack.whole)}
+            times["attention"] = stack.microseconds(Stack.attention)
+            times["local"] = local.microseconds(Stack.attention)
+            retrieval.each(Stack.select)  # lists are numbered by tile
+            times["lists"] = retrieval.microseconds(Stack.attention)
+        except RuntimeError as error:
+            error.add_note(f"grid: {name}, {grid}")
+            raise
+        yield name, times
 
 
 def use(stack: Stack, library: KernelLibrary) -> None:
@@ -209,10 +222,16 @@ def main() -> None:
         libraries = build_variants(Path(folder))
         for shape in given.shapes.split(","):
             rows, context = map(int, shape.split("x"))
-            shapes.append(anatomy(libraries, rows, context))
-            console.print(*tables(shapes[-1]))
-            if given.file is not None:
-                given.file.write_text(json.dumps(result) + "\n")
+            record: dict[str, Any] = {}
+            shapes.append(record)
+
+            def keep(figures: dict[str, Any], record: dict[str, Any] = record) -> None:
+                record.update(figures)
+                if given.file is not None:
+                    given.file.write_text(json.dumps(result) + "\n")
+
+            anatomy(libraries, rows, context, keep)
+            console.print(*tables(record))
     print(json.dumps(result))
 
 

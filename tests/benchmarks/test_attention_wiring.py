@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,15 @@ def test_the_anatomy_has_every_variant_and_setting(
     monkeypatch.setattr(decode_anatomy, "grids", few)
     with without_gpu(monkeypatch, decode_layers, decode_anatomy):
         same = (dict.fromkeys(variants, path) for variants in (VARIANTS, SELECTIONS))
-        record = decode_anatomy.anatomy(Libraries(*same), rows, context)
+        record: dict[str, Any] = {}
+        kept: list[str] = []
+
+        def keep(figures: dict[str, Any]) -> None:
+            record.update(figures)
+            kept.append(", ".join(figures))
+
+        decode_anatomy.anatomy(Libraries(*same), rows, context, keep)
+    assert kept[1:] == ["selection", "settings", "grids", "grids", "grids"], "each as it is there"
     assert record["kv_bytes"] == rows * context * KV_HEADS * DIM * 4
     every = {"all": TIME, "local": TIME, "retrieval": TIME}
     assert record["parts"] == dict.fromkeys(VARIANTS, every)
