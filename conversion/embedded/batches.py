@@ -45,7 +45,8 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         self._rows = range(ranks.rank, rows, ranks.world)
         self.limited = sum(row < round(self._phase.limited * rows) for row in self._rows)
         """Sequences of every item, the first ones, in which heads are limited to their roles."""
-        self._writer = EpisodeWriter(tokenizer, options.answer_weight, self._phase.lists)
+        weight = self._phase.answer_weight or options.answer_weight
+        self._writer = EpisodeWriter(tokenizer, weight, self._phase.lists)
         assert len(train) > self._phase.length + 1, "less text than one sequence"
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Phase:
     # one is then seen both ways. This and the next ask for `limited` 1
     focus: float = 0.0  # weight of the loss that asks retrieval heads for few, findable blocks
     lists: float | None = None  # share of the episodes that are lists; None: as ever
+    answer_weight: float | None = None  # of the tokens of an answer in the loss; None: as ever
 
 
 # One H100 trains 2.0 M tokens/s at 512, 1.7 M at 2K, 0.66 M at 16K and 0.38 M at 32K.
@@ -70,7 +71,7 @@ class PretrainingOptions:
     warmup_steps: int = 100
     weight_decay: float = 0.05  # of matrices
     clip: float = 1.0  # gradient norm
-    answer_weight: float = 5.0  # of the tokens of an answer in the loss
+    answer_weight: float = 5.0  # of the tokens of an answer in the loss; those of code have 1
     seed: int = 0
     device: str = "cuda"
     compile: bool = True
@@ -100,6 +101,8 @@ class PretrainingOptions:
                 )
             if phase.lists is not None and not 0 <= phase.lists <= 1:
                 raise ConversionError(f"lists must be a share from 0 to 1, got {phase.lists}")
+            if phase.answer_weight is not None and phase.answer_weight <= 1:
+                raise ConversionError(f"answer_weight must be above 1, got {phase.answer_weight}")
             if phase.limited and not self.retrieval_heads:
                 raise ConversionError("a phase with limited sequences needs retrieval heads")
         if self.window_tokens < 1:

@@ -180,6 +180,7 @@ def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
         ({"phases": (dataclasses.replace(PHASE, focus=0.1),)}, "must have limited 1"),
         ({"phases": (dataclasses.replace(PHASE, focus=-0.1),)}, "at least 0"),
         ({"phases": (dataclasses.replace(PHASE, lists=1.1),)}, "from 0 to 1, got 1.1"),
+        ({"phases": (dataclasses.replace(PHASE, answer_weight=1.0),)}, "above 1, got 1"),
         (
             {
                 "phases": (

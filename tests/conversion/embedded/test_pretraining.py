@@ -40,6 +40,7 @@ def options() -> PretrainingOptions:
         Phase(length=256, steps=3, episodes=0.5, first_rate=1.0, last_rate=0.5, batch_tokens=1024),
         Phase(length=512, steps=3, episodes=0.5, first_rate=0.5, last_rate=0.0, batch_tokens=1024),
     )
+    phases = (phases[0], dataclasses.replace(phases[1], answer_weight=20.0))
     return PretrainingOptions(
         text=text_folders(),
         phases=phases,
@@ -125,6 +126,7 @@ def test_a_batch_is_a_function_of_its_step(corpus: Corpus, options: PretrainingO
         assert torch.equal(ids, second[3][0])
         assert not torch.equal(ids, first[4][0])
         assert torch.equal(next(first.stream(3, 0, False))[0], ids)
+        assert max(float(first[step][1].max()) for step in range(8)) == (5.0, 20.0)[number]
         for rank in range(2):
             ranks = Ranks(rank, 2)
             part = TrainingBatches(corpus.train, corpus.tokenizer, options, number, ranks)[3][0]
