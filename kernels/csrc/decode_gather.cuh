@@ -10,6 +10,7 @@
 #include "decode_layout.cuh"
 #include "decode_merge.cuh"
 #include "device.cuh"
+#include "numbers.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {

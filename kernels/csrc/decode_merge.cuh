@@ -7,6 +7,7 @@
 #include "decode_item.cuh"
 #include "decode_layout.cuh"
 #include "device.cuh"
+#include "numbers.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {

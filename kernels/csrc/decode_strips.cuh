@@ -6,12 +6,11 @@
 #include "decode_item.cuh"
 #include "decode_layout.cuh"
 #include "device.cuh"
+#include "numbers.cuh"
 #include "partition.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Strips of an item's blocks [begin, end), numbered from 0.
 struct Strips {
@@ -169,7 +168,7 @@ DEVICE void attend(const DecodeArgs& args, const Item& item, const Source& sourc
                               static_cast<int>(args.window),
                               static_cast<int>(args.sinks)};
             strip.step(keys, keys + Layout::kHalfBytes, sight,
-                       static_cast<float>(args.scale) * kLog2E, scratch);
+                       static_cast<float>(args.scale) * kLog2E<float>, scratch);
         }
         __syncwarp();
         copy(turn + kStages, stage);

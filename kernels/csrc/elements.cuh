@@ -1,6 +1,7 @@
 // Elements of bfloat16 and float32 tensors in ones, in pairs and in pieces of 16 bytes.
 #pragma once
 
+#include "args.h"
 #include "device.cuh"
 
 namespace rtpurbo {
@@ -68,5 +69,10 @@ struct Float32Piece {
         values[3] = raw.w;
     }
 };
+
+// Elements of a piece of this data type.
+inline int64_t piece_elements(int64_t data_type) {
+    return data_type == kBfloat16 ? Bfloat16Piece::kElements : Float32Piece::kElements;
+}
 
 }  // namespace rtpurbo

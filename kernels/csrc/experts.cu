@@ -11,6 +11,7 @@
 #include "elements.cuh"
 #include "launch.cuh"
 #include "layer_args.h"
+#include "numbers.cuh"
 
 namespace rtpurbo {
 namespace {
@@ -128,8 +129,8 @@ DEVICE void write_products(const ExpertArgs& args, const Piece* const (&rows)[kR
         if (threadIdx.x % 32 != 0) continue;
         Pair* out = static_cast<Pair*>(args.out) + (list[p] * args.outputs + first) / 2;
         if (kGated) {
-            const float a = sums[0][p] / (1.0f + expf(-sums[0][p])) * sums[2][p];
-            const float b = sums[1][p] / (1.0f + expf(-sums[1][p])) * sums[3][p];
+            const float a = silu(sums[0][p]) * sums[2][p];
+            const float b = silu(sums[1][p]) * sums[3][p];
             out[0] = Pair::of(make_float2(a, b));
         } else {
             out[0] = Pair::of(make_float2(sums[0][p], sums[1][p]));
@@ -189,9 +190,8 @@ __global__ void __launch_bounds__(kThreads)
 template <bool kGated>
 int launch_products(const ExpertArgs& args, void* stream) {
     constexpr int kOutputs = kWarps * (kGated ? kRows / 2 : kRows);
-    const int64_t elements =
-        args.data_type == kBfloat16 ? Bfloat16Piece::kElements : Float32Piece::kElements;
-    if (args.pairs > kMaxPairs || args.size % elements != 0 || args.outputs % kRows != 0) {
+    if (args.pairs > kMaxPairs || args.size % piece_elements(args.data_type) != 0 ||
+        args.outputs % kRows != 0) {
         return cudaErrorInvalidValue;
     }
     const int64_t columns = args.pairs < args.expert_count ? args.pairs : args.expert_count;

@@ -1,4 +1,5 @@
-// How index keys lie in the cache, and how a warp scores them.
+// Types of index keys: how each lies in the cache and is shared out over the lanes of a warp, and how the
+// kernel for it is found.
 #pragma once
 
 #include "args.h"
@@ -7,9 +8,9 @@
 
 namespace rtpurbo {
 
-// How index keys lie in the cache: kLanes lanes share one, each with a piece of kElements, and a
-// lane has kLoadsAtOnce pieces of a block under way, as many as registers hold. Of these a lane has
-// the scores of kScores keys, and kRepeats lanes have the same.
+// kLanes lanes share a key, each with a piece of kElements, and a lane has kLoadsAtOnce pieces of a
+// block under way, as many as registers hold. Of these a lane has the scores of kScores keys, and
+// kRepeats lanes have the same.
 template <int kDim>
 struct Bfloat16Keys {
     using Piece = uint4;

@@ -14,19 +14,19 @@
 #include "args.h"
 #include "cta.cuh"
 #include "device.cuh"
+#include "elements.cuh"
 #include "matrices.cuh"
+#include "numbers.cuh"
 
 namespace rtpurbo {
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Elements of a 16-byte piece as floats.
 DEVICE void unpack_bfloat16(uint4 raw, float* out) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        out[2 * i] = bits_to_float(words[i] << 16);
-        out[2 * i + 1] = bits_to_float(words[i] & 0xffff0000u);
+        out[2 * i] = low_bfloat16(words[i]);
+        out[2 * i + 1] = high_bfloat16(words[i]);
     }
 }
 
@@ -80,7 +80,7 @@ struct Float32Query {
     DEVICE Float32Query(const SelectArgs& args, int64_t at) {
         load_query(args, own_elements<kElements, kLanes>(at), query);
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) query[e] *= kLog2E;
+        for (int e = 0; e < kElements; ++e) query[e] *= kLog2E<float>;
     }
 
     // q·k of a piece's key, times log2(e).
@@ -111,7 +111,7 @@ struct Bfloat16Query {
     DEVICE float multiply_with(uint4 raw) const {
         float c[4] = {};
         multiply_add_16x8x16(c, {raw.x, raw.y, raw.z, raw.w}, low, high);
-        return multiply(c[0] + c[3], kLog2E);
+        return multiply(c[0] + c[3], kLog2E<float>);
     }
 };
 
@@ -140,7 +140,7 @@ struct Int8Query {
         const uint32_t exponent = max(largest >> 23, 32u);
         const bool is_finite = exponent < 255;
         const float in_units = is_finite ? bits_to_float((275 - exponent) << 23) : 0.0f;
-        unit = is_finite ? multiply(bits_to_float((exponent - 21) << 23), kLog2E) : NAN;
+        unit = is_finite ? multiply(bits_to_float((exponent - 21) << 23), kLog2E<float>) : NAN;
         in_digits(query, in_units, low);
         if (kWords == 4) {
             in_digits(query + 8, in_units, high);

@@ -4,7 +4,9 @@
 #include "args.h"
 #include "cta.cuh"
 #include "device.cuh"
+#include "elements.cuh"
 #include "index_keys.cuh"
+#include "numbers.cuh"
 #include "partition.cuh"
 #include "selection.cuh"
 
@@ -53,12 +55,12 @@ DEVICE void add_tokens(const typename Keys::Piece (&raw)[Keys::kLoadsAtOnce],
     for (int i = 0; i < kScores; ++i) {
         constexpr int kChoices = Keys::kRepeats == 1 ? Keys::kLanes : 1;
         float dot = own_of<kChoices>(dots + i * kChoices);
-        if (Keys::kScaled) dot = multiply(dot, bits_to_float(static_cast<uint32_t>(scale[i]) << 16));
+        if (Keys::kScaled) dot = multiply(dot, low_bfloat16(scale[i]));
         scores[i] = first + token_of_score<Keys>(i) < valid ? dot : -INFINITY;
         most = fmaxf(most, scores[i]);
     }
     most = fmaxf(sum.largest, largest_of_warp(most));
-    const float reference = most == -INFINITY ? 0.0f : most;
+    const float reference = reference_of(most);
     float total = first == 0 ? 0.0f : multiply(sum.sum, exp2_fast(sum.largest - reference));
 #pragma unroll
     for (int i = 0; i < kScores; ++i) total += exp2_fast(scores[i] - reference);
@@ -75,7 +77,7 @@ DEVICE float log_mass_of_two(const TokenSum& first, const TokenSum& second) {
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
     const float largest = is_upper ? second.largest : first.largest;
-    const float reference = largest == -INFINITY ? 0.0f : largest;
+    const float reference = reference_of(largest);
     return multiply(reference + log2_fast(total * (1.0f / Keys::kRepeats)), kLn2);
 }
 

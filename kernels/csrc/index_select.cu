@@ -1,8 +1,8 @@
 // The indexer in one launch: scores of all index keys, and the top-p choice of blocks.
 //
 // All blocks of all rows and heads are one line of units, cut into equal shares, a CTA each. A warp
-// scores four blocks at a time (index_score.cuh), reading whole keys in 16-byte pieces; of int8 ones,
-// which come with scales, it looks up the pages of the next four meanwhile. No share is smaller than
+// scores four blocks at a time (index_score.cuh), reading whole keys in 16-byte pieces; where registers
+// suffice, as with int8 keys, it looks up the pages of the next four meanwhile. No share is smaller than
 // that, so that short contexts leave multiprocessors to the attention that starts meanwhile. The CTA
 // that completes a row's head chooses that head's blocks from the log masses (block_choice.cuh); the one
 // that completes the heads of a group writes the list of blocks that sparse_decode.cu reads

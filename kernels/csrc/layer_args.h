@@ -1,7 +1,7 @@
 // Arguments of what a layer does around attention: plain structs of 8-byte fields, mirrored in
-// kernels/cuda_layer.py. Shapes: T tokens, H query heads, N KV heads, D head_dim, E hidden size,
-// F intermediate size, I index_dim, P pages of a pool, K tokens of a page, X rows of index keys,
-// S heads that select. All tensors are of one data type unless another is named.
+// kernels/cuda_{store,layer,experts}.py. Shapes: T tokens, H query heads, N KV heads, D head_dim,
+// E hidden size, F intermediate size, I index_dim, P pages of a pool, K tokens of a page, X rows of
+// index keys, S heads that select. All tensors are of one data type unless another is named.
 #pragma once
 
 #include "args.h"

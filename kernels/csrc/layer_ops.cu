@@ -8,6 +8,7 @@
 #include "elements.cuh"
 #include "launch.cuh"
 #include "layer_args.h"
+#include "numbers.cuh"
 
 namespace rtpurbo {
 namespace {
@@ -82,13 +83,9 @@ __global__ void __launch_bounds__(kGatedThreads)
         gate_up[at].floats(gate);
         gate_up[pieces + at].floats(up);
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) gate[e] = gate[e] / (1.0f + expf(-gate[e])) * up[e];
+        for (int e = 0; e < kElements; ++e) gate[e] = silu(gate[e]) * up[e];
         static_cast<Piece*>(args.out)[row * pieces + at] = Piece::of(gate);
     }
-}
-
-int elements_of(int64_t data_type) {
-    return data_type == kBfloat16 ? Bfloat16Piece::kElements : Float32Piece::kElements;
 }
 
 }  // namespace
@@ -99,7 +96,7 @@ using namespace rtpurbo;
 extern "C" int64_t rtpurbo_add_norm_bytes() { return sizeof(NormArgs); }
 
 extern "C" int rtpurbo_add_norm(const NormArgs* args, void* stream) {
-    const int64_t elements = elements_of(args->data_type), pieces = args->size / elements;
+    const int64_t elements = piece_elements(args->data_type), pieces = args->size / elements;
     if (args->size % elements != 0 || pieces > kKept * kNormThreads) return cudaErrorInvalidValue;
     const int64_t threads = (pieces + 31) / 32 * 32;
     return launch(args->data_type == kBfloat16 ? add_norm_kernel<Bfloat16Piece>
@@ -112,7 +109,7 @@ extern "C" int rtpurbo_add_norm(const NormArgs* args, void* stream) {
 extern "C" int64_t rtpurbo_silu_mul_bytes() { return sizeof(GatedArgs); }
 
 extern "C" int rtpurbo_silu_mul(const GatedArgs* args, void* stream) {
-    const int64_t elements = elements_of(args->data_type), pieces = args->size / elements;
+    const int64_t elements = piece_elements(args->data_type), pieces = args->size / elements;
     if (args->size % elements != 0) return cudaErrorInvalidValue;
     const int64_t ctas = (pieces + kGatedThreads - 1) / kGatedThreads;
     const unsigned rows = static_cast<unsigned>(args->tokens < kMostRows ? args->tokens : kMostRows);

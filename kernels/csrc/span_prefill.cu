@@ -24,6 +24,7 @@
 #include "device.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "numbers.cuh"
 #include "span_args.h"
 #include "span_load.cuh"
 #include "span_rows.cuh"
@@ -43,7 +44,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
     const int mine = hopper::of_warp(threadIdx.x / 128 - 1);
     const int row = mine * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const bool is_lane_0 = threadIdx.x % 32 == 0;
-    const float scale = static_cast<float>(args.scale * 1.4426950408889634);
+    const float scale = static_cast<float>(args.scale * kLog2E<double>);
     Ring keys, values;
 
     auto release = [&](uint64_t* barrier) {

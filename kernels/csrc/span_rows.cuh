@@ -1,15 +1,15 @@
 // What a warpgroup does with its 64 rows of queries and one tile: products, softmax, edges, output.
 #pragma once
 
+#include "cta.cuh"
 #include "device.cuh"
 #include "hopper.cuh"
+#include "numbers.cuh"
 #include "span_args.h"
 #include "span_shared.cuh"
 #include "span_work.cuh"
 
 namespace rtpurbo {
-
-constexpr uint32_t kQuad = 0xffffffffu;
 
 // Scores of a tile: s = q k^T for the 64 rows of this warpgroup. Thread t holds of rows
 // 16 (t / 32) + t % 32 / 4 and 8 further down the columns 8 j + 2 (t % 4) and the next:
@@ -45,9 +45,9 @@ struct SpanRows {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float highest = largest(s, r);
-            highest = fmaxf(highest, __shfl_xor_sync(kQuad, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(kQuad, highest, 2));
-            const float origin = highest == -INFINITY ? 0.f : highest;
+            highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+            const float origin = reference_of(highest);
             const float base = origin * scale;
             shrink[r] = exp2_fast((peak[r] - origin) * scale);
             peak[r] = highest;
@@ -76,7 +76,7 @@ struct SpanRows {
 // Skipped by a warp none of whose rows has a new peak.
 template <int kCount>
 DEVICE void shrink_sums(float (&o)[kCount], const float (&shrink)[2]) {
-    if (!__any_sync(kQuad, shrink[0] != 1.f || shrink[1] != 1.f)) return;
+    if (!__any_sync(kAllLanes, shrink[0] != 1.f || shrink[1] != 1.f)) return;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) o[j] *= shrink[j / 2 % 2];
 }
@@ -147,8 +147,8 @@ DEVICE void write_out(const SpanPlace& place, const float (&o)[kDim / 2], const 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float total = sums.total[r];
-        total += __shfl_xor_sync(kQuad, total, 1);
-        total += __shfl_xor_sync(kQuad, total, 2);
+        total += __shfl_xor_sync(kAllLanes, total, 1);
+        total += __shfl_xor_sync(kAllLanes, total, 2);
         const float inverse = 1.f / total;
         if (!place.is_used[r]) continue;
 #pragma unroll

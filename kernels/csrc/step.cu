@@ -6,6 +6,7 @@
 #include "device.cuh"
 #include "elements.cuh"
 #include "launch.cuh"
+#include "numbers.cuh"
 #include "step_args.h"
 
 namespace rtpurbo {
@@ -78,8 +79,6 @@ DEVICE void for_each(const void* rows, int64_t row, int64_t size, Use use) {
         for (int e = 0; e < kElements; ++e) use(values[e], at * kElements + e);
     }
 }
-
-DEVICE bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
 
 // Token of a row, and whether its numbers are finite.
 template <typename Type, typename Piece>
@@ -176,9 +175,7 @@ extern "C" int64_t rtpurbo_pick_tokens_bytes() { return sizeof(PickArgs); }
 
 extern "C" int rtpurbo_pick_tokens(const PickArgs* args, void* stream) {
     const dim3 grid(static_cast<unsigned>(args->rows + (args->counts != nullptr)));
-    const int64_t elements =
-        args->data_type == kBfloat16 ? Bfloat16Piece::kElements : Float32Piece::kElements;
-    const int64_t wanted = (args->vocabulary / elements + 31) / 32 * 32;
+    const int64_t wanted = (args->vocabulary / piece_elements(args->data_type) + 31) / 32 * 32;
     const int64_t threads = wanted < 32 ? 32 : wanted < kPickThreads ? wanted : kPickThreads;
     return launch(args->data_type == kBfloat16 ? pick_kernel<Bfloat16, Bfloat16Piece>
                                                : pick_kernel<Float32, Float32Piece>,

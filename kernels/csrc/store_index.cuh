@@ -1,12 +1,11 @@
 // From a head to the index space: the projection by a team of lanes, and index keys in 8 bits.
 #pragma once
 
-#include <cfloat>
-
 #include "cta.cuh"
 #include "device.cuh"
 #include "elements.cuh"
 #include "layer_args.h"
+#include "numbers.cuh"
 #include "store_head.cuh"
 
 namespace rtpurbo {
@@ -43,7 +42,7 @@ DEVICE Pair project(const void* projection, int64_t row, int index_dim, const Sh
 
 DEVICE int8_t index_step(float value, float scale) {
     const float steps = rintf(value / scale);
-    if (!(fabsf(steps) <= FLT_MAX)) return 0;
+    if (!is_finite(steps)) return 0;
     return static_cast<int8_t>(fminf(fmaxf(steps, -kIndexSteps), kIndexSteps));
 }
 

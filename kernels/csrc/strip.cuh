@@ -48,9 +48,6 @@ struct Stats {
     float sum;
 };
 
-// Weights are relative to the largest score; where nothing was seen yet, to 0.
-DEVICE float reference_of(float most) { return most == -INFINITY ? 0.0f : most; }
-
 template <int kChunks>
 DEVICE const unsigned char* chunk_at(const unsigned char* strip, int row, int chunk) {
     return strip + (row * kChunks + (chunk ^ (row % 8))) * 16;

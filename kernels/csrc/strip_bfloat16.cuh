@@ -5,6 +5,7 @@
 #include "cta.cuh"
 #include "device.cuh"
 #include "matrices.cuh"
+#include "numbers.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {

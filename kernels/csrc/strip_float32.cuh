@@ -5,6 +5,7 @@
 #include "args.h"
 #include "cta.cuh"
 #include "device.cuh"
+#include "numbers.cuh"
 #include "strip.cuh"
 
 namespace rtpurbo {
