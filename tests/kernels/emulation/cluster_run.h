@@ -2,9 +2,11 @@
 // cluster is one by itself.
 #pragma once
 
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <algorithm>
 #include <cstddef>
-#include <memory>
 #include <vector>
 
 #include "emulated_cuda.h"
@@ -12,10 +14,33 @@
 
 namespace rtpurbo::emulation {
 
-inline void run_body() {
-    machine.body(machine.arguments);
-    machine.threads[machine.current].done = true;
-    yield();
+// A fiber's life.
+inline void run_bodies() {
+    while (true) {
+        machine.body(machine.arguments);
+        machine.waits[machine.current].done = true;
+        yield();
+    }
+}
+
+inline void start(Fiber& fiber) {
+    static ucontext_t context;
+    getcontext(&context);
+    // Frames of different fibers begin at different lines of the cache, which has few of each.
+    const size_t index = static_cast<size_t>(&fiber - machine.fibers.data());
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes - index % 61 * 64;
+    context.uc_link = nullptr;
+    makecontext(&context, run_bodies, 0);
+    fiber.started = true;
+    setcontext(&context);
+}
+
+// Up to where its thread waits next.
+inline void resume(Fiber& fiber) {
+    if (_setjmp(machine.scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    start(fiber);
 }
 
 // Before its CTAs start.
@@ -33,22 +58,11 @@ inline void prepare(int threads, const std::vector<dim3>& blocks) {
     machine.others.clear();
     machine.deferred.clear();
     machine.warps.assign(all / kLanes, Barrier{kLanes});
-    for (auto& set : machine.lanes) {
-        set.assign(all / kLanes, std::vector<Lane>(kLanes));
-    }
-    machine.threads.clear();
-    machine.threads.resize(all);
-    while (machine.stacks.size() < machine.threads.size()) {
-        machine.stacks.push_back(std::make_unique_for_overwrite<char[]>(kStackBytes));
-    }
-    for (size_t index = 0; index < machine.threads.size(); ++index) {
-        Thread& thread = machine.threads[index];
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = machine.stacks[index].get();
-        thread.context.uc_stack.ss_size = kStackBytes;
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, run_body, 0);
-    }
+    for (auto& set : machine.lanes) set.resize(all / kLanes);
+    machine.threads.assign(all, {});
+    machine.waits.assign(all, {});
+    machine.waits_of_all.assign(all / kLanes, {});
+    if (machine.fibers.size() < machine.threads.size()) machine.fibers.resize(all);
 }
 
 // After the last thread has ended.
@@ -70,27 +84,35 @@ inline void check_end() {
     }
 }
 
+// What all threads of a warp wait for, if that is the same.
+inline Wait wait_of_all(int warp) {
+    const Wait* waits = &machine.waits[warp * kLanes];
+    const bool same = std::all_of(waits, waits + kLanes, [&](const Wait& wait) {
+        return wait.at == waits->at && wait.generation == waits->generation && !wait.done;
+    });
+    return same ? *waits : Wait{};
+}
+
 // The threads of a warp that wait for nothing, up to where each waits next; whether there were any.
 inline bool run_warp(int warp, int threads, const std::vector<dim3>& blocks, int& left) {
-    bool progress = false;
     const int turn = static_cast<int>(machine.random() % kLanes);
+    if (holds(machine.waits_of_all[warp])) return false;
+    bool progress = false;
     for (int i = 0; i < kLanes; ++i) {
         const int index = warp * kLanes + (i + turn) % kLanes;
-        Thread& thread = machine.threads[index];
-        if (thread.done) continue;
-        if (thread.waits_at != nullptr) {
-            if (thread.waits_at->generation < thread.waits_for) continue;
-            thread.waits_at = nullptr;
-        }
+        Wait& wait = machine.waits[index];
+        if (wait.done || holds(wait)) continue;
+        wait.at = nullptr;
         progress = true;
         machine.current = index;
         const auto rank = static_cast<size_t>(index / threads);
         threadIdx = dim3(static_cast<unsigned>(index % threads));
         blockIdx = blocks[rank];
-        resume(thread);
-        left -= thread.done;
-        machine.ctas[rank].left -= thread.done;
+        resume(machine.fibers[index]);
+        left -= wait.done;
+        machine.ctas[rank].left -= wait.done;
     }
+    if (!progress) machine.waits_of_all[warp] = wait_of_all(warp);
     return progress;
 }
 
@@ -119,6 +141,8 @@ inline void run_ctas(int threads, const std::vector<dim3>& blocks) {
         if (!progress) fail("threads wait for others that never come");
     }
     check_end();
+    // Some are in the middle of a thread that went wrong, for good.
+    if (left > 0) machine.fibers.clear();
 }
 
 }  // namespace rtpurbo::emulation

@@ -44,9 +44,7 @@ inline void cluster_wait() {
         emulation::fail("waits without having arrived");
     }
     if (machine.cluster.generation >= thread.cluster_waits) return;
-    thread.waits_at = &machine.cluster;
-    thread.waits_for = thread.cluster_waits;
-    emulation::yield();
+    emulation::wait_for(machine.cluster, thread.cluster_waits);
 }
 
 inline void deliveries_init(uint64_t* barrier) {

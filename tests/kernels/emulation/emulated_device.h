@@ -97,7 +97,7 @@ void copy_async_wait() {
             std::memset(copy.to, 0, 16);
             std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
         }
-        groups.pop_front();
+        groups.erase(groups.begin());
     }
 }
 

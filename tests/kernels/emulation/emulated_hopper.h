@@ -197,7 +197,7 @@ void products_wait() {
     auto& groups = mine().committed_products;
     while (groups.size() > kPending) {
         for (const auto& product : groups.front()) product();
-        groups.pop_front();
+        groups.erase(groups.begin());
     }
     emulation::exchange(0, "wgmma wait");  // a warp waits as one
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "emulated_device.h"
 #include "machine.h"
@@ -51,13 +50,13 @@ struct Fragments {
 };
 
 // Element (row, k) of a and (k, column) of b, from the lanes that hold them (PTX ISA, mma.m16n8k16).
-inline float element_a(const std::vector<emulation::Lane>& all, int row, int k) {
+inline float element_a(const emulation::Lanes& all, int row, int k) {
     const auto from = emulation::read_lane<Fragments>(all, row % 8 * 4 + k % 8 / 2);
     const uint32_t pair = from.a[row / 8 + k / 8 * 2];
     return bits_to_float(k % 2 ? pair & 0xffff0000u : pair << 16);
 }
 
-inline float element_b(const std::vector<emulation::Lane>& all, int k, int column) {
+inline float element_b(const emulation::Lanes& all, int k, int column) {
     const auto from = emulation::read_lane<Fragments>(all, column * 4 + k % 8 / 2);
     const uint32_t pair = from.b[k / 8];
     return bits_to_float(k % 2 ? pair & 0xffff0000u : pair << 16);

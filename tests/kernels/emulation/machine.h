@@ -14,8 +14,8 @@
 #pragma once
 
 #include <setjmp.h>
-#include <ucontext.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -51,25 +51,38 @@ struct Barrier {
 
 using Group = std::vector<std::function<void()>>;  // done together
 
+// What a thread waits for, apart from the rest: it is looked at far more often.
+struct Wait {
+    Barrier* at = nullptr;
+    uint64_t generation = 0;
+    bool done = false;  // the thread has ended
+};
+
+inline bool holds(const Wait& wait) {
+    return wait.at != nullptr && wait.at->generation < wait.generation;
+}
+
 struct Thread {
-    ucontext_t context;  // where it starts; later switches are jumps, which need no system call
-    jmp_buf place;
-    bool started = false;
-    bool done = false;
-    Barrier* waits_at = nullptr;
-    uint64_t waits_for = 0;
     uint64_t collectives = 0;
     uint64_t cluster_arrivals = 0, cluster_waits = 0;
     std::vector<Copy> open;
-    std::deque<std::vector<Copy>> committed;
+    std::vector<std::vector<Copy>> committed;
     Group products;
     bool multiplies_early = false;
-    std::deque<Group> committed_products;
+    std::vector<Group> committed_products;
+};
+
+// Runs a thread after the other, for all launches: to start it takes system calls, a jump none.
+struct Fiber {
+    std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    jmp_buf place;
+    bool started = false;
 };
 
 struct Lane {
     alignas(16) unsigned char bytes[64];
 };
+using Lanes = std::array<Lane, kLanes>;
 
 // A CTA of the cluster that runs.
 struct Cta {
@@ -81,9 +94,11 @@ struct Cta {
 struct Machine {
     std::mt19937 random{12345};
     std::vector<Thread> threads;  // of all CTAs of a cluster, one CTA after the other
-    std::vector<std::unique_ptr<char[]>> stacks;  // by thread, kept for launches to come
+    std::vector<Wait> waits;         // of these threads
+    std::vector<Wait> waits_of_all;  // by warp, where its threads were seen to have the same
+    std::vector<Fiber> fibers;       // that run the threads
     std::vector<Barrier> warps;
-    std::vector<std::vector<Lane>> lanes[2];  // deposits of a collective, by parity and warp
+    std::vector<Lanes> lanes[2];  // deposits of a collective, by parity and warp
     std::vector<Cta> ctas;
     Barrier cluster;
     std::map<const void*, Barrier> others;  // by address or number
@@ -112,29 +127,23 @@ inline void fail(const std::string& message) {
 }
 
 inline void yield() {
-    if (_setjmp(machine.threads[machine.current].place) == 0) _longjmp(machine.scheduler, 1);
+    if (_setjmp(machine.fibers[machine.current].place) == 0) _longjmp(machine.scheduler, 1);
 }
 
-inline void resume(Thread& thread) {
-    if (_setjmp(machine.scheduler) != 0) return;
-    if (thread.started) _longjmp(thread.place, 1);
-    thread.started = true;
-    setcontext(&thread.context);
+// Until the barrier has opened that often.
+inline void wait_for(Barrier& barrier, uint64_t generation) {
+    machine.waits[machine.current] = {&barrier, generation};
+    yield();
 }
 
 // Until the barrier has opened more often than now.
-inline void wait_for(Barrier& barrier) {
-    Thread& thread = machine.threads[machine.current];
-    thread.waits_at = &barrier;
-    thread.waits_for = barrier.generation + 1;
-    yield();
-}
+inline void wait_for(Barrier& barrier) { wait_for(barrier, barrier.generation + 1); }
 
 inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
     if (barrier.arrived == 0) {
         barrier.operation = operation;
         barrier.count = 0;
-    } else if (std::strcmp(barrier.operation, operation) != 0) {
+    } else if (barrier.operation != operation && std::strcmp(barrier.operation, operation) != 0) {
         fail(std::string("threads disagree: ") + barrier.operation + " and " + operation);
     }
     barrier.count += predicate != 0;
@@ -149,7 +158,7 @@ inline void meet(Barrier& barrier, const char* operation, int predicate = 0) {
 
 // Every lane gives a value and reads those of all.
 template <typename Value>
-std::vector<Lane>& exchange(const Value& value, const char* operation) {
+Lanes& exchange(const Value& value, const char* operation) {
     static_assert(sizeof(Value) <= sizeof(Lane));
     const int warp = machine.current / kLanes, lane = machine.current % kLanes;
     // A lane is at most one collective ahead of another, so two sets of deposits are enough.
@@ -160,7 +169,7 @@ std::vector<Lane>& exchange(const Value& value, const char* operation) {
 }
 
 template <typename Value>
-Value read_lane(const std::vector<Lane>& deposits, int lane) {
+Value read_lane(const Lanes& deposits, int lane) {
     Value value;
     std::memcpy(&value, deposits[lane].bytes, sizeof(Value));
     return value;
