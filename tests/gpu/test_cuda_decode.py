@@ -15,7 +15,8 @@ from kernels import indexer
 from kernels._launch import KernelLibrary
 from kernels.cuda_ops import CudaOps
 from tests.gpu.decode_shapes import DTYPES, EDGES, PRODUCTION
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase
+from tests.kernels.layer_check import check_layer
 
 pytestmark = [
     pytest.mark.gpu,

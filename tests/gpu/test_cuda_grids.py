@@ -18,7 +18,8 @@ from kernels._args import FEW_ITEMS, DecodePlan
 from kernels._launch import KernelLibrary
 from kernels.decode_grid import DecodeGrid
 from tests.gpu.decode_shapes import DTYPES, PRODUCTION
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase
+from tests.kernels.layer_check import check_layer
 
 pytestmark = [
     pytest.mark.gpu,

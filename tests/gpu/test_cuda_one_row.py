@@ -16,7 +16,8 @@ import torch
 from kernels._launch import KernelLibrary
 from tests.gpu.decode_shapes import DTYPES, EDGES, PRODUCTION
 from tests.kernels.cluster_case import by_clusters, check_choice, plan_of
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase
+from tests.kernels.layer_check import check_layer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,7 +1,7 @@
 """A whole layer at decode, random: head roles, both pools, index keys; NaN where nothing is stored.
 
-Made at once instead of token by token, so that contexts may be long. Truth is what the PyTorch ops
-of `kernels.decode` and `kernels.indexer` give in float32.
+Made at once instead of token by token, so that contexts may be long. What the kernels make of it is
+checked in `layer_check`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels import decode, indexer
 from kernels._launch import KernelLibrary
 from kernels.block_age import AGE_RANGES
 from kernels.cuda_decode import attend
-from kernels.cuda_ops import CudaOps
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadRole, HeadTiles
@@ -173,54 +171,6 @@ class LayerCase:
         )
         return out_RHD, attended_RS
 
-    def selected(self, ops: CudaOps) -> Tensor | None:
-        """Blocks that the ops' own scores select, bool [R, S, B]: scores differ in last digits."""
-        if self.selection is None:
-            return None
-        given = self.selection
-        pages = (self.full.tables_RB, self.lens_R, given.index_scales, given.age_bias_SA)
-        log_mass = ops.score_blocks(given.qi_RSI, given.index_row_S, given.index_cache, *pages)
-        top_p_RS = given.top_p_S.expand(log_mass.shape[:2])
-        if given.own_top_p_R is not None:
-            own_R1 = given.own_top_p_R[:, None]
-            top_p_RS = torch.where(own_R1.isnan(), top_p_RS, own_R1)
-        short_R1 = (self.lens_R < given.dense_below)[:, None]
-        top_p_RS = top_p_RS.masked_fill(short_R1, 1.0)
-        return indexer.select_blocks(log_mass, top_p_RS, self.lens_R, self.full.k_cache.shape[2])
-
-    def truth(self, mask_RSB: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Output by the PyTorch ops in `dtype`; zeros in rows without a context."""
-        live_R = self.lens_R > 0
-        whole_RHD = torch.zeros_like(self.q_RHD, dtype=dtype)
-        if not bool(live_R.any()):
-            return whole_RHD
-        lens_R, q_RHD = self.lens_R[live_R], self.q_RHD[live_R].to(dtype)
-        out_RHD = torch.zeros_like(q_RHD)
-        for pool, name in ((self.full, "full"), (self.window, "window")):
-            caches = pool.k_cache.to(dtype), pool.v_cache.to(dtype)
-            for retrieval in (False, True):
-                found = [
-                    (head, role)
-                    for head, role in enumerate(self.roles)
-                    if role.pool == name and role.retrieval is retrieval
-                ]
-                if not found:
-                    continue
-                heads = [head for head, _ in found]
-                kv_row_H = torch.tensor([role.kv_row for _, role in found]).to(lens_R)
-                args = (q_RHD[:, heads], kv_row_H, *caches, pool.tables_RB[live_R], lens_R)
-                if not retrieval:
-                    rule = (self.rule.window, self.rule.sinks)
-                    out_RHD[:, heads] = decode.decode_windowed(*args, *rule, self.scale)
-                elif mask_RSB is None:
-                    out_RHD[:, heads] = decode.decode_dense(*args, self.scale)
-                else:
-                    rows = [role.selected for _, role in found]
-                    mask_RHB = mask_RSB[live_R][:, rows]
-                    out_RHD[:, heads] = decode.decode_sparse(*args, mask_RHB, self.scale)
-        whole_RHD[live_R] = out_RHD
-        return whole_RHD
-
     def with_selection(self, **changes: object) -> LayerCase:
         assert self.selection is not None
         return replace(self, selection=replace(self.selection, **changes))  # type: ignore[arg-type]
@@ -232,28 +182,3 @@ def with_int8_keys(selection: Selection) -> Selection:
     steps, scales = quantise_index_keys(keys.flatten(0, 1))
     steps = steps.view(keys.shape).masked_fill(keys.isnan(), 127)
     return replace(selection, index_cache=steps, index_scales=scales.view(keys.shape[:3]))
-
-
-def check_layer(case: LayerCase, library: KernelLibrary) -> None:
-    """The kernels against truth; twice, since the first launch must leave the workspace usable."""
-    workspace = case.workspace(library)
-    out_RHD, attended_RS = case.run(workspace)
-    mask_RSB = case.selected(CudaOps(library))
-    truth_RHD = case.truth(mask_RSB)
-    worst = float((out_RHD.float() - truth_RHD).abs().max())
-    if out_RHD.dtype == torch.float32:
-        torch.testing.assert_close(out_RHD, truth_RHD, rtol=1e-4, atol=2e-6)
-    else:
-        twin_RHD = case.truth(mask_RSB, out_RHD.dtype).float()
-        allowed = 2 * float((twin_RHD - truth_RHD).abs().max()) + 1e-5
-        assert worst <= allowed, f"error {worst:.2e}, twice the PyTorch op's is {allowed:.2e}"
-    if attended_RS is not None and mask_RSB is not None and case.selection is not None:
-        counts_RS = indexer.count_attended(mask_RSB, case.lens_R, case.full.k_cache.shape[2])
-        selects_R1 = (case.lens_R >= max(case.selection.dense_below, 1))[:, None]
-        assert torch.equal(attended_RS, counts_RS * selects_R1)
-    again_RHD, attended_again = case.run(workspace)
-    assert torch.equal(again_RHD, out_RHD)
-    if attended_RS is not None and attended_again is not None:
-        assert torch.equal(attended_again, attended_RS)
-    for counter in (workspace.head_done, workspace.group_done, workspace.item_done):
-        assert not counter.any(), "counters are back at zero"

@@ -14,7 +14,8 @@ from kernels._launch import KernelLibrary
 from kernels.head_tiles import HeadRole
 from tests.kernels.cluster_case import by_clusters, check_choice, plan_of
 from tests.kernels.emulation.library import compiler
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase
+from tests.kernels.layer_check import check_layer
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 

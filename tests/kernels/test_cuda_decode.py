@@ -20,7 +20,8 @@ from kernels.decode_inputs import PagedPool, Selection
 from kernels.paged_kv import store_kv
 from tests.kernels.emulation.library import compiler
 from tests.kernels.large_pool import moved, moved_pool, pages_past_int32
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer, with_int8_keys
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase, with_int8_keys
+from tests.kernels.layer_check import check_layer
 from tests.kernels.paged_case import random_tensor
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")

@@ -13,7 +13,8 @@ from kernels._args import FEW_ITEMS, DecodePlan
 from kernels._launch import KernelError, KernelLibrary
 from kernels.decode_grid import DecodeGrid
 from tests.kernels.emulation.library import compiler
-from tests.kernels.layer_case import HEAD_MAPS, LayerCase, check_layer
+from tests.kernels.layer_case import HEAD_MAPS, LayerCase
+from tests.kernels.layer_check import check_layer
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
 

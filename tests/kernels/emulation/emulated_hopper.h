@@ -86,10 +86,8 @@ inline void named_arrive(int name, int threads) {
     settle(barrier);
 }
 
-template <int>
-void give_registers_back() {}
-template <int>
-void take_registers() {}
+template <int> void give_registers_back() {}
+template <int> void take_registers() {}
 
 // ---- loads
 
