@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 from tests.fuzzing import register_profiles
+from tests.once import bytecode_first
 
 register_profiles()
 # Servers, engines and the tests themselves share two cores: threads that wait must not spin.
@@ -61,7 +62,8 @@ def pytest_collection() -> Iterator[None]:
     """Half a gigabyte of modules comes to stay: nobody is to look through it for garbage."""
     gc.disable()
     try:
-        return (yield)
+        with bytecode_first(Path(__file__)):
+            return (yield)
     finally:
         gc.freeze()
         gc.enable()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,25 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             done.touch()
     return folder
+
+
+@contextmanager
+def bytecode_first(file: Path) -> Iterator[None]:
+    """On a fresh checkout the first process imports alone, and so compiles for all of them.
+
+    Args:
+        file: of the checkout; locked, not changed.
+    """
+    torch = find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    is_there = Path(cache_from_source(torch.origin)).exists() or sys.dont_write_bytecode
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another is the first
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        else:
+            if is_there:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+        yield

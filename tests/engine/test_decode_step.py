@@ -96,7 +96,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("requests", "least"), [(GREEDY, 20), (MIXED, 4)], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(("requests", "least"), [(GREEDY, 12), (MIXED, 4)], ids=["greedy", "mixed"])
 def test_tokens_and_budget_equal_those_of_the_ops(
     folder: Path,
     backend: CountingBackend,
@@ -106,7 +106,7 @@ def test_tokens_and_budget_equal_those_of_the_ops(
 ) -> None:
     got = generate(load(folder), requests)
     assert len(ahead) > least, "steps are started ahead, but where a penalty counts tokens"
-    assert sum(backend.replays.values()) > 25, "decode steps took the fixed buffers"
+    assert sum(backend.replays.values()) > 20, "decode steps took the fixed buffers"
     assert len(+backend.replays) > 2, "of several sizes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.loading.choose_kernels", lambda *_: None)
@@ -187,10 +187,10 @@ def test_preemption_and_taken_over_slots_change_nothing(
 ) -> None:
     """Tables are brought up to date by the device itself, in slots that change their owners."""
     prompts = [PROMPTS[0], PROMPTS[0][::-1], *PROMPTS[:0:-1]]
-    requests = [(prompt, greedy(20)) for prompt in prompts]
+    requests = [(prompt, greedy(12)) for prompt in prompts]
     roomy = generate(load(folder), requests)
     page = load(folder).runner.info.kv_bytes_per_token * MODEL.block
-    tight = load(folder, kv_cache_bytes=22 * page, max_num_seqs=3, max_model_len=112)
+    tight = load(folder, kv_cache_bytes=20 * page, max_num_seqs=3, max_model_len=112)
     got = generate(tight, requests)
     assert [tokens for tokens, _, _ in got] == [tokens for tokens, _, _ in roomy]
     assert tight.scheduler.queues.preemptions > 0
