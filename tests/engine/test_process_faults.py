@@ -144,8 +144,8 @@ def test_f04_a_long_step_is_not_a_hang() -> None:
     """Silence is judged by the step that the engine noted, not by the clock alone."""
 
     async def test() -> None:
-        policy = SupervisionPolicy(silence_seconds=1.2, seconds_per_token_cpu=DEADLINE)
-        async with running(model="slow:2", policy=policy) as engine:
+        policy = SupervisionPolicy(silence_seconds=2.0, seconds_per_token_cpu=DEADLINE)
+        async with running(model="slow:3", policy=policy) as engine:
             generation = submit(engine, [1, 2], greedy(1))
             await until(lambda: engine.step_seconds() > 0)
             await finish(generation)

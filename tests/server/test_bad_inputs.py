@@ -192,7 +192,7 @@ def test_b37_hostile_texts_take_linear_time(server: LiveServer) -> None:
     """Refused before or after tokenising; either way the loop goes on answering."""
     for text in ("a" * 2**20, " " * 2**20, "\u0301" * 2**18, "\U0001f600" * 2**18):
         assert_refused(server.post(prompt=text), param="prompt")
-        assert httpx.get(server.url + "/health/live", timeout=5).status_code == 200
+        assert httpx.get(server.url + "/health/live", timeout=20).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x01\x1f", "\u202eabc", "\uffff", "\U0001f469\u200d"])

@@ -77,7 +77,7 @@ def test_f13_running_streams_end_by_themselves(tmp_path: Path) -> None:
     with toy_server(tmp_path, step_seconds=0.05, drain_seconds=PATIENCE) as server:
         front_end = psutil.Process(server.pid)
         (engine,) = front_end.children()
-        reader = Reader(server.url, max_tokens=60)
+        reader = Reader(server.url, max_tokens=100)
         assert reader.begun.wait(PATIENCE)
         front_end.send_signal(signal.SIGTERM)
         until(lambda: is_draining(server.url))

@@ -43,7 +43,7 @@ fuzzed = settings(
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """Deadlines so short that whatever is incomplete is soon refused."""
-    limits: dict[str, Any] = {"header_seconds": 0.1, "body_seconds": 0.1, "idle_seconds": 0.1}
+    limits: dict[str, Any] = {"header_seconds": 0.25, "body_seconds": 0.25, "idle_seconds": 0.25}
     with live_server(tmp_path_factory.mktemp("quick"), keep_alive_seconds=0.05, **limits) as server:
         yield server
         server.until(lambda: not server.engine.live)

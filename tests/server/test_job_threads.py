@@ -136,7 +136,7 @@ def test_f10_a_hung_tokenizer_does_not_hold_others(
         return encode(self, limit, text, **options)
 
     monkeypatch.setattr(Tokenizer, "encode_at_most", hang)
-    with live_server(tmp_path, job_seconds=0.3) as server:
+    with live_server(tmp_path, job_seconds=0.6) as server:
         for _ in range(6):  # more than there are places
             answer = server.post(prompt="hang", max_tokens=1)
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_slow")

@@ -77,7 +77,7 @@ def test_a_reader_that_takes_nothing_loses_its_connection(
     tmp_path: Path, path: str, body: dict[str, Any]
 ) -> None:
     """Closing waited until all was written, so such readers used up the connections."""
-    with live_server(tmp_path, slow_reader_seconds=0.2, max_connections=1) as server:
+    with live_server(tmp_path, slow_reader_seconds=1.0, max_connections=1) as server:
         info = server.engine.info
         server.engine.info = msgspec.structs.replace(info, max_model_len=10**6)
 
