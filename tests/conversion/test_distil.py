@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from conversion.distil import _describe
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
 from conversion.sequence import CachedSequence
 from conversion.stop_rule import Gap
 from conversion.teacher_logits import TeacherCache
-from conversion.text_source import TextSource
 from conversion.training_state import TrainingState
-from engine.model.decoder import Indexer
 from engine.model.weights import load_decoder
 from tests.conversion.tiny_distillation import OPTIONS, TinyDistillation
 
 
 class KilledError(Exception):
     """The process ends here."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDistillation:
-    return TinyDistillation.make(tmp_path_factory.mktemp("distil"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,28 +143,6 @@ def test_killed_between_the_best_weights_and_the_report(
     assert weights(tiny, "unreported") == weights(tiny, "whole")
 
 
-def test_an_index_is_known_by_its_biases_too(tiny: TinyDistillation) -> None:
-    """Else a training would go on, or count as done, under another selection."""
-    checkpoint, source = tiny.checkpoint, TextSource.find(tiny.folder / "text")
-    assert checkpoint.config.sparse is not None
-    indexers = load_decoder(checkpoint, "cpu", torch.float32).indexers
-
-    def digest(shift: float) -> str:
-        assert checkpoint.config.sparse is not None
-        others = [own and replace(own, age_bias_HA=shift + _bias(own)) for own in indexers]
-        about = _describe(checkpoint, checkpoint.config.sparse, others, source, OPTIONS)
-        found: str = about["indexers_sha256"]
-        return found
-
-    assert digest(0.0) == digest(0.0)
-    assert digest(0.0) != digest(1.0)
-
-
-def _bias(indexer: Indexer) -> Tensor:
-    assert indexer.age_bias_HA is not None
-    return indexer.age_bias_HA
-
-
 def test_other_options_begin_again(tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         killed_at(2, patch)
@@ -226,28 +194,6 @@ def test_it_stops_when_the_gap_grows_and_keeps_the_weights_from_before(
     assert report["best"]["step"] == 2
     assert kept[0] != kept[1]
     assert kept[1] == kept[2] == weights(tiny, "growing")
-
-
-def test_the_memory_is_told_first(tiny: TinyDistillation) -> None:
-    _, printed = tiny.run("told", steps=1)
-    assert re.match(r"distil: about [\d.,]+ [KM]iB per device: ", printed)
-
-
-def test_too_little_text(tiny: TinyDistillation) -> None:
-    with pytest.raises(ConversionError, match=r"too little text: \d+ sequences .* 1004 are needed"):
-        tiny.run("little", sequences=2000, validation_sequences=1000)
-
-
-def test_rows_of_the_user(tiny: TinyDistillation) -> None:
-    data = tiny.folder / "data.jsonl"
-    rows = [{"prompt": "p" * (40 + i % 3), "response": "r" * (5 + i % 2)} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report, printed = tiny.run("rows", data=data, steps=1)
-    assert report["steps"] == 1
-    assert "the text gave 12 of 29 sequences" in printed
-    files = (tiny.folder / "rows" / "teacher").glob("*.safetensors")
-    lengths = {(len(f["ids"]), len(f["top_ids"])) for f in map(load_file, files)}
-    assert lengths == {(40 + i % 3 + 5 + i % 2, 5 + i % 2) for i in range(6)}
 
 
 def test_a_state_of_other_processes_is_refused(

@@ -9,46 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
-from conversion.fit_options import FitOptions
-from conversion.indexer_training import IndexerTraining
 from conversion.pipeline import ConvertOptions, ConvertRun, convert
-from engine.errors import CheckpointError
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
-from tests.conversion.line_files import line_files
+from tests.conversion.pipeline_case import QUICK, QUIET, refusal
 from tests.engine.model.tiny_models import FAMILIES, make_checkpoint
-
-QUIET = Console(quiet=True)
-QUICK = FitOptions(
-    steps=3, queries=16, moment_documents=1, trial_documents=1, quality_documents=1, save_every=2
-)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> ConvertOptions:
-    return ConvertOptions(
-        data=line_files(tmp_path / "text"),
-        heads_share=0.25,
-        window_tokens=64,
-        index_dim=4,
-        block_tokens=16,
-        documents=2,
-        document_tokens=300,
-        dense_below=100,
-        fit=QUICK,
-    )
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a host without matplotlib: to draw takes longer than to convert so small a model."""
-    monkeypatch.setattr("conversion.report.report_folder.has_matplotlib", lambda: False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,58 +49,6 @@ def test_every_family_converts_and_still_loads_in_transformers(
     tokens = torch.arange(3, 50)[None]
     with torch.inference_mode():
         assert torch.equal(first(tokens).logits, second(tokens).logits)
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("stop_after", ["calibrate", "fit"])
-def test_a_conversion_that_was_stopped_ends_as_one_that_was_not(
-    stop_after: str, tmp_path: Path, options: ConvertOptions
-) -> None:
-    make_checkpoint("qwen3", tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "whole", options, QUIET)
-    run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "parts", options, QUIET)
-    run.open()
-    run.calibrate()
-    if stop_after == "fit":
-        run.fit()
-    convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
-    for name in ("config.json", "indexer.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-
-
-class KilledError(Exception):
-    """The process ends here."""
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_conversion_killed_in_the_middle_of_training_ends_as_one_that_was_not(
-    tmp_path: Path, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_checkpoint("qwen3", tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "whole", options, QUIET)
-    take = IndexerTraining.take
-
-    def dying(self: IndexerTraining, documents: list[Any]) -> None:
-        if self.step == 2:  # has been saved
-            raise KilledError
-        take(self, documents)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(IndexerTraining, "take", dying)
-        with pytest.raises(KilledError):
-            convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
-    assert (tmp_path / "parts.work" / "fit" / "training.safetensors").exists()
-    steps: list[int] = []
-
-    def counting(self: IndexerTraining, documents: list[Any]) -> None:
-        steps.append(self.step)
-        take(self, documents)
-
-    monkeypatch.setattr(IndexerTraining, "take", counting)
-    convert(tmp_path / "dense", tmp_path / "parts", options, QUIET)
-    assert steps == [2]
-    for name in ("config.json", "indexer.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -270,53 +188,3 @@ def test_an_index_without_biases_is_made_as_before(tmp_path: Path, options: Conv
     stored = load_file(tmp_path / "out" / "indexer.safetensors")
     assert {name.rsplit("indexer.")[1] for name in stored} == {"q_proj.weight", "k_proj.weight"}
     assert "no bias for ages" in (tmp_path / "out" / "report" / "report.html").read_text()
-
-
-def refusal(model: Path, out: Path, options: ConvertOptions) -> str:
-    with pytest.raises((ConversionError, CheckpointError)) as caught:
-        convert(model, out, options, QUIET)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_what_cannot_be_converted_is_said_in_one_line(
-    tmp_path: Path, options: ConvertOptions
-) -> None:
-    dense, out = tmp_path / "dense", tmp_path / "out"
-    make_checkpoint("qwen3", dense)
-    assert "no such" in refusal(tmp_path / "nowhere", out, options)
-    assert "no such file or folder" in refusal(dense, out, replace(options, data=tmp_path / "x"))
-    long = replace(options, documents=500)
-    assert "too little text" in refusal(dense, tmp_path / "long", long)
-    short = replace(options, document_tokens=50)
-    assert "too short" in refusal(dense, tmp_path / "short", short)
-    convert(dense, out, options, QUIET)
-    assert "exists already" in refusal(dense, out, options)
-    other = tmp_path / "other"
-    run = ConvertRun(preflight(dense), other, options, QUIET)
-    run.open()
-    assert "another model" in refusal(dense, other, replace(options, index_dim=8))
-    assert "other options" in refusal(dense, other, replace(options, index_age_bias=False))
-    config = json.loads((dense / "config.json").read_text())
-    config["architectures"] = ["GPT2LMHeadModel"]
-    (dense / "config.json").write_text(json.dumps(config))
-    assert "config.json" in refusal(dense, tmp_path / "new", options)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"heads_share": 0.0},
-        {"top_p": 1.5},
-        {"block_tokens": 48},
-        {"sink_tokens": 65},
-        {"window_tokens": 0},
-    ],
-    ids=str,
-)
-def test_impossible_options_are_named(change: dict[str, Any]) -> None:
-    (name,) = change
-    with pytest.raises(ConversionError, match=name.replace("heads_share", "heads share")):
-        ConvertOptions(**change)

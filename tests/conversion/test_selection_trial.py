@@ -15,7 +15,7 @@ from conversion.index_weights import IndexWeights
 from conversion.indexer_fit import IndexerFit
 from conversion.parallel import Ranks
 from conversion.selection_trial import COARSE, MARGIN, Choice, try_selection
-from tests.conversion.test_indexer_training import HEADS, Tiny, documents
+from tests.conversion.tiny_training import HEADS, Tiny, documents
 
 WANTED = 0.6  # of the mass: random projections must scan most blocks for more
 

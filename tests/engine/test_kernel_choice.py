@@ -10,39 +10,19 @@ import pytest
 import torch
 
 from engine import kernel_choice
-from engine.config import AttentionMode, EngineConfig, KernelMode
+from engine.config import EngineConfig, KernelMode
 from engine.errors import ConfigError
-from engine.kernel_choice import choose_kernels, choose_layer_kernels, choose_prefill
+from engine.kernel_choice import choose_kernels, choose_layer_kernels
 from engine.memory_budget import max_blocks
-from engine.model.config import ModelConfig
 from engine.model.layer_kernels import LayerKernels
 from kernels._build import KernelBuildError
 from kernels._launch import KernelLibrary
 from tests.engine.head_map_model import make_model
+from tests.engine.kernel_choice_case import CUDA, MODEL, reason
 from tests.kernels.emulation.library import compiler
 from tests.kernels.trial_case import break_kernel
 
-MODEL = make_model([[0]], dim=64, index_dim=8, block=16)
-CUDA = torch.device("cuda")
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this host")
-
-
-@pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the choice can see."""
-
-    class Anything:
-        def __init__(self, *_: object) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(torch.cuda, "device", Anything)
-    monkeypatch.setattr(kernel_choice, "try_decode_kernels", lambda *_: None)
-
-
-def reason(caplog: pytest.LogCaptureFixture) -> str:
-    (record,) = caplog.records
-    return record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -204,90 +184,3 @@ def test_a_device_that_a_kernel_broke_is_not_fallen_back_on(
         choose_kernels(mode, None, MODEL, CPU, torch.float32, 16, 16)
     with pytest.raises(ConfigError, match=r"illegal memory access.*this process cannot go on"):
         choose_layer_kernels(mode, emulated, MODEL, CPU, torch.float32, 16)
-
-
-class FakePrefill:
-    """Kernels of prompt tokens on a GPU that is not there."""
-
-    name = "CUDA"
-    problem: Exception | None = None
-
-    def __init__(self, *_: object) -> None:
-        self.tried: list[tuple[int | None, bool]] = []
-
-    def try_out(self, index_dim: int | None, *, has_age_bias: bool) -> None:
-        self.tried.append((index_dim, has_age_bias))
-        if self.problem is not None:
-            raise self.problem
-
-
-@pytest.fixture
-def fake_prefill(monkeypatch: pytest.MonkeyPatch, a_gpu: None) -> type[FakePrefill]:
-    class Fresh(FakePrefill): ...
-
-    monkeypatch.setattr(kernel_choice, "DevicePrefill", Fresh)
-    return Fresh
-
-
-def prefill(
-    mode: KernelMode,
-    device: torch.device = CUDA,
-    attention: AttentionMode = "dense",
-    model: ModelConfig = MODEL,
-) -> object:
-    library: KernelLibrary | None = None
-    return choose_prefill(mode, library, model, device, torch.float32, 16, attention)
-
-
-@pytest.mark.parametrize(
-    ("mode", "device", "message"),
-    [
-        (
-            "auto",
-            torch.device("cpu"),
-            "prefill attention runs on the PyTorch ops: the device is cpu",
-        ),
-        ("torch", CUDA, "PyTorch ops: the setting kernels says so"),
-    ],
-)
-def test_prefill_on_the_ops_has_its_reason(
-    mode: KernelMode, device: torch.device, message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    assert prefill(mode, device) is None
-    assert message in reason(caplog)
-
-
-@pytest.mark.parametrize(
-    ("attention", "model", "tried"),
-    [
-        ("dense", MODEL, (None, False)),
-        ("sparse", MODEL, (8, False)),
-        ("sparse", make_model([[0]], dim=64, index_dim=8, block=16, age_bias=True), (8, True)),
-    ],
-    ids=["dense", "sparse", "sparse-with-a-bias"],
-)
-def test_prefill_kernels_are_tried_out(
-    fake_prefill: type[FakePrefill],
-    attention: AttentionMode,
-    model: ModelConfig,
-    tried: tuple[int | None, bool],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO)
-    found = prefill("auto", attention=attention, model=model)
-    assert isinstance(found, FakePrefill)
-    assert found.tried == [tried]
-    assert "prefill attention runs on the CUDA kernels" in reason(caplog)
-
-
-def test_prefill_kernels_that_fail_when_tried_give_way_unless_asked_for(
-    fake_prefill: type[FakePrefill], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A host without a C compiler cannot build what Triton needs: better known before ready."""
-    fake_prefill.problem = RuntimeError("Failed to find C compiler.\nSet CC.")
-    caplog.set_level(logging.INFO)
-    assert prefill("auto") is None
-    assert reason(caplog).endswith("PyTorch ops: RuntimeError: Failed to find C compiler.")
-    with pytest.raises(ConfigError, match="not possible for prefill: RuntimeError: Failed"):
-        prefill("cuda")

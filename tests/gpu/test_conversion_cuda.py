@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from conversion.answer_loss import AnswerLoss
-from conversion.attention_samples import PlantedDocument, planted_document, sample_rows
+from conversion.attention_samples import sample_rows
 from conversion.calibration import NEEDLE_TOKENS, needle_document, needle_scores
 from conversion.closed_form_fit import closed_form_candidates
 from conversion.convert_options import ConvertOptions
@@ -30,70 +30,26 @@ from conversion.fit_options import FitOptions
 from conversion.index_weights import IndexWeights, index_groups
 from conversion.indexer_fit import FittedIndex, HeadSetting, IndexerFit
 from conversion.indexer_training import IndexerTraining
-from conversion.parallel import Ranks
 from conversion.pipeline import convert
 from conversion.sequence import CachedSequence
-from conversion.text_source import TextSource, load_tokenizer
+from conversion.text_source import load_tokenizer
 from engine.model.checkpoint import preflight
-from engine.model.config import ModelConfig, SparseAttentionConfig
-from engine.model.decoder import Decoder, Indexer
-from engine.model.weights import load_decoder
 from kernels.block_age import AGE_RANGES
 from tests.conversion.tiny_distillation import TinyDistillation
 from tests.engine.model.tiny_models import make_checkpoint
+from tests.gpu.conversion_host import HEADS, INDEX_DIM, SPARSE, TOKENS, Host
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
 DEVICE = "cuda"
 QUIET = Console(file=io.StringIO())
-HEADS = ((), (1, 2, 4), (0, 5))
-TOKENS, INDEX_DIM = 480, 4
-SPARSE = SparseAttentionConfig(
-    retrieval_heads=HEADS,
-    window_tokens=64,
-    index_dim=INDEX_DIM,
-    block_tokens=16,
-    top_p=tuple(tuple(0.8 for _ in heads) for heads in HEADS),
-)
 STEPS = FitOptions(steps=8, queries=32, learning_rate=1e-2, warmup_steps=2, save_every=4)
 TEMPERED = {
     (layer, head): HeadSetting(0.0, 1.0, 0.8) for layer, heads in enumerate(HEADS) for head in heads
 }
-
-
-@dataclass(frozen=True)
-class Host:
-    """The model on one device in float32, and documents for it."""
-
-    decoder: Decoder
-    config: ModelConfig
-    ranks: Ranks
-    texts: list[list[int]]
-    planted: list[PlantedDocument]
-
-    @classmethod
-    def make(cls, folder: Path, text: Path, device: str) -> Host:
-        decoder = load_decoder(folder, device, torch.float32)
-        tokenizer = load_tokenizer(folder)
-        texts = TextSource.find(text).documents(tokenizer, 4, TOKENS, 0)
-        planted = [planted_document(ids, tokenizer, seed) for seed, ids in enumerate(texts)]
-        config = replace(decoder.config, sparse=SPARSE)
-        return cls(decoder, config, Ranks(device=torch.device(device)), texts, planted)
-
-    def random_indexers(self) -> list[Indexer | None]:
-        """The same on every device."""
-        generator = torch.Generator().manual_seed(0)
-        device = self.ranks.device
-
-        def random(heads: int) -> Tensor:
-            shape = (heads, INDEX_DIM, self.config.head_dim)
-            return torch.randn(shape, generator=generator).to(device)
-
-        return [Indexer(random(len(h)), random(len(h))) if h else None for h in HEADS]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from server.completions import CompletionCall
 from server.config import ServerConfig
 from tests.server.fake_engine import EOS, FakeEngine
 from tests.server.live_server import LiveServer, live_server, make_tokenizer
+from tests.server.raw_http import raw_post
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -59,15 +60,6 @@ ENDLESS = {
 }
 
 
-def raw_post(path: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body, separators=(",", ":")).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
-
-
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/detokenize", {"tokens": [EOS] * 1_000_000}), ("/v1/completions", ENDLESS)],
@@ -87,7 +79,7 @@ def test_a_reader_that_takes_nothing_loses_its_connection(
         with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.connect(("127.0.0.1", server.port))
-            stalled.sendall(raw_post(path, body))
+            stalled.sendall(raw_post(path, **body))
             assert b" 200 " in stalled.recv(100)
             assert not others_get_in()
             server.until(others_get_in)
@@ -111,7 +103,7 @@ def test_a_reader_that_takes_nothing_does_not_keep_the_server(
             await asyncio.sleep(0.01)
         host, port = listener.getsockname()
         reader, writer = await asyncio.open_connection(host, port, limit=1024)
-        writer.write(raw_post("/v1/completions", ENDLESS))
+        writer.write(raw_post("/v1/completions", **ENDLESS))
         await reader.readline()
         server.should_exit = True
         async with asyncio.timeout(30):

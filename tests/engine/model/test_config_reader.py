@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError
-from engine.model.config import ModelConfig, RopeConfig
+from engine.model.config import RopeConfig
 from engine.model.config_reader import FIXED, HARMLESS, KNOWN, REFUSED, read_config
 from engine.model.rope_reader import KEYS as ROPE_KEYS
+from tests.engine.model.config_case import ARCHITECTURES, family, read, refusal
 
-BASE: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
-
-
-def family(name: str) -> dict[str, Any]:
-    own = MOE if name == "qwen3_moe" else {}
-    return {"architectures": [ARCHITECTURES[name]], "model_type": name, **own}
-
-
-def read(folder: Path, *drop: str, **changes: Any) -> ModelConfig:
-    values = {key: value for key, value in {**BASE, **changes}.items() if key not in drop}
-    (folder / "config.json").write_text(json.dumps(values))
-    return read_config(folder)
-
-
-def refusal(folder: Path, *drop: str, **changes: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read(folder, *drop, **changes)
-    message = str(caught.value)
-    assert message.startswith(f"{folder / 'config.json'}: ")
-    assert "\n" not in message
-    return message.removeprefix(f"{folder / 'config.json'}: ")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

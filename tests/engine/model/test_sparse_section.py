@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.model.config import SparseAttentionConfig
-from tests.engine.model.test_config_reader import read, refusal
+from tests.engine.model.config_case import read, refusal
 
 HEADS = [[0, 5], [], [1]]  # of 3 layers with 6 query heads
 SECTION: dict[str, Any] = {"format_version": 1, "retrieval_heads": HEADS}
