@@ -12,7 +12,7 @@ from engine.batch import Batch
 from engine.child_main import run_engine
 from engine.config import EngineConfig
 from engine.step import EngineParts
-from tests.engine.fake_runner import toy_info, toy_scheduler
+from tests.engine.toy_info import toy_info, toy_scheduler
 from tests.simulation.toy_model import SimulatedRunner
 
 STEP_SECONDS, TOKEN_SECONDS = 0.004, 0.00002

@@ -14,12 +14,8 @@ from engine.messages import Add
 from engine.messages import RequestUpdate as Update
 from engine.request import SamplingParams
 from tests.engine.fake_channel import FakeChannel
-from tests.engine.fake_runner import (
-    EOS,
-    FakeRunner,
-    toy_info,
-    toy_scheduler,
-)
+from tests.engine.fake_runner import EOS, FakeRunner
+from tests.engine.toy_info import toy_info, toy_scheduler
 
 
 class Bench:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.messages import EngineInfo, FromEngine, ToEngine
 from engine.step_note import StepNote
-from tests.engine.fake_runner import toy_info
+from tests.engine.toy_info import toy_info
 
 
 class FakeChild:

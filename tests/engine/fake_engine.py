@@ -23,7 +23,8 @@ from engine.errors import CheckpointError, ConfigError
 from engine.messages import EngineInfo
 from engine.request import Request
 from engine.step import EngineParts, PendingStep
-from tests.engine.fake_runner import NO_GRAPHS, NO_KERNELS, FakeRunner, toy_info, toy_scheduler
+from tests.engine.fake_runner import NO_GRAPHS, NO_KERNELS, FakeRunner
+from tests.engine.toy_info import toy_info, toy_scheduler
 
 TOY_FILE = "toy.json"
 HELD_TOKENS = 6  # of each request that is to be in the middle of its answer

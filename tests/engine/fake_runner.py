@@ -18,21 +18,37 @@ from dataclasses import dataclass
 from engine.batch import NEWEST_TOKEN, Batch, Span
 from engine.counter_rng import uniform
 from engine.errors import StepMemoryError
-from engine.kv_pools import KvPools
-from engine.messages import Attended, EngineInfo, ReadBytes, TokenLogprobs
+from engine.messages import Attended, EngineInfo, TokenLogprobs
 from engine.request import Request
-from engine.scheduler import Scheduler
 from engine.step import PendingStep, Sample, StepResult
 
 VOCAB = 100
+
+
 WINDOW, SINKS = 8, 2  # tokens
+
+
 EOS = 89  # never produced by toy_next, so that lengths are predictable
+
+
 NOT_FINITE = 90  # the row that carries this token has logits that are not finite
+
+
 RAISE = 91  # the step raises
+
+
 KILL = 92  # the process dies as by kill -9
+
+
 HANG = 93  # the step never returns
+
+
 NO_MEMORY = 94  # a step with this token finds no memory, however small it is
+
+
 NO_GRAPHS = 95  # the step raises in an engine with CUDA graphs
+
+
 NO_KERNELS = 96  # the step raises in an engine with CUDA kernels
 
 
@@ -55,45 +71,6 @@ def toy_generate(prompt: Sequence[int], count: int, seed: int | None = None) -> 
 def toy_draw(tokens: Sequence[int], seed: int, index: int) -> int:
     """Token `index` of the output of a request that samples: by its counter-based draw."""
     return (toy_next(tokens) + int(uniform(seed, index) * EOS)) % EOS
-
-
-def toy_info(
-    *, block_tokens: int = 4, full_pages: int = 64, window_pages: int = 64, max_num_seqs: int = 4
-) -> EngineInfo:
-    return EngineInfo(
-        vocab_size=VOCAB,
-        max_model_len=128,
-        eos_token_ids=(EOS,),
-        attention="sparse",
-        retrieval_heads=1,
-        attention_heads=2,
-        kv_bytes_per_token=1,
-        kv_bytes_per_token_dense=2,
-        block_tokens=block_tokens,
-        full_pages=full_pages,
-        window_pages=window_pages,
-        full_page_bytes=8 * block_tokens,
-        window_page_bytes=4 * block_tokens,
-        window_tokens=WINDOW,
-        reads=ReadBytes(head=4, full=8, index=2, local=4, dense=16, window_tokens=WINDOW + SINKS),
-        max_num_seqs=max_num_seqs,
-        device="cpu",
-        dtype="int",
-        kernels="torch",
-        plan="toy",
-    )
-
-
-def toy_scheduler(info: EngineInfo, *, max_batch_tokens: int = 16) -> Scheduler:
-    """The real scheduler over pools of the toy's size."""
-    pools = KvPools(
-        full_pages=info.full_pages,
-        window_pages=info.window_pages,
-        block_tokens=info.block_tokens,
-        window_tokens=WINDOW,
-        sink_tokens=SINKS,
-    )
-    return Scheduler(pools, max_num_seqs=info.max_num_seqs, max_batch_tokens=max_batch_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,12 @@
 """Drives PagedAttention by hand: random queries, keys and values, shuffled pages, NaN everywhere
-else. `expected` is the naive answer: one n x n mask per head.
+else.
 
-Legend: n tokens of a sequence, H query heads, N KV heads, D head_dim, I index_dim, B blocks.
+Legend: n tokens of a sequence, H query heads, D head_dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,27 +23,10 @@ from engine.model.kv_cache import KVCache
 from engine.model.prefill_kernels import SpanKernels
 from engine.request import Request, SamplingParams
 from kernels._launch import KernelLibrary
-from kernels.reference import quantise_index_keys, select_blocks
 from tests.engine.head_map_model import random_indexers
+from tests.engine.naive_attention import NaiveAttention, PagedSequence
 
 Take = tuple[int, int, Rule]  # sequence, number of tokens, rule
-
-
-@dataclass
-class PagedSequence:
-    """Random tensors of one sequence in every layer, and where its pages lie."""
-
-    q_pre: Tensor  # [layers, n, H, D]; the same shapes below
-    k_pre: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prompt: int
-    top_p: float | None = None
-    computed: int = 0
-    epoch: int = 0
-    full_blocks: list[int] = field(default_factory=list)
-    window_blocks: list[int] = field(default_factory=list)
 
 
 class Driver:
@@ -217,63 +199,8 @@ class Driver:
 
     def expected(self, index: int) -> Tensor:
         """Every output of a sequence from masks: [layers, n, H, D]."""
-        layers = range(self.model.num_layers)
-        return torch.stack([self._expected_layer(self.sequences[index], layer) for layer in layers])
-
-    def _expected_layer(self, sequence: PagedSequence, layer: int) -> Tensor:
-        model = self.model
-        heads = []
-        for head in range(model.num_heads):
-            kv = head // model.group_size
-            q_nD, k_nD = sequence.q[layer, :, head].double(), sequence.k[layer, :, kv].double()
-            scores_nn = q_nD @ k_nD.T * model.head_dim**-0.5
-            scores_nn[~self._allowed(sequence, layer, head)] = -torch.inf
-            heads.append(scores_nn.softmax(-1) @ sequence.v[layer, :, kv].double())
-        return torch.stack(heads, dim=1).float()
-
-    def _allowed(self, sequence: PagedSequence, layer: int, head: int) -> Tensor:
-        """Which key (column) each query (row) of one head sees: design section 5."""
-        n, sparse = sequence.q.shape[1], self.model.sparse
-        m, j = torch.arange(n)[:, None], torch.arange(n)
-        allowed_nn = j <= m
-        if sparse is None:
-            return allowed_nn
-        if head not in sparse.retrieval_heads[layer]:
-            return allowed_nn & ((m - j < sparse.window_tokens) | (j < sparse.sink_tokens))
-        if sparse.index_dim is not None:
-            for query in range(sequence.prompt, n):
-                if query + 1 >= sparse.dense_below:
-                    kept_B = self._selected(sequence, layer, head, query)
-                    allowed_nn[query] &= kept_B.repeat_interleave(self.block)[:n]
-        return allowed_nn
-
-    def _selected(self, sequence: PagedSequence, layer: int, head: int, query: int) -> Tensor:
-        sparse, indexer = self.model.sparse, self.indexers[layer]
-        assert sparse is not None
-        assert indexer is not None
-        row = sparse.retrieval_heads[layer].index(head)
-        kv = head // self.model.group_size
-        key_row = self.heads[layer].full_kv.index(kv) if sparse.index_scope == "kv_head" else row
-        qi_I = indexer.q_proj_HID[row] @ sequence.q_pre[layer, query, head]
-        ki_nI = sequence.k_pre[layer, : query + 1, kv] @ indexer.k_proj_HID[key_row].T
-        if self.index_dtype == "int8":
-            steps_nHI, scales_nH = quantise_index_keys(ki_nI[:, None])
-            ki_nI = steps_nHI[:, 0].float() * scales_nH.float()
-        blocks = -(-sequence.q.shape[1] // self.block)
-        log_mass_B = torch.full((blocks,), -torch.inf)
-        for block, scores in enumerate(torch.split(ki_nI @ qi_I, self.block)):
-            log_mass_B[block] = scores.logsumexp(0)
-            if indexer.age_bias_HA is not None:
-                age = query // self.block - block
-                log_mass_B[block] += indexer.age_bias_HA[row, age.bit_length()]
-        top_p = sequence.top_p or sparse.top_p[layer][row]
-        mask_11B = select_blocks(
-            log_mass_B[None, None],
-            torch.tensor([[top_p]], dtype=torch.float64),
-            torch.tensor([query + 1]),
-            self.block,
-        )
-        return mask_11B[0, 0]
+        naive = NaiveAttention(self.model, self.indexers, self.index_dtype)
+        return naive.outputs(self.sequences[index])
 
 
 def poison_of(tensor: Tensor) -> float:

@@ -14,8 +14,8 @@ from engine.model.head_layout import model_heads
 from engine.read_bytes import count_reads, read_bytes
 from engine.request import Request, SamplingParams
 from engine.step import StepResult
-from tests.engine.fake_runner import toy_info, toy_scheduler
 from tests.engine.head_map_model import make_model
+from tests.engine.toy_info import toy_info, toy_scheduler
 
 WINDOW, SINKS, INDEX_DIM, ITEM = 8, 2, 4, 2
 

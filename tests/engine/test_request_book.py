@@ -12,7 +12,8 @@ from engine.messages import Add
 from engine.request import SamplingParams
 from engine.request_book import RequestBook
 from engine.step import StepResult
-from tests.engine.fake_runner import EOS, toy_info
+from tests.engine.fake_runner import EOS
+from tests.engine.toy_info import toy_info
 
 
 def add(request_id: int, deadline: float | None = None, max_tokens: int = 3) -> Add:

@@ -21,7 +21,7 @@ from engine.starter import ReadyChild
 from engine.supervision import SupervisionPolicy
 from tests.engine.fake_child import FakeChild
 from tests.engine.fake_clock import FakeClock
-from tests.engine.fake_runner import toy_info
+from tests.engine.toy_info import toy_info
 
 MAX_REQUESTS, MAX_TOKENS = 6, 100
 ECHO = SamplingParams(prompt_logprobs=0)

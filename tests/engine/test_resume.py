@@ -20,7 +20,8 @@ from engine.messages import Add, RequestUpdate
 from engine.request import SamplingParams
 from engine.step_note import StepNote
 from tests.engine.fake_channel import FakeChannel
-from tests.engine.fake_runner import FakeRunner, toy_generate, toy_info, toy_scheduler
+from tests.engine.fake_runner import FakeRunner, toy_generate
+from tests.engine.toy_info import toy_info, toy_scheduler
 
 Requests = list[tuple[list[int], SamplingParams]]
 

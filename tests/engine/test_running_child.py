@@ -14,7 +14,7 @@ from engine.step_note import StepNote
 from engine.supervision import SupervisionPolicy
 from tests.engine.fake_child import FakeChild
 from tests.engine.fake_clock import FakeClock
-from tests.engine.fake_runner import toy_info
+from tests.engine.toy_info import toy_info
 
 POLICY = SupervisionPolicy(seconds_per_token_cpu=0.5)
 

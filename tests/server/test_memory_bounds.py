@@ -17,7 +17,7 @@ from server.edge import Edge
 from server.large_body import SMALL_BODY
 from server.memory_bounds import front_end_bounds, render_bounds
 from server.request_record import RequestRecord
-from tests.engine.fake_runner import toy_info
+from tests.engine.toy_info import toy_info
 
 MIB = 2**20
 

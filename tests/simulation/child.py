@@ -31,7 +31,8 @@ from engine.messages import (
 )
 from engine.scheduler import Scheduler
 from engine.step_note import StepNote
-from tests.engine.fake_runner import SINKS, WINDOW, toy_info
+from tests.engine.fake_runner import SINKS, WINDOW
+from tests.engine.toy_info import toy_info
 from tests.simulation.history import History
 from tests.simulation.loop import Signal
 from tests.simulation.scenario import CrashPoint, LifePlan, Scenario
