@@ -19,7 +19,6 @@ from conversion.pipeline import convert
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
 from tests.conversion.aged_scores import BLOCK, PLANTED, ROWS, TOKENS, by_range, hidden
-from tests.conversion.line_files import line_files
 from tests.engine.model.tiny_models import make_checkpoint
 
 QUIET = Console(quiet=True)
@@ -41,17 +40,9 @@ def test_old_ages_are_set_anew_and_the_others_keep_their_biases() -> None:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> ConvertOptions:
-    return ConvertOptions(
-        data=line_files(tmp_path / "text"),
-        heads_share=0.25,
-        window_tokens=64,
-        index_dim=4,
-        block_tokens=16,
-        documents=1,
-        document_tokens=250,  # ages up to 15 blocks, range 4
-        fit=FIT,
-    )
+def options(options: ConvertOptions) -> ConvertOptions:
+    """Documents with ages up to 15 blocks, range 4."""
+    return replace(options, documents=1, document_tokens=250, fit=FIT)
 
 
 def biases(folder: Path) -> Tensor:

@@ -67,13 +67,13 @@ def greedy(count: int, **params: Any) -> SamplingParams:
 
 
 PROMPTS = [[7 + i * k % 50 for i in range(n)] for k, n in ((3, 40), (7, 3), (11, 90), (13, 17))]
-GREEDY = [(prompt, greedy(10 + 5 * i)) for i, prompt in enumerate(PROMPTS)]
+GREEDY = [(prompt, greedy(10 + 6 * i)) for i, prompt in enumerate(PROMPTS)]
 MIXED = [
     (PROMPTS[0], greedy(20)),
     (PROMPTS[1], greedy(16, logit_bias={9: 4.0}, repetition_penalty=1.3, logprobs=3)),
     (
         PROMPTS[2],
-        SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=28, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=32, ignore_eos=True),
     ),
     (PROMPTS[3], greedy(21, attention_top_p=0.05, presence_penalty=0.5, min_tokens=4)),
 ]

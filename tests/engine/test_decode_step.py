@@ -96,7 +96,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("requests", "least"), [(GREEDY, 12), (MIXED, 4)], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(("requests", "least"), [(GREEDY, 20), (MIXED, 4)], ids=["greedy", "mixed"])
 def test_tokens_and_budget_equal_those_of_the_ops(
     folder: Path,
     backend: CountingBackend,
@@ -106,7 +106,7 @@ def test_tokens_and_budget_equal_those_of_the_ops(
 ) -> None:
     got = generate(load(folder), requests)
     assert len(ahead) > least, "steps are started ahead, but where a penalty counts tokens"
-    assert sum(backend.replays.values()) > 20, "decode steps took the fixed buffers"
+    assert sum(backend.replays.values()) > 25, "decode steps took the fixed buffers"
     assert len(+backend.replays) > 2, "of several sizes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.loading.choose_kernels", lambda *_: None)
