@@ -85,7 +85,7 @@ def _until(text: str) -> tuple[Cut, ...]:
     return (_before(text, "if (args.cluster > 0) return;\n    "),)
 
 
-RING = "constexpr int kRingBytes = 12288;"
+RING = "constexpr int kRingBytes = 8192;"
 # Of a single row's selection. What a cut leaves undone was done by the launch before.
 SELECTIONS: dict[str, tuple[Cut, ...]] = {
     "starts and returns": _until("DealtScores<Keys> scores(args, dealt, 0, head);"),
@@ -94,7 +94,7 @@ SELECTIONS: dict[str, tuple[Cut, ...]] = {
     "+ bins": _until(THRESHOLD),
     "+ words": _until(OWN_LIST),
     "whole": (),
-    "rings of 8 KiB": (Cut(RING, "constexpr int kRingBytes = 8192;"),),
+    "rings of 12 KiB": (Cut(RING, "constexpr int kRingBytes = 12288;"),),
     "rings of 16 KiB": (Cut(RING, "constexpr int kRingBytes = 16384;"),),
 }
 

@@ -28,7 +28,9 @@ TRIAL_ROWS = 128  # query positions per kind and document
 COARSE = tuple(2.0 ** (step / 4) for step in range(-6, 7))  # 0.35 to 2.8
 FINE = tuple(2.0 ** (step / 12) for step in range(-12, 13))  # 0.5 to 2
 ADAPTIVE_TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
-MARGIN = 0.005  # of mass above what is wanted: other text keeps a little less than the trial's
+# Of mass above what is wanted: other text keeps a little less than the trial's. At most half of
+# what may be missing: all of the mass is kept by all blocks only.
+MARGIN, MARGIN_SHARE = 0.005, 0.5
 MISSING = 1e6  # cost in blocks of mass that is not kept
 
 Place = tuple[int, int]  # layer, head
@@ -77,6 +79,11 @@ def try_selection(
         advance()
     trial.share(ranks, len(documents))
     return trial.choose()
+
+
+def with_margin(top_p: float) -> float:
+    """The share of attention that a head is to keep on the trial's text, so that it is `top_p`."""
+    return top_p + min(MARGIN, MARGIN_SHARE * (1.0 - top_p))
 
 
 class _Trial:
@@ -141,8 +148,8 @@ class _Trial:
         self._blocks = ranks.summed(self._blocks) / documents
 
     def choose(self) -> dict[Place, Choice]:
-        wanted_H11 = torch.tensor(list(self._wanted.values()), dtype=torch.float64)[:, None, None]
-        wanted_H11 = (wanted_H11 + MARGIN).clamp(max=1.0)
+        wanted = [with_margin(top_p) for top_p in self._wanted.values()]
+        wanted_H11 = torch.tensor(wanted, dtype=torch.float64)[:, None, None]
         missing = (wanted_H11 - self._kept.amin(0)).clamp(min=0)  # of the worse kind of rows
         missing = missing.where(missing > 1e-9, 0.0)
         cost_CHX = (self._blocks.mean(0) + MISSING * missing).flatten(2)

@@ -131,7 +131,7 @@ struct DecodeArgs {
     int64_t warps;
     int64_t shared_bytes;
     int64_t overlap;  // 1: straight after index_select on the stream; start before it has ended
-    int64_t held_back;  // CTAs or clusters, at most half, that take items with lists only
+    int64_t held_back;  // CTAs or clusters, not all, that take items with lists only
     int64_t cluster;    // CTAs of a cluster, which takes whole pieces; 0: none, each CTA for itself
     int64_t placement;  // of a cluster's CTAs on multiprocessors, a cudaClusterSchedulingPolicy
     int64_t least_blocks;  // of a piece, where there is no list

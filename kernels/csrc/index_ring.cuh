@@ -12,7 +12,7 @@
 
 namespace rtpurbo {
 
-constexpr int kRingBytes = 12288;  // of a warp: with 80 CTAs 8 MB, twice what latency needs
+constexpr int kRingBytes = 8192;  // of a warp: with 80 CTAs 5 MB, somewhat more than latency needs
 constexpr int kBlocksTogether = 2;  // of a warp, whose chains of arithmetic hide each other
 constexpr int kWordBlocks = 32;
 constexpr int kWarpBlocks = kWordBlocks / kSelectWarps;  // of a word; those together are of one

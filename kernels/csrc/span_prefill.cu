@@ -122,8 +122,7 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             }
         }
         const SpanPlace place(args, work, row);
-        __syncwarp();  // all have read it
-        release(&shared.queries_empty);
+        hopper::barrier_arrive(&shared.queries_empty);  // this thread has read it
 
         hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
         hopper::pin(o);
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& shared = *reinterpret_cast<SpanShared<kDim>*>(raw + (1024 - misaligned) % 1024);
     if (threadIdx.x == 0) {
         hopper::barrier_init(&shared.queries_full, 1);
-        hopper::barrier_init(&shared.queries_empty, kComputeWarps);
+        hopper::barrier_init(&shared.queries_empty, kComputeThreads);  // racecheck follows no warp
         for (int stage = 0; stage < kSpanStages; ++stage) {
             hopper::barrier_init(&shared.keys_full[stage], 1);
             hopper::barrier_init(&shared.keys_empty[stage], kComputeWarps);

@@ -51,15 +51,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kResident<Strip, kClusters>)
     }
     int round = 0;
     // They start in their order, as they find room: the first take windows, then come those for lists.
-    const bool holds_back = worker >= held && worker < 2 * held;
+    const int first = min(held, workers - held);
+    const bool holds_back = worker >= first && worker < first + held;
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
         const bool listed = phase == 1;
         if (listed ? args.lists == nullptr : holds_back) continue;
-        const int place = listed ? (holds_back      ? worker - held
-                                    : worker < held ? worker + held
-                                                    : worker)
-                                 : (worker < held ? worker : worker - held);
+        const int place = listed ? (holds_back       ? worker - first
+                                    : worker < first ? worker + held
+                                                     : worker)
+                                 : (worker < first ? worker : worker - held);
         const int count = listed ? workers : workers - held;
         if constexpr (kClusters) {
             round = attend_few<Strip, kDim>(args, listed, place, count, round, shared);
@@ -149,6 +150,7 @@ extern "C" int rtpurbo_sparse_decode(const DecodeArgs* args, void* stream) {
         args->block_tokens % kStripTokens != 0 || args->cluster == 1 || args->cluster > kMaxRanks) {
         return cudaErrorInvalidValue;
     }
+    if (args->held_back * (in_clusters ? args->cluster : 1) >= args->ctas) return cudaErrorInvalidValue;
     DecodeArgs given = *args;
     given.by_groups = divisor_of(args->group_count);
     given.by_tokens = divisor_of(args->block_tokens);

@@ -14,7 +14,7 @@ from conversion.index_quality import IndexQuality, measure
 from conversion.index_weights import IndexWeights
 from conversion.indexer_fit import IndexerFit
 from conversion.parallel import Ranks
-from conversion.selection_trial import COARSE, MARGIN, Choice, try_selection
+from conversion.selection_trial import COARSE, MARGIN, Choice, try_selection, with_margin
 from tests.conversion.tiny_training import HEADS, Tiny, documents
 
 WANTED = 0.6  # of the mass: random projections must scan most blocks for more
@@ -101,6 +101,16 @@ def test_the_choice_is_the_cheapest_that_keeps_enough(
         assert blocks <= min(allowed) + 1e-6
         assert len({cost for _, cost in every.values()}) > 1
         assert choices[place].top_p in values
+
+
+@pytest.mark.parametrize(
+    ("top_p", "wanted"), [(0.6, 0.605), (0.99, 0.995), (0.995, 0.9975), (1.0, 1.0)]
+)
+def test_no_head_is_asked_to_keep_everything_unless_top_p_is_one(
+    top_p: float, wanted: float
+) -> None:
+    """Only all blocks keep all of the mass: the bluntest index would be taken for every head."""
+    assert with_margin(top_p) == pytest.approx(wanted)
 
 
 def test_a_head_that_never_keeps_enough_gets_what_keeps_most(tiny: Tiny) -> None:

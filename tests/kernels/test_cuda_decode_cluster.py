@@ -24,6 +24,9 @@ GRIDS = {
     "eight": DecodeGrid(40, 8, 2, 1, 1),
     "four": DecodeGrid(24, 4, 0, 1, 3),
     "two": DecodeGrid(14, 2, 3, 2, 1),
+    "more-for-lists": DecodeGrid(20, 4, 4, 1, 1),
+    "alone": DecodeGrid(11, 0, 3, 2, 1),
+    "alone, more-for-lists": DecodeGrid(7, 0, 6, 1, 1),
 }
 EACH_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
@@ -139,7 +142,23 @@ def test_a_cluster_has_at_least_two_ctas(
     library: KernelLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One is launched as none, and instructions for clusters are illegal there."""
-    divide(monkeypatch, DecodeGrid(5, 1, 1, 1, 1))
+    assert_refused(library, DecodeGrid(5, 1, 1, 1, 1), monkeypatch)
+
+
+@needs_compiler
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_somebody_is_left_for_items_without_lists(
+    library: KernelLibrary, cluster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = 3
+    ctas = workers * max(1, cluster)
+    assert_refused(library, DecodeGrid(ctas, cluster, workers, 1, 1), monkeypatch)
+
+
+def assert_refused(
+    library: KernelLibrary, grid: DecodeGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divide(monkeypatch, grid)
     case = LayerCase.make([300], dtype=torch.bfloat16, dim=128)
     with pytest.raises(KernelError, match="CUDA error 1"):
         case.run(case.workspace(library))
