@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,20 @@ def export_model(
     Args:
         trained: weights that stage 2 has changed, by checkpoint name; None keeps the source's.
 
-    It is written beside its place and renamed when it is complete and has passed the same checks
-    as before serving.
+    Raises:
+        ConversionError: `out` exists, or cannot be written.
+    """
+    with new_folder(out) as work:
+        _fill(work, source, sparse_section(sparse, calibration), indexers, trained)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A model folder to fill. It is made beside its place and becomes `out` when it is complete and
+    has passed the same checks as before serving.
 
     Raises:
+        CheckpointError: it does not pass.
         ConversionError: `out` exists, or cannot be written.
     """
     refuse_existing(out)
@@ -81,7 +92,7 @@ def export_model(
     except OSError as error:
         raise ConversionError(f"{out}: cannot be made ({error.strerror})") from None
     try:
-        _fill(work, source, sparse_section(sparse, calibration), indexers, trained)
+        yield work
         preflight(work)
         refuse_existing(out)
         for file in work.iterdir():
@@ -92,6 +103,13 @@ def export_model(
         raise ConversionError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_files(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Those of the named files that `source` has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def refuse_existing(out: Path) -> None:
@@ -117,9 +135,7 @@ def _fill(
     else:
         for file in sorted({stored.file for stored in source.tensors.values()}):
             shutil.copyfile(file, folder / file.name)
-    for name in (INDEX_FILE, *COMPANIONS):
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_files(source.folder, (INDEX_FILE, *COMPANIONS), folder)
     tensors = {}
     for layer, indexer in enumerate(indexers):
         if indexer is not None:

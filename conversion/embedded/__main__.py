@@ -12,32 +12,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conversion.embedded.attention import Kernel, attention_kernels
 from conversion.embedded.corpus import Corpus
 from conversion.embedded.export import export_network
-from conversion.embedded.judge import Judge
+from conversion.embedded.judge import hardware, judgement
 from conversion.embedded.network import Network
-from conversion.embedded.options import CURRICULUM, PretrainingOptions, read_curriculum
+from conversion.embedded.options import (
+    CURRICULUM,
+    WINDOW_TOKENS,
+    PretrainingOptions,
+    read_curriculum,
+)
 from conversion.embedded.trainer import Trainer
-from conversion.errors import ConversionError
 from conversion.head_roles import read_heads
 from conversion.parallel import Ranks, joined
 from conversion.state import write_json
+from engine.errors import EngineError
 from engine.model.config_reader import read_config
-
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-FOR_WINDOWS = SDPBackend.EFFICIENT_ATTENTION  # takes the masks that the others may not take
 
 
 def pretrain(
@@ -56,7 +56,8 @@ def pretrain(
         command: what was typed, for the report.
 
     Raises:
-        ConversionError: one line; the text or the state is unusable.
+        CheckpointError: one line; the model to start from is unusable.
+        ConversionError: one line; the text or the state is.
     """
     with joined(options.device) as ranks:
         console = console if ranks.is_first else Console(quiet=True)
@@ -69,8 +70,10 @@ def pretrain(
                 shutil.rmtree(out / "partial", ignore_errors=True)
                 _export(network, options, out, out / "partial", console)
         elif ranks.is_first:
-            report = _judge(network, corpus, options, documents)
-            report |= {"command": command, "hardware": _hardware(ranks)}
+            report = judgement(network, corpus, documents, options.seed)
+            described = json.dumps(dataclasses.asdict(options), default=str)
+            report |= {"options": json.loads(described), "command": command}
+            report |= {"hardware": hardware(ranks.device, ranks.world)}
             report |= {"losses": trainer.losses, "progress": trainer.progress}
             write_json(out / "training.json", report)
             console.print_json(json.dumps({key: report[key] for key in ("held_out_loss", "facts")}))
@@ -91,27 +94,6 @@ def _corpus(out: Path, options: PretrainingOptions, console: Console, ranks: Ran
     seconds = time.monotonic() - begun
     console.print(f"corpus after {seconds:.0f} s: {json.dumps(corpus.description)}")
     return corpus
-
-
-def _judge(
-    network: Network, corpus: Corpus, options: PretrainingOptions, documents: int
-) -> dict[str, Any]:
-    lengths = [n for n in (2048, 4096, 8192, 16384, 32768) if n <= options.max_length]
-    lengths, judge = lengths or [options.max_length], Judge(corpus, options.seed)
-    report = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "corpus": corpus.description,
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        **judge.report(network, lengths, documents),
-    }
-    if options.retrieval_heads:
-        report["limited"] = judge.report(network, lengths, documents, limited=True)
-    return report
-
-
-def _hardware(ranks: Ranks) -> str:
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
-    return f"{ranks.world} x {device}, {platform.machine()}, torch {torch.__version__}"
 
 
 def _export(
@@ -150,10 +132,8 @@ def main(
     ] = None,
     window_tokens: Annotated[
         int, typer.Option(help="That all other heads see in limited sequences.")
-    ] = 512,
-    attention: Annotated[
-        Literal["flash", "cudnn"], typer.Option(help="Attention kernel on CUDA.")
-    ] = "flash",
+    ] = WINDOW_TOKENS,
+    attention: Annotated[Kernel, typer.Option(help="Attention kernel on CUDA.")] = "flash",
     compiled: Annotated[
         bool,
         typer.Option(
@@ -161,9 +141,11 @@ def main(
             help="Compile the network: faster steps, minutes before the first of each length.",
         ),
     ] = True,
-    documents: Annotated[int, typer.Option(help="Documents per cell of the judgement.")] = 32,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents per cell of the judgement.")
+    ] = 32,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    seed: Annotated[int, typer.Option(help="Of weights, batches and judgement.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and judgement.")] = 0,
 ) -> None:
     """Train the dense model behind the embedded one, under torchrun on several GPUs."""
     try:
@@ -178,11 +160,10 @@ def main(
             compile=compiled,
             seed=seed,
         )
-        wanted = [BACKENDS[attention], FOR_WINDOWS] if device != "cpu" else [SDPBackend.MATH]
-        with sdpa_kernel(wanted, set_priority=True):
+        with attention_kernels(attention, device):
             command = " ".join(["python -m conversion.embedded", *sys.argv[1:]])
             pretrain(out, options, Console(width=110), stop_after, documents, command)
-    except ConversionError as error:
+    except EngineError as error:
         print(f"{out}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

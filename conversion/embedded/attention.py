@@ -10,15 +10,23 @@ head sees everything, and the weights learn to be right in both. Shapes:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from conversion.errors import ConversionError
 from conversion.student_attention import StudentAttention
 from conversion.student_layers import StudentLayers
 from engine.model.config import ModelConfig, SparseAttentionConfig
+
+Kernel = Literal["flash", "cudnn"]
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+FOR_WINDOWS = SDPBackend.EFFICIENT_ATTENTION  # takes the masks that the others may not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +114,16 @@ def head_roles(
     for block in range(3):
         layers.window_mask(block)  # made now: not while a compiler traces
     return layers
+
+
+def attention_kernels(kernel: Kernel, device: str) -> AbstractContextManager[None]:
+    """Inside, attention runs on that kernel on CUDA, and on PyTorch's plain one on a CPU.
+
+    Raises:
+        ConversionError: the device is neither, or not there.
+    """
+    if device == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise ConversionError(f"device {device} is not there")
+    return sdpa_kernel([BACKENDS[kernel], FOR_WINDOWS], set_priority=True)

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from conversion.embedded.corpus import END_TEXT
 from conversion.embedded.network import Network
-from engine.model.checkpoint import INDEX_FILE, preflight
+from conversion.export import new_folder
+from engine.model.checkpoint import INDEX_FILE
 from engine.model.weights import stored_tensors
 
 SHARD_BYTES = 12 * 2**20
 
 
 def export_network(network: Network, config: dict[str, Any], tokenizer: Path, out: Path) -> None:
-    """Write bfloat16 shards, config.json and the tokenizer's files: a whole folder or none."""
-    work = out.with_name(out.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _fill(network, config, tokenizer, work)
-    preflight(work)
-    work.rename(out)
+    """Write bfloat16 shards, config.json and the tokenizer's files: a whole folder or none.
+
+    Raises:
+        ConversionError: `out` exists, or cannot be written.
+    """
+    with new_folder(out) as work:
+        _fill(network, config, tokenizer, work)
 
 
 def _fill(network: Network, config: dict[str, Any], tokenizer: Path, out: Path) -> None:

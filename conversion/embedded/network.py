@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens each, E hidden size, V vocabulary, F = B * T.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from conversion.embedded.attention import TrainingAttention
 from conversion.embedded.focus import FocusIndex, sampled_rows
 from conversion.student_layers import StudentLayers
+from engine.model.checkpoint import preflight
 from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
+from engine.model.weights import load_decoder
 
 LOSS_ROWS = 32_768  # positions whose logits are held at once
 
@@ -58,6 +61,15 @@ class Network(nn.Module):
         for index in self.focus.values():
             assert isinstance(index, FocusIndex)
             index.initialise(generator)
+
+    def load(self, model: Path) -> None:
+        """The weights of a model folder of this shape, in place.
+
+        Raises:
+            CheckpointError: one line that names the file.
+        """
+        weights = load_decoder(preflight(model), "cpu", torch.float32)
+        self.decoder.load_state_dict(weights.state_dict())
 
     def hidden(self, ids_BT: Tensor, limited: int = 0) -> Tensor:
         """Hidden states [F, E] after the final norm; the first `limited` sequences by roles."""

@@ -12,6 +12,9 @@ from conversion.embedded.focus import BLOCK_TOKENS
 from conversion.errors import ConversionError
 from conversion.schedule import warmup_constant
 
+# What heads see that do not retrieve, in tokens.
+WINDOW_TOKENS, SINK_TOKENS = 512, 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
@@ -55,8 +58,8 @@ class PretrainingOptions:
     phases: tuple[Phase, ...] = CURRICULUM
     init: Path | None = None  # model folder to start from; None: random weights
     retrieval_heads: tuple[tuple[int, ...], ...] = ()  # per layer; of limited sequences
-    window_tokens: int = 512  # that their other heads see
-    sink_tokens: int = 4
+    window_tokens: int = WINDOW_TOKENS  # that their other heads see
+    sink_tokens: int = SINK_TOKENS
     vocab_size: int = 4096
     layers: int = 8
     hidden: int = 320

@@ -26,9 +26,7 @@ from conversion.embedded.options import Phase, PretrainingOptions
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks
 from conversion.student_layers import StudentLayers
-from engine.model.checkpoint import preflight
 from engine.model.config import ModelConfig
-from engine.model.weights import load_decoder
 
 LOG_STEPS = 50
 CHECK_STEPS = 10  # between two looks at the clock, on which several processes must agree
@@ -65,13 +63,13 @@ class Trainer:
         """Train to the end, or for `stop_after` seconds; the network as it is then.
 
         Raises:
+            CheckpointError: the model to start from is unusable.
             ConversionError: the checkpoint is of other options, or training has diverged.
         """
         network = Network(self.config, self._roles()).to(self.ranks.device)
         network.initialise(self.options.seed)
         if self.options.init is not None:
-            weights = load_decoder(preflight(self.options.init), "cpu", torch.float32)
-            network.decoder.load_state_dict(weights.state_dict())
+            network.load(self.options.init)
         optimizers = Optimizers(network, self.options)
         self._resume(network, optimizers)
         deadline = math.inf if stop_after is None else time.monotonic() + stop_after

@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from conversion import embedded
 from conversion.embedded.__main__ import main, pretrain
 from conversion.embedded.attention import head_roles
 from conversion.embedded.batches import TrainingBatches
 from conversion.embedded.corpus import Corpus
 from conversion.embedded.network import Network
-from conversion.embedded.options import Phase, PretrainingOptions
+from conversion.embedded.options import Phase, PretrainingOptions, read_curriculum
 from conversion.errors import ConversionError
 from conversion.parallel import Ranks
 from conversion.sequence import CachedSequence
@@ -33,6 +34,7 @@ PHASE = Phase(
     length=256, steps=2, episodes=0.5, first_rate=1.0, last_rate=0.5, batch_tokens=1536, limited=0.5
 )
 CPU = torch.device("cpu")
+EMBEDDED = Path(embedded.__file__).parent
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def run_main(*arguments: object) -> str:
     """What the command says where it ends."""
     app = typer.Typer()
     app.command()(main)
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+    result = CliRunner().invoke(app, ["--device", "cpu", *map(str, arguments)])
     assert result.exit_code == 1
     return result.output
 
@@ -168,6 +170,21 @@ def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
     assert "must list 8 layers" in run_main(*given, "--heads", heads)
     heads.write_text(json.dumps({"retrieval_heads": [[1], [], [2, 0], [], [], [7], [], []]}))
     assert "too little text" in run_main(*given, "--heads", heads)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (("--init", "/nowhere"), "/nowhere/tokenizer.json: not a tokenizer"),
+        (("--device", "abacus"), "device abacus is not there"),
+    ],
+)
+def test_what_training_cannot_begin_from_is_one_line(
+    tmp_path: Path, argument: tuple[str, str], message: str
+) -> None:
+    said = run_main(tmp_path / "out", "--text", text_folders()[0], *argument)
+    assert message in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -194,6 +211,22 @@ def test_heads_come_from_the_file_of_a_conversion(tmp_path: Path) -> None:
 def test_impossible_limits(options: PretrainingOptions, change: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         dataclasses.replace(options, **change)
+
+
+@pytest.mark.parametrize(
+    "name", ["finish", "limited", "agreed", "agreed-lists", "far-lists", "near-lists"]
+)
+def test_the_curricula_beside_the_sources_can_be_trained(name: str) -> None:
+    phases = read_curriculum(EMBEDDED / f"{name}.json")
+    heads = json.loads((EMBEDDED / "limited-heads.json").read_text())["retrieval_heads"]
+    PretrainingOptions(phases=phases, retrieval_heads=heads)
+
+
+@pytest.mark.parametrize("name", ["far", "near"])
+def test_figures_are_of_the_curriculum_of_their_name(name: str) -> None:
+    options = json.loads((EMBEDDED / "averaged.json").read_text())[name]["options"]
+    phases = read_curriculum(EMBEDDED / f"{name}-lists.json")
+    assert tuple(Phase(**phase) for phase in options["phases"]) == phases
 
 
 @pytest.mark.parametrize("change", [{}, {"limited": 1.0, "agreement": 2.0, "focus": 0.05}])
