@@ -144,7 +144,7 @@ def settings(stack: Stack, path: Path) -> Figures:
         changed["selection by clusters of 8"] = Change(select={"cluster": 8})
     else:
         plan = stack.spaces[0].plan(stack.tiles)
-        workers = grids(plan, rows, stack.tiles.count)["as planned"]
+        workers = grids(plan, rows, stack.tiles.count, _blocks(stack))["as planned"]
         for part in (2, 3, 4, 6):
             held = {"held_back": workers.ctas // max(1, workers.cluster) // part}
             for times in (1.0, 0.75, 0.5):
@@ -169,7 +169,7 @@ def grid_times(
     One after the other, and a failure names its grid: it ends all work on the device.
     """
     plan, rows = stack.spaces[0].plan(stack.tiles), len(stack.layers[0].lens_R)
-    for name, grid in grids(plan, rows, stack.tiles.count).items():
+    for name, grid in grids(plan, rows, stack.tiles.count, _blocks(stack)).items():
         use(stack, Adjusted(path, Change(asdict(grid))))
         try:
             times = {"whole": stack.microseconds(Stack.whole)}
@@ -181,6 +181,10 @@ def grid_times(
             error.add_note(f"grid: {name}, {grid}")
             raise
         yield name, times
+
+
+def _blocks(stack: Stack) -> int:
+    return stack.layers[0].pool.tables_RB.shape[1]
 
 
 def use(stack: Stack, library: KernelLibrary) -> None:

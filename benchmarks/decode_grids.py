@@ -11,10 +11,11 @@ from kernels.decode_grid import BALANCED, DEVICE_CHOICE, DecodeGrid
 WINDOW_BLOCKS = WINDOW // BLOCK + 2  # and one for sinks, one that the window's edge cuts
 
 
-def grids(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
-    """By name: each CTA for itself, clusters of every size, other pieces and shares for lists."""
-    planned = DecodeGrid.of(plan, rows, tiles, BLOCK)
-    alone = DecodeGrid.of(DecodePlan(ctas=plan.ctas), rows, tiles, BLOCK)
+def grids(plan: DecodePlan, rows: int, tiles: int, blocks: int) -> dict[str, DecodeGrid]:
+    """By name: each CTA for itself, clusters of every size, fewer of them, other pieces and shares
+    for lists; of contexts of so many blocks."""
+    planned = DecodeGrid.of(plan, rows, tiles, BLOCK, blocks)
+    alone = DecodeGrid.of(DecodePlan(ctas=plan.ctas), rows, tiles, BLOCK, blocks)
     found = {"as planned": planned, "each CTA for itself": alone}
     if rows * tiles > FEW_ITEMS:
         return found
@@ -32,6 +33,11 @@ def grids(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
             ("placed by load", BALANCED),
         ):
             found[f"clusters of {cluster}, {name}"] = replace(usual, placement=placement)
+        for share in (2, 3):
+            fewer = max(3, count * share // 4)
+            found[f"clusters of {cluster}, {share} in 4 of them, two thirds for lists"] = replace(
+                usual, ctas=cluster * fewer, held_back=fewer * 2 // 3
+            )
         for part in (2, 4, 6):
             found[f"clusters of {cluster}, 1 in {part} for lists alone"] = replace(
                 usual, held_back=count // part

@@ -18,6 +18,7 @@ TILE_HEADS = 16
 MAX_ITEMS = 1024  # rows x group tiles of one launch
 FEW_ITEMS = 64  # at most, for clusters
 MAX_RANKS = 16  # CTAs of a cluster
+SHORT_BLOCKS = 1024  # of a row, up to which its selection is over before its window is read
 CHUNK_COLUMNS = 16  # that one of them adds up
 MAX_BLOCKS = 65535  # of one sequence
 MAX_WINDOW = 2**30
@@ -97,9 +98,12 @@ class SelectPlan(ctypes.Structure):
         ("clusters_of_16", c_int64),
     ]
 
-    def cluster(self, heads: int) -> int:
-        """CTAs of a cluster, if those of so many heads run at once; else 0."""
-        return 16 if heads <= self.clusters_of_16 else 8 if heads <= self.clusters_of_8 else 0
+    def cluster(self, heads: int, blocks: int) -> int:
+        """CTAs of a cluster for rows of up to so many blocks, if those of all heads run at once;
+        else 0. Few blocks take eight no longer, which leave more of the device to attention."""
+        sizes = {8: self.clusters_of_8, 16: self.clusters_of_16}
+        order = (8, 16) if blocks <= SHORT_BLOCKS else (16, 8)
+        return next((size for size in order if heads <= sizes[size]), 0)
 
 
 class DecodeArgs(ctypes.Structure):
@@ -165,6 +169,11 @@ class DecodePlan(ctypes.Structure):
     def cluster(self) -> int:
         """CTAs of a cluster for few rows; 0 where the device has no clusters."""
         return 16 if self.clusters_of_16 else 8 if self.clusters_of_8 else 0
+
+    def clusters(self, size: int) -> int:
+        """How many of 8 or 16 CTAs run at once."""
+        found: int = self.clusters_of_16 if size == 16 else self.clusters_of_8
+        return found
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -152,14 +152,14 @@ def attend_listed(
             args.kv_rows[index] = pool.k_cache.shape[1]
             args.tables[index] = Table.of(pool.tables_RB)
             args.block_tokens = pool.k_cache.shape[2]
-    has_lists = listed_from is not None
-    grid = DecodeGrid.of(plan, args.rows, tiles.count, args.block_tokens, has_lists=has_lists)
+    listed_blocks = 0 if listed_from is None or full is None else full.tables_RB.shape[1]
+    grid = DecodeGrid.of(plan, args.rows, tiles.count, args.block_tokens, listed_blocks)
     for name, number in asdict(grid).items():
         setattr(args, name, number)
     if listed_from is not None and full is not None:
         args.lists = workspace.lists.data_ptr()
         args.list_counts = workspace.list_counts.data_ptr()
-        args.list_width = full.tables_RB.shape[1]
+        args.list_width = listed_blocks
         args.dense_below = listed_from
     workspace.library.launch_decode(args, q_RHD)
 

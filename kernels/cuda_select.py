@@ -3,7 +3,8 @@
 Index keys are scored, each head's blocks chosen by top-p (`kernels.reference.select_blocks`), and
 what a tile's heads chose is listed, so that attention reads each block once for all of them.
 Attention to the lists is `kernels.cuda_decode`'s. Of a single row each head has a cluster of CTAs,
-where the GPU has clusters enough at once; many rows share out all blocks among the CTAs.
+where the GPU has clusters enough at once; many rows share out all blocks among the CTAs, of which
+a few are left out, so that attention finds some multiprocessors half empty and begins.
 
 Shapes: R decode rows, S query heads with an index, I index_dim, P pages, K tokens of a page,
 B block-table width, G tiles (`head_tiles`). An index cache is [P, index rows, K, I].
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kernels._args import DATA_TYPES, KEY_TYPES, MAX_WINDOW, SelectArgs, Table, pointer
 from kernels._launch import KernelLibrary
+from kernels.decode_grid import SEVERAL_ROWS
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
@@ -91,6 +93,7 @@ def index_args(
         KernelError: no kernel for these keys.
     """
     plan = library.select_plan(qi_RSI.device, index_cache.dtype, qi_RSI.shape[2])
+    (rows, heads), width = qi_RSI.shape[:2], tables_RB.shape[1]
     return SelectArgs(
         queries=qi_RSI.data_ptr(),
         query_row_stride=qi_RSI.stride(0),
@@ -105,11 +108,11 @@ def index_args(
         key_type=KEY_TYPES[index_cache.dtype],
         table=Table.of(tables_RB),
         context_lens=context_lens_R.data_ptr(),
-        rows=qi_RSI.shape[0],
-        heads=qi_RSI.shape[1],
+        rows=rows,
+        heads=heads,
         block_tokens=index_cache.shape[2],
-        width=tables_RB.shape[1],
-        ctas=plan.ctas,
+        width=width,
+        ctas=plan.ctas if rows < SEVERAL_ROWS else max(1, plan.ctas * 19 // 20),
         shared_bytes=plan.shared_bytes,
-        cluster=plan.cluster(qi_RSI.shape[1]) if len(qi_RSI) == 1 else 0,
+        cluster=plan.cluster(heads, width) if rows == 1 else 0,
     )

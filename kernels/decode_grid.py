@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels._args import FEW_ITEMS, DecodePlan
+from kernels._args import FEW_ITEMS, SHORT_BLOCKS, DecodePlan
 
 SEVERAL_ROWS = 4  # whose selected blocks take as long as their windows
 FEW_ROWS = 3  # whose bytes take less time than the loads that wait for each other
-WINDOW_TOKENS, LISTED_TOKENS = 576, 256  # for each CTA of a cluster, at least
 DEVICE_CHOICE, SPREAD, BALANCED = 0, 1, 2  # of CUDA's cluster scheduling policies
+# In tokens: of a window for a cluster, and of a list for each of its CTAs, at least.
+WINDOW_TOKENS, LISTED_TOKENS = 9216, 256
 LEAST_BLOCKS, LEAST_LISTED = 5, 2  # for a CTA without a cluster
 
 
@@ -23,7 +24,7 @@ class DecodeGrid:
     ctas: of the launch.
     cluster: CTAs of a cluster; 0: each CTA works for itself.
     held_back: workers that take items with lists only. Neither role waits for the other, and either
-        part alone moves memory as fast as all: a third, or half where several rows have lists.
+        part alone moves memory as fast as all.
     least_blocks, least_listed: blocks of a piece at least, without and with a list. A merge of more
         pieces takes longer than their blocks.
     placement: where CTAs of a cluster go, so that more multiprocessors read at the same time.
@@ -38,17 +39,41 @@ class DecodeGrid:
 
     @classmethod
     def of(
-        cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int, *, has_lists: bool = True
+        cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int, listed_blocks: int
     ) -> DecodeGrid:
-        """For `rows` of `tiles` each, on the device of the plan."""
+        """For `rows` of `tiles` each, on the device of the plan.
+
+        Args:
+            listed_blocks: the longest context with a list has up to so many; 0: there are no lists.
+        """
+        has_lists = listed_blocks > 0
+        if rows == 1 and has_lists and tiles <= FEW_ITEMS and plan.cluster:
+            return cls._one_row(plan, tiles, block_tokens, listed_blocks)
         few = rows <= FEW_ROWS and rows * tiles <= FEW_ITEMS
         cluster = plan.cluster if few else 0
         if cluster == 0:
-            held = plan.ctas // (2 if rows >= SEVERAL_ROWS else 3) if has_lists else 0
+            share = (8, 15) if rows >= SEVERAL_ROWS else (1, 3)
+            held = plan.ctas * share[0] // share[1] if has_lists else 0
             return cls(plan.ctas, 0, held, LEAST_BLOCKS, LEAST_LISTED)
-        clusters = plan.clusters_of_16 if cluster == 16 else plan.clusters_of_8
+        clusters = plan.clusters(cluster)
         held = clusters // 3 if has_lists else 0
-        window, listed = (
-            max(1, cluster * tokens // block_tokens) for tokens in (WINDOW_TOKENS, LISTED_TOKENS)
-        )
+        return cls._clustered(cluster, clusters, held, block_tokens)
+
+    @classmethod
+    def _one_row(cls, plan: DecodePlan, tiles: int, block_tokens: int, blocks: int) -> DecodeGrid:
+        """No more than find room beside a selection by clusters (`kernels.cuda_select`): those for
+        lists would start when it ends. A short row waits for its window, of which large clusters
+        read more at once; a long one for its list, and smaller clusters find room earlier. Half of
+        the tiles have windows, as a rule, and want a cluster each.
+        """
+        cluster = 8 if blocks > SHORT_BLOCKS and plan.clusters_of_8 else plan.cluster
+        beside = max(2, plan.ctas * 4 // 7 // cluster)
+        clusters = min(plan.clusters(cluster), beside)
+        held = max(clusters // 3, min(clusters * 2 // 3, clusters - (tiles + 1) // 2))
+        return cls._clustered(cluster, clusters, held, block_tokens)
+
+    @classmethod
+    def _clustered(cls, cluster: int, clusters: int, held: int, block_tokens: int) -> DecodeGrid:
+        window = max(1, WINDOW_TOKENS // block_tokens)
+        listed = max(1, cluster * LISTED_TOKENS // block_tokens)
         return cls(cluster * clusters, cluster, held, window, listed)

@@ -36,9 +36,9 @@ ROWS = {
 SMALL = ", small pieces"
 
 
-def grids_of(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
+def grids_of(plan: DecodePlan, rows: int, tiles: int, blocks: int) -> dict[str, DecodeGrid]:
     """All ways, and for clusters down to a block a piece, so that items have many."""
-    found = grids(plan, rows, tiles)
+    found = grids(plan, rows, tiles, blocks)
     return found | {
         name + SMALL: replace(grid, least_blocks=3, least_listed=1)
         for name, grid in found.items()
@@ -47,7 +47,7 @@ def grids_of(plan: DecodePlan, rows: int, tiles: int) -> dict[str, DecodeGrid]:
 
 
 # Of a device that has all of them.
-NAMES = list(grids_of(DecodePlan(ctas=396, clusters_of_8=49, clusters_of_16=24), 1, 1))
+NAMES = list(grids_of(DecodePlan(ctas=396, clusters_of_8=49, clusters_of_16=24), 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name.replace(" ", "_"))
@@ -67,7 +67,8 @@ def test_a_grid(
     case = LayerCase.make(lens, "production", device="cuda", **shape)  # type: ignore[arg-type]
     assert case.tiles.count * len(lens) <= FEW_ITEMS
     plan = case.workspace(library).plan(case.tiles)
-    grid = grids_of(plan, len(lens), case.tiles.count).get(name)
+    width = case.full.tables_RB.shape[1]
+    grid = grids_of(plan, len(lens), case.tiles.count, width).get(name)
     if grid is None:
         pytest.skip("this device has no clusters of that size")
     monkeypatch.setattr(DecodeGrid, "of", lambda *_, **__: grid)

@@ -47,7 +47,7 @@ def by_clusters(
     with monkeypatch.context() as patch:
         patch.setattr(plan, "clusters_of_8", MANY if size == 8 else 0)
         patch.setattr(plan, "clusters_of_16", MANY if size == 16 else 0)
-        assert plan.cluster(MANY) == size
+        assert plan.cluster(MANY, 1) == size
         return choice(case, library)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels._args import SelectPlan
+from kernels._args import SHORT_BLOCKS, SelectPlan
 from kernels._launch import KernelLibrary
 from kernels.head_tiles import HeadRole
 from tests.kernels.cluster_case import by_clusters, check_choice, plan_of
@@ -138,10 +138,14 @@ def test_the_order_of_threads_does_not_matter(
 def test_a_layer_of_one_row(library: KernelLibrary, dtype: torch.dtype, head_map: str) -> None:
     case = LayerCase.make([1500], head_map, dtype=dtype, split_roles=True)
     heads = len(case.tiles.tile_of_selected_S)
-    assert plan_of(case, library).cluster(heads) == (16 if heads <= 2 else 8)
+    plan = plan_of(case, library)
+    assert plan.cluster(heads, SHORT_BLOCKS + 1) == (16 if heads <= 2 else 8)
     check_layer(case, library)
 
 
 def test_clusters_that_do_not_all_fit_are_not_used() -> None:
     plan = SelectPlan(clusters_of_8=16, clusters_of_16=7)
-    assert [plan.cluster(heads) for heads in (1, 7, 8, 16, 17)] == [16, 16, 8, 8, 0]
+    sizes = [plan.cluster(heads, SHORT_BLOCKS + 1) for heads in (1, 7, 8, 16, 17)]
+    assert sizes == [16, 16, 8, 8, 0]
+    assert [plan.cluster(heads, SHORT_BLOCKS) for heads in (1, 16, 17)] == [8, 8, 0]
+    assert SelectPlan(clusters_of_16=7).cluster(1, SHORT_BLOCKS) == 16
