@@ -47,29 +47,31 @@ class DecodeGrid:
             listed_blocks: the longest context with a list has up to so many; 0: there are no lists.
         """
         has_lists = listed_blocks > 0
-        if rows == 1 and has_lists and tiles <= FEW_ITEMS and plan.cluster:
-            return cls._one_row(plan, tiles, block_tokens, listed_blocks)
-        few = rows <= FEW_ROWS and rows * tiles <= FEW_ITEMS
-        cluster = plan.cluster if few else 0
-        if cluster == 0:
-            share = (8, 15) if rows >= SEVERAL_ROWS else (1, 3)
-            held = plan.ctas * share[0] // share[1] if has_lists else 0
-            return cls(plan.ctas, 0, held, LEAST_BLOCKS, LEAST_LISTED)
-        clusters = plan.clusters(cluster)
-        held = clusters // 3 if has_lists else 0
-        return cls._clustered(cluster, clusters, held, block_tokens)
+        if rows <= FEW_ROWS and rows * tiles <= FEW_ITEMS and plan.cluster:
+            if has_lists:
+                return cls._beside_selection(plan, rows, tiles, block_tokens, listed_blocks)
+            return cls._clustered(plan.cluster, plan.clusters(plan.cluster), 0, block_tokens)
+        share = (8, 15) if rows >= SEVERAL_ROWS else (1, 3)
+        held = plan.ctas * share[0] // share[1] if has_lists else 0
+        return cls(plan.ctas, 0, held, LEAST_BLOCKS, LEAST_LISTED)
 
     @classmethod
-    def _one_row(cls, plan: DecodePlan, tiles: int, block_tokens: int, blocks: int) -> DecodeGrid:
-        """No more than find room beside a selection by clusters (`kernels.cuda_select`): those for
-        lists would start when it ends. A short row waits for its window, of which large clusters
-        read more at once; a long one for its list, and smaller clusters find room earlier. Half of
-        the tiles have windows, as a rule, and want a cluster each.
+    def _beside_selection(
+        cls, plan: DecodePlan, rows: int, tiles: int, block_tokens: int, blocks: int
+    ) -> DecodeGrid:
+        """A short row waits for its window, of which large clusters read more at once. A long one,
+        and several, wait for their lists, and smaller clusters find room earlier.
+
+        Of one row no more start than find room beside a selection by clusters
+        (`kernels.cuda_select`): those for lists would start when it ends. Half of the tiles have
+        windows, as a rule, and want a cluster each.
         """
-        cluster = 8 if blocks > SHORT_BLOCKS and plan.clusters_of_8 else plan.cluster
-        beside = max(2, plan.ctas * 4 // 7 // cluster)
-        clusters = min(plan.clusters(cluster), beside)
-        held = max(clusters // 3, min(clusters * 2 // 3, clusters - (tiles + 1) // 2))
+        is_short = rows == 1 and blocks <= SHORT_BLOCKS
+        cluster = 8 if plan.clusters_of_8 and not is_short else plan.cluster
+        ctas = plan.ctas * 4 // 7 if is_short else plan.ctas // 2 if rows == 1 else plan.ctas
+        clusters = min(plan.clusters(cluster), max(2, ctas // cluster))
+        windows = (rows * tiles + 1) // 2
+        held = max(clusters // 3, min(clusters * 2 // 3, clusters - windows))
         return cls._clustered(cluster, clusters, held, block_tokens)
 
     @classmethod

@@ -123,7 +123,8 @@ PLAN = DecodePlan(
 
 
 def test_few_rows_have_clusters() -> None:
-    assert DecodeGrid.of(PLAN, 2, 8, 64, 512) == DecodeGrid(384, 16, 8, 144, 64)
+    assert DecodeGrid.of(PLAN, 2, 8, 64, 512) == DecodeGrid(392, 8, 32, 144, 32)
+    assert DecodeGrid.of(PLAN, 3, 16, 64, 512).held_back == 25, "24 tiles have windows"
     assert DecodeGrid.of(PLAN, 1, 8, 64, 0) == DecodeGrid(384, 16, 0, 144, 64)
     small = DecodePlan(ctas=60, clusters_of_8=7)
     assert DecodeGrid.of(small, 3, 8, 128, 512) == DecodeGrid(56, 8, 2, 72, 16)
@@ -131,7 +132,7 @@ def test_few_rows_have_clusters() -> None:
 
 def test_one_row_has_as_many_as_find_room_beside_its_selection() -> None:
     assert DecodeGrid.of(PLAN, 1, 8, 64, 1024) == DecodeGrid(224, 16, 9, 144, 64)
-    assert DecodeGrid.of(PLAN, 1, 8, 64, 1025) == DecodeGrid(224, 8, 18, 144, 32)
+    assert DecodeGrid.of(PLAN, 1, 8, 64, 1025) == DecodeGrid(192, 8, 16, 144, 32)
     assert DecodeGrid.of(PLAN, 1, 16, 64, 1024).held_back == 6, "eight tiles have windows"
     tiny = DecodePlan(ctas=8, clusters_of_8=1)
     assert DecodeGrid.of(tiny, 1, 8, 64, 1024) == DecodeGrid(8, 8, 0, 144, 32)
