@@ -31,8 +31,9 @@ class DistilOptions:
     weight_decay: float = 0.01
     clip: float = 1.0  # of the gradient's norm
     validate_every: int = 50  # steps; the state is saved as often
+    # When training stops, or the cooldown begins:
     patience: int = 3  # validations without a smaller gap, counted after the warm-up
-    growth: float = 0.25  # stop when the gap is more than this share above its smallest
+    growth: float = 0.25  # the gap is more than this share above its smallest
     micro_tokens: int = 131072  # at most so many computed at once in a process, or one sequence
     recompute: bool = True  # layers in the backward pass, which saves memory and costs a third
     seed: int = 0
@@ -69,7 +70,7 @@ class DistilOptions:
         """Steps over which the learning rate rises."""
         return min(self.warmup_steps, self.steps // 3)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...; a training that ends early is not cooled down."""
-        falling = cooldown(step, self.steps, self.cooldown_steps)
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step 0, 1, ... of a training that ends after `steps`."""
+        falling = cooldown(step, steps, self.cooldown_steps)
         return self.learning_rate * warmup_constant(step, self.warmup) * falling

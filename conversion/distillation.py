@@ -8,6 +8,7 @@ Shapes: Z sequences, R response tokens, k tokens kept of the teacher, V vocabula
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,17 +66,17 @@ class Distillation:
             self._check_point(progress, state, console)
         with progress_bar(console, "distil", self._options.steps, progress.step) as advance:
             while progress.stopped is None:
-                loss = self.step(progress.step)
+                end = self._end(progress)
+                loss = self.step(progress.step, end)
                 progress.losses.append(loss)
                 progress.step += 1
                 advance(f"KL {loss:.5f}")
-                at_end = progress.step == self._options.steps
-                if at_end or progress.step % self._options.validate_every == 0:
+                if progress.step == end or progress.step % self._options.validate_every == 0:
                     self._check_point(progress, state, console)
         return progress
 
-    def step(self, number: int) -> float:
-        """One optimizer step; the mean loss of its response tokens in nats."""
+    def step(self, number: int, steps: int) -> float:
+        """One optimizer step of `steps`; the mean loss of its response tokens in nats."""
         options, ranks = self._options, self._ranks
         numbers = self._order(number)
         rows = sum(self._shapes[n].response for n in numbers)
@@ -91,7 +92,7 @@ class Distillation:
             total += loss.detach()
         clip_grad_norm_(self._parameters.values(), options.clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = options.rate(number)
+            group["lr"] = options.rate(number, steps)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._student.round_weights()
@@ -142,16 +143,39 @@ class Distillation:
         """Validate, keep the weights if they are the best so far, decide, save."""
         gap = self.validate(progress.step)
         progress.curve.append(gap)
-        progress.stopped = self._rule.reason(progress.curve)
-        if progress.stopped is None and progress.step >= self._options.steps:
-            progress.stopped = f"all {self._options.steps} steps are done"
         console.print(
             f"step {gap.step}: validation KL {gap.kl:.6f}, top-1 agreement {gap.agreement:.4f}"
         )
+        self._decide(progress, console)
         if best(progress.curve).step == gap.step:
             self._keep(state.best_file(gap.step))
         best_step = best(progress.curve).step
         state.save(progress, self._parameters, self._optimizer, best_step)
+
+    def _decide(self, progress: TrainingProgress, console: Console) -> None:
+        """Go on, let the learning rate fall from here, or stop.
+
+        At a constant rate the gap comes to rest, or rises, above what it is after a cooldown: where
+        one is wanted the rule brings it forward, and does not end it.
+        """
+        end, falling = self._end(progress), self._options.cooldown_steps
+        if progress.step >= end:
+            why = progress.cooling
+            done = f"all {end} steps are done"
+            progress.stopped = done if why is None else f"{why}; then {falling} steps of cooldown"
+            return
+        reason = self._rule.reason(progress.curve)
+        if reason is None:
+            return
+        if falling == 0 or math.isnan(progress.curve[-1].kl):
+            progress.stopped = reason
+        elif progress.step < end - falling:
+            progress.last_step, progress.cooling = progress.step + falling, reason
+            console.print(f"distil: {reason}; the learning rate falls from here")
+
+    def _end(self, progress: TrainingProgress) -> int:
+        """Steps after which training ends."""
+        return progress.last_step or self._options.steps
 
     def _keep(self, path: Path) -> None:
         """Write the weights; every process helps to gather them, the first one writes."""

@@ -34,6 +34,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # per step, nats per response token
     curve: list[Gap] = field(default_factory=list)
     stopped: str | None = None  # why training has ended
+    last_step: int | None = None  # the end, if it was brought forward; None: that of the options
+    cooling: str | None = None  # and why
 
 
 class TrainingState:
@@ -101,6 +103,8 @@ class TrainingState:
             losses=found["losses"],
             curve=[Gap(**gap) for gap in found["curve"]],
             stopped=found["stopped"],
+            last_step=found.get("last_step"),
+            cooling=found.get("cooling"),
         )
         self._restore(self._own_file(progress.step), parameters, optimizer, progress.step)
         return progress

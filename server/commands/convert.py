@@ -87,7 +87,11 @@ def convert(
         float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
     ] = 3e-6,
     distil_cooldown_steps: Annotated[
-        int, typer.Option(help="Last steps, in which its learning rate falls to nothing.")
+        int,
+        typer.Option(
+            help="Last steps, in which its learning rate falls to nothing; they come early where "
+            "the gap to the teacher no longer shrinks."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of documents, needles and samples.")] = 0,
     device: DeviceOption = "cpu",

@@ -1,4 +1,4 @@
-"""Stage 2 as a whole: what it measures, that it learns, stops, and goes on after a kill."""
+"""Stage 2 as a whole: what it measures, that it learns, and goes on after a kill."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 from conversion.distillation import Distillation
 from conversion.errors import ConversionError
 from conversion.sequence import CachedSequence
-from conversion.stop_rule import Gap
 from conversion.teacher_logits import TeacherCache
-from conversion.training_state import TrainingState
 from engine.model.weights import load_decoder
-from tests.conversion.tiny_distillation import OPTIONS, TinyDistillation
-
-
-class KilledError(Exception):
-    """The process ends here."""
+from tests.conversion.tiny_distillation import (
+    OPTIONS,
+    KilledError,
+    TinyDistillation,
+    killed_at,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +29,6 @@ def whole(tiny: TinyDistillation) -> dict[str, Any]:
     """A run that nobody interrupted, in `whole`."""
     report, _ = tiny.run("whole")
     return report
-
-
-def weights(tiny: TinyDistillation, work: str) -> bytes:
-    return (tiny.folder / work / "student.safetensors").read_bytes()
 
 
 def test_the_gap_before_training_is_what_serving_shows(
@@ -89,18 +84,6 @@ def test_a_training_that_is_done_is_not_done_again(
     assert printed == ""
 
 
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies inside this step, or in the validation after it."""
-    run = Distillation.step
-
-    def dying(self: Distillation, number: int) -> float:
-        if number == step:
-            raise KilledError
-        return run(self, number)
-
-    monkeypatch.setattr(Distillation, "step", dying)
-
-
 @pytest.mark.parametrize("step", [0, 2, 3, 5])
 def test_a_resumed_training_ends_bit_for_bit_as_the_whole_one(
     tiny: TinyDistillation, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int
@@ -113,9 +96,9 @@ def test_a_resumed_training_ends_bit_for_bit_as_the_whole_one(
     first: list[int] = []
     run = Distillation.step
 
-    def noting(self: Distillation, number: int) -> float:
+    def noting(self: Distillation, number: int, steps: int) -> float:
         first.append(number)
-        return run(self, number)
+        return run(self, number, steps)
 
     monkeypatch.setattr(Distillation, "step", noting)
 
@@ -123,7 +106,7 @@ def test_a_resumed_training_ends_bit_for_bit_as_the_whole_one(
 
     assert first[0] == step // 2 * 2
     assert report == whole
-    assert weights(tiny, work) == weights(tiny, "whole")
+    assert tiny.weights(work) == tiny.weights("whole")
 
 
 def test_killed_between_the_best_weights_and_the_report(
@@ -140,7 +123,7 @@ def test_killed_between_the_best_weights_and_the_report(
     report, _ = tiny.run("unreported")
 
     assert report == whole
-    assert weights(tiny, "unreported") == weights(tiny, "whole")
+    assert tiny.weights("unreported") == tiny.weights("whole")
 
 
 def test_other_options_begin_again(tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +136,7 @@ def test_other_options_begin_again(tiny: TinyDistillation, monkeypatch: pytest.M
     fresh, _ = tiny.run("fresh", learning_rate=2e-3)
 
     assert report == fresh
-    assert weights(tiny, "changed") == weights(tiny, "fresh")
+    assert tiny.weights("changed") == tiny.weights("fresh")
 
 
 @pytest.mark.parametrize(
@@ -166,34 +149,6 @@ def test_how_it_is_computed_does_not_matter(
     report, _ = tiny.run(name, **changes)
     assert report["losses"] == pytest.approx(whole["losses"], rel=1e-3)
     assert report["best"]["kl"] == pytest.approx(whole["best"]["kl"], rel=1e-3)
-
-
-def test_it_stops_when_the_gap_grows_and_keeps_the_weights_from_before(
-    tiny: TinyDistillation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gaps = iter([0.5, 0.4, 0.9])
-    kept: list[bytes] = []
-
-    def made_up(self: Distillation, step: int) -> Gap:
-        return Gap(step, next(gaps), 0.5)
-
-    save = TrainingState.save
-
-    def noting(self: TrainingState, *args: Any) -> None:
-        save(self, *args)
-        kept.append(self.best_file(args[-1]).read_bytes())
-
-    monkeypatch.setattr(Distillation, "validate", made_up)
-    monkeypatch.setattr(TrainingState, "save", noting)
-
-    report, printed = tiny.run("growing")
-
-    assert report["stopped"] == "the gap grows: 0.900000 at step 4, smallest 0.400000 at step 2"
-    assert report["stopped"] in printed
-    assert report["steps"] == 4
-    assert report["best"]["step"] == 2
-    assert kept[0] != kept[1]
-    assert kept[1] == kept[2] == weights(tiny, "growing")
 
 
 def test_a_state_of_other_processes_is_refused(

@@ -28,7 +28,8 @@ def test_options_that_cannot_be(field: str, value: float) -> None:
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     options = DistilOptions(steps=8, warmup_steps=2, cooldown_steps=4, learning_rate=8.0)
-    assert [options.rate(step) for step in range(8)] == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
+    assert [options.rate(step, 8) for step in range(8)] == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
+    assert [options.rate(step, 6) for step in range(6)] == [4.0, 8.0, 8.0, 6.0, 4.0, 2.0]
     with pytest.raises(ConversionError, match="cooldown_steps must be at most 3"):
         DistilOptions(steps=3, cooldown_steps=4)
 

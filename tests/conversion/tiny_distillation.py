@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
 from conversion.distil import distil
 from conversion.distil_options import DistilOptions
+from conversion.distillation import Distillation
 from conversion.text_source import TextSource, load_tokenizer
 from engine.model.checkpoint import Checkpoint, preflight
 from engine.model.weights import load_decoder
@@ -37,6 +39,10 @@ OPTIONS = DistilOptions(
     validate_every=2,
     micro_tokens=256,
 )
+
+
+class KilledError(Exception):
+    """The process ends here."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +83,19 @@ class TinyDistillation:
         )
         assert isinstance(console.file, io.StringIO)
         return report, console.file.getvalue()
+
+    def weights(self, work: str) -> bytes:
+        """What a run has made."""
+        return (self.folder / work / "student.safetensors").read_bytes()
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies inside this step, or in the validation after it."""
+    run = Distillation.step
+
+    def dying(self: Distillation, number: int, steps: int) -> float:
+        if number == step:
+            raise KilledError
+        return run(self, number, steps)
+
+    monkeypatch.setattr(Distillation, "step", dying)
