@@ -141,7 +141,9 @@ def settings(stack: Stack, path: Path) -> Figures:
     rows = len(stack.layers[0].lens_R)
     if rows == 1:
         changed["selection by shares"] = Change(select={"cluster": 0})
-        changed["selection by clusters of 8"] = Change(select={"cluster": 8})
+        for cluster in (8, 16):
+            name = f"selection by clusters of {cluster}"
+            changed[name] = Change(select={"cluster": cluster})
     else:
         plan = stack.spaces[0].plan(stack.tiles)
         workers = grids(plan, rows, stack.tiles.count, _blocks(stack))["as planned"]

@@ -34,7 +34,7 @@ def grids(plan: DecodePlan, rows: int, tiles: int, blocks: int) -> dict[str, Dec
         ):
             found[f"clusters of {cluster}, {name}"] = replace(usual, placement=placement)
         for share in (2, 3):
-            fewer = max(3, count * share // 4)
+            fewer = max(1, count * share // 4)
             found[f"clusters of {cluster}, {share} in 4 of them, two thirds for lists"] = replace(
                 usual, ctas=cluster * fewer, held_back=fewer * 2 // 3
             )

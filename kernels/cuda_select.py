@@ -3,8 +3,9 @@
 Index keys are scored, each head's blocks chosen by top-p (`kernels.reference.select_blocks`), and
 what a tile's heads chose is listed, so that attention reads each block once for all of them.
 Attention to the lists is `kernels.cuda_decode`'s. Of a single row each head has a cluster of CTAs,
-where the GPU has clusters enough at once; many rows share out all blocks among the CTAs, of which
-a few are left out, so that attention finds some multiprocessors half empty and begins.
+where the GPU has clusters enough at once; many rows share out all blocks among the CTAs. Several
+rows leave a few of these out, so that attention finds some multiprocessors half empty and begins.
+Figures: benchmarks/NOTES.md, "Decode at short contexts".
 
 Shapes: R decode rows, S query heads with an index, I index_dim, P pages, K tokens of a page,
 B block-table width, G tiles (`head_tiles`). An index cache is [P, index rows, K, I].
@@ -20,6 +21,8 @@ from kernels.decode_grid import SEVERAL_ROWS
 from kernels.decode_inputs import PagedPool, Selection, WindowRule
 from kernels.decode_workspace import DecodeWorkspace
 from kernels.head_tiles import HeadTiles
+
+PART, OF_CTAS = 19, 20  # that select of several rows: attention begins on what is left
 
 
 def list_blocks(
@@ -112,7 +115,7 @@ def index_args(
         heads=heads,
         block_tokens=index_cache.shape[2],
         width=width,
-        ctas=plan.ctas if rows < SEVERAL_ROWS else max(1, plan.ctas * 19 // 20),
+        ctas=plan.ctas if rows < SEVERAL_ROWS else max(1, plan.ctas * PART // OF_CTAS),
         shared_bytes=plan.shared_bytes,
         cluster=plan.cluster(heads, width) if rows == 1 else 0,
     )

@@ -122,7 +122,8 @@ DEVICE void compute_everything(const SpanLaunch& launch, SpanShared<kDim>& share
             }
         }
         const SpanPlace place(args, work, row);
-        hopper::barrier_arrive(&shared.queries_empty);  // this thread has read it
+        // Each for itself: racecheck does not follow a thread that arrives for its warp.
+        hopper::barrier_arrive(&shared.queries_empty);
 
         hopper::barrier_wait(&shared.values_full[values.stage], values.parity);
         hopper::pin(o);
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& shared = *reinterpret_cast<SpanShared<kDim>*>(raw + (1024 - misaligned) % 1024);
     if (threadIdx.x == 0) {
         hopper::barrier_init(&shared.queries_full, 1);
-        hopper::barrier_init(&shared.queries_empty, kComputeThreads);  // racecheck follows no warp
+        hopper::barrier_init(&shared.queries_empty, kComputeThreads);
         for (int stage = 0; stage < kSpanStages; ++stage) {
             hopper::barrier_init(&shared.keys_full[stage], 1);
             hopper::barrier_init(&shared.keys_empty[stage], kComputeWarps);

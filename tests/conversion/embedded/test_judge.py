@@ -16,39 +16,19 @@ from typer.testing import CliRunner
 from conversion.embedded.__main__ import pretrain
 from conversion.embedded.attention import attention_kernels
 from conversion.embedded.judge import Judge, load_network, main
-from conversion.embedded.options import Phase, PretrainingOptions
-from tests.conversion.embedded.little_text import VOCABULARY, copy_of, text_folders
+from conversion.embedded.options import Phase
+from tests.conversion.embedded.little_text import copy_of, text_folders
+from tests.conversion.embedded.little_training import little_options
 from tests.engine.model.tiny_models import make_checkpoint
 
 HEADS = ((0, 3), (), (2,))
 WINDOW = 16
 QUIET = Console(quiet=True)
-OPTIONS = PretrainingOptions(
-    text=text_folders(),
-    phases=(
-        Phase(
-            length=256,
-            steps=1,
-            episodes=0.5,
-            first_rate=1.0,
-            last_rate=0.5,
-            batch_tokens=512,
-            limited=1.0,
-        ),
-    ),
-    retrieval_heads=HEADS,
-    window_tokens=WINDOW,
-    vocab_size=VOCABULARY,
-    layers=3,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    intermediate=48,
-    device="cpu",
-    compile=False,
-    seed=5,
-    workers=0,
+PHASE = Phase(
+    length=256, steps=1, episodes=0.5, first_rate=1.0, last_rate=0.5, batch_tokens=512, limited=1.0
+)
+OPTIONS = little_options(
+    PHASE, text=text_folders(), retrieval_heads=HEADS, window_tokens=WINDOW, seed=5
 )
 
 
@@ -67,11 +47,12 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return second
 
 
-def judge(trained: Path, *arguments: object, code: int = 0) -> Any:
+def judge(trained: Path, *arguments: object, code: int = 0, model: Path | None = None) -> Any:
     """The JSON that the command prints, or what it says where it fails."""
     app = typer.Typer()
     app.command()(main)
-    given = (trained / "model", "--corpus", trained / "corpus", "--device", "cpu", *arguments)
+    judged = trained / "model" if model is None else model
+    given = (judged, "--corpus", trained / "corpus", "--device", "cpu", *arguments)
     result = CliRunner().invoke(app, [*map(str, given)])
     assert result.exit_code == code, result.output
     return json.loads(result.stdout) if code == 0 else result.output
@@ -117,12 +98,8 @@ def test_heads_and_window_decide_what_limited_means(trained: Path) -> None:
 def test_the_text_must_be_of_the_models_tokenizer(trained: Path, tmp_path: Path) -> None:
     """Else ids would mean other words, and every figure would be wrong without a sign."""
     make_checkpoint("qwen3", tmp_path / "other")
-    app = typer.Typer()
-    app.command()(main)
-    given = (tmp_path / "other", "--corpus", trained / "corpus", "--device", "cpu")
-    result = CliRunner().invoke(app, [*map(str, given)])
-    assert result.exit_code == 1
-    assert "corpus: not of the tokenizer of" in result.output
+    said = judge(trained, code=1, model=tmp_path / "other")
+    assert "corpus: not of the tokenizer of" in said
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from conversion.parallel import Ranks
 from conversion.sequence import CachedSequence
 from engine.model.config import ModelConfig, SparseAttentionConfig
 from engine.model.config_reader import read_config
-from tests.conversion.embedded.little_text import VOCABULARY, copy_of, text_folders
+from tests.conversion.embedded.little_text import copy_of, text_folders
+from tests.conversion.embedded.little_training import little_options
 
 HEADS = ((0, 3), (), (2,))
 WINDOW, SINKS, LENGTH = 16, 2, 75
@@ -39,21 +40,7 @@ EMBEDDED = Path(embedded.__file__).parent
 
 @pytest.fixture
 def options() -> PretrainingOptions:
-    return PretrainingOptions(
-        phases=(PHASE,),
-        retrieval_heads=HEADS,
-        window_tokens=WINDOW,
-        vocab_size=VOCABULARY,
-        layers=3,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=48,
-        device="cpu",
-        compile=False,
-        workers=0,
-    )
+    return little_options(PHASE, retrieval_heads=HEADS, window_tokens=WINDOW)
 
 
 @pytest.fixture

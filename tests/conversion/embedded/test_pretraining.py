@@ -25,7 +25,8 @@ from conversion.parallel import Ranks
 from engine.model.checkpoint import preflight
 from engine.model.config_reader import read_config
 from engine.model.weights import load_decoder
-from tests.conversion.embedded.little_text import VOCABULARY, copy_of, text_folders
+from tests.conversion.embedded.little_text import copy_of, text_folders
+from tests.conversion.embedded.little_training import little_options
 from tests.conversion.two_processes import in_two_processes
 
 QUIET = Console(quiet=True)
@@ -41,22 +42,7 @@ def options() -> PretrainingOptions:
         Phase(length=512, steps=3, episodes=0.5, first_rate=0.5, last_rate=0.0, batch_tokens=1024),
     )
     phases = (phases[0], dataclasses.replace(phases[1], answer_weight=20.0))
-    return PretrainingOptions(
-        text=text_folders(),
-        phases=phases,
-        vocab_size=VOCABULARY,
-        layers=2,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=48,
-        warmup_steps=2,
-        device="cpu",
-        compile=False,
-        save_every=2,
-        workers=0,
-    )
+    return little_options(*phases, text=text_folders(), layers=2, warmup_steps=2, save_every=2)
 
 
 def test_files_are_split_once_and_end_with_the_end_token(corpus: Corpus) -> None:
