@@ -19,6 +19,7 @@ from conversion.asked_facts import asked_facts
 from conversion.calibration import NEEDLE_TOKENS, needle_document
 
 ANSWER_SHARE = 1 / 4  # of sampled queries
+QUESTION_SHARE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,12 @@ class PlantedDocument:
 
     ids: list[int]
     answers: list[int]
+
+    @property
+    def questions(self) -> list[int]:
+        """Positions between the answers: of what is asked after the first of them."""
+        answers = set(self.answers)
+        return [row for row in range(self.answers[0], self.answers[-1]) if row not in answers]
 
 
 def planted_document(ids: list[int], tokenizer: Tokenizer, seed: int) -> PlantedDocument:
@@ -50,13 +57,14 @@ def planted_document(ids: list[int], tokenizer: Tokenizer, seed: int) -> Planted
 def sample_rows(document: PlantedDocument, count: int, seed: int) -> Tensor:
     """`count` query positions for training, int64, ascending: a quarter of them at answers.
 
-    The others lie anywhere in the last three quarters, where there is something far to attend to.
+    An eighth are of questions, if there are several. The others lie anywhere in the last three
+    quarters, where there is something far to attend to.
     """
     generator = torch.Generator().manual_seed(seed)
-    answers = torch.tensor(document.answers)
-    picked = torch.randperm(len(answers), generator=generator)[: int(ANSWER_SHARE * count)]
-    rest = _anywhere(document, count - len(picked), generator)
-    return torch.cat((answers[picked].sort().values, rest)).sort().values
+    answers = _picked(document.answers, int(ANSWER_SHARE * count), generator)
+    questions = _picked(document.questions, int(QUESTION_SHARE * count), generator)
+    rest = _anywhere(document, count - len(answers) - len(questions), generator)
+    return torch.cat((answers, questions, rest)).sort().values
 
 
 def row_kinds(document: PlantedDocument, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +73,17 @@ def row_kinds(document: PlantedDocument, count: int, seed: int) -> tuple[Tensor,
     answers = torch.tensor(document.answers)
     picked = torch.randperm(len(answers), generator=generator)[:count]
     return _anywhere(document, count, generator), answers[picked].sort().values
+
+
+def question_rows(document: PlantedDocument, count: int, seed: int) -> Tensor:
+    """At most `count` positions of the questions, ascending; none if there is only one."""
+    generator = torch.Generator().manual_seed(seed)
+    return _picked(document.questions, count, generator).sort().values
+
+
+def _picked(rows: list[int], count: int, generator: torch.Generator) -> Tensor:
+    picked = torch.randperm(len(rows), generator=generator)[:count]
+    return torch.tensor(rows, dtype=torch.int64)[picked]
 
 
 def _anywhere(document: PlantedDocument, count: int, generator: torch.Generator) -> Tensor:

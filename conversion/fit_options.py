@@ -19,6 +19,7 @@ class FitOptions:
     warmup_steps: int = 100  # at most half of the steps
     weight_decay: float = 0.01
     clip: float = 1.0  # of the gradient's norm, over all heads
+    far_share: float = 0.5  # of the loss of a head, for rows in which it looks far, 0 to 1
     block_share: float = 0.0  # of the loss: KL over blocks instead of tokens, 0 to 1
     adaptive_top_p: bool = False  # per head: the top_p whose measured kept mass reaches the target
     moment_documents: int = 3  # for the closed form
@@ -54,8 +55,9 @@ class FitOptions:
                 raise ConversionError(f"fit {name} must be above 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ConversionError(f"fit weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.block_share <= 1:
-            raise ConversionError(f"fit block_share must be from 0 to 1, got {self.block_share}")
+        for name in ("far_share", "block_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConversionError(f"fit {name} must be from 0 to 1, got {getattr(self, name)}")
 
     @property
     def held_out(self) -> int:

@@ -4,7 +4,8 @@ The model is frozen and reads every document once, under the rule that serves (l
 windowed). While it does, all retrieval heads of a layer compare their index with their attention
 from sampled query positions to every key before them (`conversion.index_loss`), and the gradient
 with respect to W_Q, W_K and the biases for ages is taken at once, so that no layer is kept. The
-loss is the sum over heads of the mean over queries; what is reported is the mean over heads.
+loss is the sum over heads of the mean over queries, of which those that look far weigh more
+(`conversion.far_rows`); what is reported is the mean over heads.
 
 Memory: one projected key matrix and a bounded number of scores (`conversion.chunk_sizes`) at a
 time, whatever the document's length. Several processes read different documents and average their
@@ -28,6 +29,7 @@ from torch import Tensor
 from conversion.attention_samples import PlantedDocument, sample_rows
 from conversion.chunk_sizes import chunk_sizes
 from conversion.document_attention import LayerView, attention_rows, watch_document
+from conversion.far_rows import far_mass, row_weights
 from conversion.fit_options import FitOptions
 from conversion.index_loss import index_loss
 from conversion.index_weights import GroupWeights, IndexWeights
@@ -144,11 +146,14 @@ class IndexerTraining:
 
     @torch.enable_grad()
     def _group_gradient(self, group: GroupWeights, view: LayerView, rows_R: Tensor) -> Tensor:
-        """Sum over the group's heads of the mean loss over rows, float64."""
+        """Sum over the group's heads of the weighted mean loss over rows, float64."""
         total = torch.zeros((), dtype=torch.float64, device=rows_R.device)
         chunk = max(1, chunk_sizes(rows_R.device).scores // len(view.k_TND))
         for place, head in enumerate(group.group.heads):
-            for part_R in torch.split(rows_R, chunk):
+            weights_R = self._row_weights(view, head, rows_R, chunk)
+            for part_R, weight_R in zip(
+                torch.split(rows_R, chunk), torch.split(weights_R, chunk), strict=True
+            ):
                 log_RT = attention_rows(view, head, part_R, self._config.group_size)
                 loss_R = index_loss(
                     log_RT,
@@ -156,10 +161,19 @@ class IndexerTraining:
                     self._block_tokens,
                     self._options.block_share,
                 )
-                loss = loss_R.sum() / len(rows_R)
+                loss = (loss_R * weight_R).sum()
                 torch.autograd.backward(loss / self.batch, inputs=group.parameters)
                 total += loss.detach().double()
         return total
+
+    @torch.no_grad()
+    def _row_weights(self, view: LayerView, head: int, rows_R: Tensor, chunk: int) -> Tensor:
+        """Of the rows in the head's loss, by how far it looks in them."""
+        far = []
+        for part_R in torch.split(rows_R, chunk):
+            log_RT = attention_rows(view, head, part_R, self._config.group_size)
+            far.append(far_mass(log_RT, part_R, self._block_tokens))
+        return row_weights(torch.cat(far), self._options.far_share)
 
     def _average(self) -> None:
         """Sum the gradients of all processes, in one exchange; each is divided already."""

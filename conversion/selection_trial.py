@@ -2,10 +2,11 @@
 
 Projections are tried at every temperature (a factor on W_Q), and with adaptive top_p at several
 values of it. Taken is what needs the fewest blocks among what keeps the wanted share of the true
-attention on average, at answers as well as anywhere in the text, so that top_p means what it says.
-A head that never keeps enough gets what keeps most.
+attention on average, at answers as well as anywhere in the text and where the head looks far
+(`conversion.far_rows`), so that top_p means what it says. A head that never keeps enough gets what
+keeps most.
 
-Shapes: K kinds of rows (anywhere, answers), C candidates, H heads, S temperatures, P top_p.
+Shapes: K kinds of rows (anywhere, answers, far), C candidates, H heads, S temperatures, P top_p.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conversion.attention_samples import PlantedDocument, row_kinds
+from conversion.attention_samples import PlantedDocument, question_rows, row_kinds
 from conversion.document_attention import LayerView, attention_rows, watch_document
+from conversion.far_rows import FAR, far_mass
 from conversion.index_quality import selection_grid
 from conversion.index_weights import GroupWeights, IndexWeights
 from conversion.parallel import Ranks
@@ -25,6 +27,7 @@ from engine.model.config import ModelConfig
 from engine.model.decoder import Decoder
 
 TRIAL_ROWS = 128  # query positions per kind and document
+COUNTED = 2  # kinds of rows whose blocks are what a choice costs: those that are most of a text
 COARSE = tuple(2.0 ** (step / 4) for step in range(-6, 7))  # 0.35 to 2.8
 FINE = tuple(2.0 ** (step / 12) for step in range(-12, 13))  # 0.5 to 2
 ADAPTIVE_TOP_P = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
@@ -69,15 +72,18 @@ def try_selection(
     trial = _Trial(config, candidates, temperatures, adaptive)
     device = next(decoder.parameters()).device
     for number in range(ranks.rank, len(documents), ranks.world):
-        rows = row_kinds(documents[number], TRIAL_ROWS, seed * 1_000_003 + number)
-        kinds = [rows_R.to(device) for rows_R in rows]
+        document, own = documents[number], seed * 1_000_003 + number
+        kinds = [rows_R.to(device) for rows_R in row_kinds(document, TRIAL_ROWS, own)]
+        questions_R = question_rows(document, TRIAL_ROWS, own).to(device)
 
-        def watch(view: LayerView, kinds: Sequence[Tensor] = kinds) -> None:
-            trial.add(view, kinds)
+        def watch(
+            view: LayerView, kinds: Sequence[Tensor] = kinds, questions_R: Tensor = questions_R
+        ) -> None:
+            trial.add(view, kinds, questions_R)
 
         watch_document(decoder, config, documents[number].ids, watch)
         advance()
-    trial.share(ranks, len(documents))
+    trial.share(ranks)
     return trial.choose()
 
 
@@ -87,7 +93,10 @@ def with_margin(top_p: float) -> float:
 
 
 class _Trial:
-    """Kept mass and blocks, [K, C, H, S, P], summed over documents, then their means."""
+    """Kept mass and blocks, [K, C, H, S, P], summed with weights [K, H], then their means.
+
+    Anywhere and at answers every document weighs the same, where a head looks far every row.
+    """
 
     def __init__(
         self,
@@ -112,24 +121,43 @@ class _Trial:
             place: ADAPTIVE_TOP_P if adaptive else (p,) for place, p in self._wanted.items()
         }
         widest = len(ADAPTIVE_TOP_P) if adaptive else 1
-        shape = (2, len(candidates), len(self._rows), len(temperatures), widest)
+        shape = (COUNTED + 1, len(candidates), len(self._rows), len(temperatures), widest)
         self._kept = torch.zeros(shape, dtype=torch.float64)
         self._blocks = torch.zeros(shape, dtype=torch.float64)
+        self._weights_KH = torch.zeros(COUNTED + 1, len(self._rows), dtype=torch.float64)
 
-    def add(self, view: LayerView, kinds: Sequence[Tensor]) -> None:
-        """Tally every candidate on the sampled rows of one layer, given where the view is."""
+    def add(self, view: LayerView, kinds: Sequence[Tensor], questions_R: Tensor) -> None:
+        """Tally every candidate on the sampled rows of one layer, given where the view is.
+
+        Args:
+            kinds: rows anywhere and at answers.
+            questions_R: further rows, which count where a head looks far.
+        """
+        every_R = torch.cat((*kinds, questions_R))
         for number, own in self._candidates[0].of_layer(view.layer):
             for place, head in enumerate(own.group.heads):
-                for kind, rows_R in enumerate(kinds):
+                far_R = self._far(view, head, every_R)
+                for kind, rows_R in enumerate((*kinds, far_R)):
+                    if not len(rows_R):
+                        continue
+                    weight = 1 if kind < COUNTED else len(rows_R)
+                    row = self._rows[view.layer, head]
+                    self._weights_KH[kind, row] += weight
                     log_RT = attention_rows(view, head, rows_R, self._config.group_size)
                     for candidate, weights in enumerate(self._candidates):
-                        group = weights.groups[number]
-                        where = (kind, candidate, self._rows[view.layer, head])
-                        self._add(where, group, place, view, rows_R, log_RT)
+                        group, where = weights.groups[number], (kind, candidate, row)
+                        self._add(where, weight, group, place, view, rows_R, log_RT)
+
+    def _far(self, view: LayerView, head: int, rows_R: Tensor) -> Tensor:
+        """The rows in which a head looks far, at most TRIAL_ROWS of them, evenly spread."""
+        log_RT = attention_rows(view, head, rows_R, self._config.group_size)
+        far_R = rows_R[far_mass(log_RT, rows_R, self._block) > FAR]
+        return far_R[:: max(1, -(-len(far_R) // TRIAL_ROWS))]
 
     def _add(
         self,
         where: tuple[int, int, int],
+        weight: int,
         group: GroupWeights,
         place: int,
         view: LayerView,
@@ -139,20 +167,21 @@ class _Trial:
         top_p = self._top_p[view.layer, group.group.heads[place]]
         scores_RT = group.scores(place, view, rows_R, self._block)
         grid = selection_grid(log_RT, scores_RT, rows_R, self._temperatures, top_p, self._block)
-        self._kept[where] += grid.kept_SP
-        self._blocks[where] += grid.blocks_SP
+        self._kept[where] += weight * grid.kept_SP
+        self._blocks[where] += weight * grid.blocks_SP
 
-    def share(self, ranks: Ranks, documents: int) -> None:
-        """Means over the documents of all processes."""
-        self._kept = ranks.summed(self._kept) / documents
-        self._blocks = ranks.summed(self._blocks) / documents
+    def share(self, ranks: Ranks) -> None:
+        """Means over the documents of all processes; where there was no row, nothing is lost."""
+        weights_K1H11 = ranks.summed(self._weights_KH)[:, None, :, None, None]
+        self._kept = (ranks.summed(self._kept) / weights_K1H11).nan_to_num(1.0)
+        self._blocks = ranks.summed(self._blocks) / weights_K1H11
 
     def choose(self) -> dict[Place, Choice]:
         wanted = [with_margin(top_p) for top_p in self._wanted.values()]
         wanted_H11 = torch.tensor(wanted, dtype=torch.float64)[:, None, None]
         missing = (wanted_H11 - self._kept.amin(0)).clamp(min=0)  # of the worse kind of rows
         missing = missing.where(missing > 1e-9, 0.0)
-        cost_CHX = (self._blocks.mean(0) + MISSING * missing).flatten(2)
+        cost_CHX = (self._blocks[:COUNTED].mean(0) + MISSING * missing).flatten(2)
         least_CH, where_CH = cost_CHX.min(-1)
         choices: dict[Place, Choice] = {}
         for group in self._candidates[0].groups:

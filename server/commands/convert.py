@@ -83,6 +83,7 @@ def convert(
         float, typer.Option(help="Share of them that ends in questions about planted facts.")
     ] = 0.5,
     distil_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 600,
+    distil_batch: Annotated[int, typer.Option(help="Sequences of an optimizer step.")] = 8,
     distil_learning_rate: Annotated[
         float, typer.Option(help="Of distillation; small models bear more, about 1e-4.")
     ] = 3e-6,
@@ -119,6 +120,7 @@ def convert(
                 sequences=distil_sequences,
                 facts_share=distil_facts_share,
                 steps=distil_steps,
+                batch=distil_batch,
                 learning_rate=distil_learning_rate,
                 cooldown_steps=distil_cooldown_steps,
                 seed=seed,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.attention_samples import planted_document, row_kinds, sample_rows
+from conversion.attention_samples import planted_document, question_rows, row_kinds, sample_rows
 from conversion.calibration import NEEDLE_TOKENS
 from conversion.document_feed import DocumentFeed
 from conversion.errors import ConversionError
@@ -58,6 +58,27 @@ def test_a_quarter_of_the_sampled_queries_are_at_answers() -> None:
     assert answers.tolist() == document.answers  # there are fewer
     assert len(anywhere) == 200
     assert int(anywhere.max()) < document.answers[0]
+
+
+def test_an_eighth_of_the_sampled_queries_are_of_questions() -> None:
+    document = planted_document(TEXT, TOKENIZER, 0)
+    first, last = document.answers[0], document.answers[-1]
+    between = set(range(first, last)) - set(document.answers)
+    assert set(document.questions) == between
+    rows = set(sample_rows(document, 64, 5).tolist())
+    assert len(rows) == 64
+    assert len(rows & between) == 8
+    assert len(rows & set(document.answers)) == 16
+    asked = question_rows(document, 10, 5).tolist()
+    assert len(set(asked)) == 10
+    assert set(asked) <= between
+    assert asked == sorted(asked)
+
+
+def test_a_needle_asks_nothing() -> None:
+    document = planted_document(TEXT, TOKENIZER, 1)
+    assert document.questions == []
+    assert question_rows(document, 10, 5).tolist() == []
 
 
 def make_feed(folder: Path, held_out: int) -> DocumentFeed:

@@ -35,7 +35,7 @@ class Views:
 def whole_loss(
     tiny: Tiny, weights: IndexWeights, document: PlantedDocument, rows: Tensor
 ) -> Tensor:
-    """The sum over heads of the mean KL, from n x n matrices in float64."""
+    """The sum over heads of the weighted mean KL, from n x n matrices in float64."""
     views = Views()
     watch_document(tiny.decoder, tiny.config, document.ids, views)
     total = torch.zeros((), dtype=torch.float64)
@@ -54,8 +54,20 @@ def whole_loss(
                 index_TT = index_TT + served_biases(group.age_bias_GA[row]).double()
             index_TT = index_TT.masked_fill(~mask_TT, -1e9)
             logs = index_TT.log_softmax(-1)[rows], true_TT.log_softmax(-1)[rows]
-            total = total + kl_div(*logs, reduction="sum", log_target=True) / len(rows)
+            kl_R = kl_div(*logs, reduction="none", log_target=True).sum(-1)
+            total = total + (kl_R * far_weights(logs[1].exp(), rows)).sum()
     return total
+
+
+def far_weights(attention_RT: Tensor, rows: Tensor) -> Tensor:
+    """Half for all rows alike; half by what a row sees past sinks, its block and the one before."""
+    far = torch.zeros(len(rows), dtype=torch.float64)
+    for number, row in enumerate(rows.tolist()):
+        first_kept = max(row // BLOCK - 1, 1) * BLOCK
+        far[number] = attention_RT[number, BLOCK:first_kept].sum()
+    assert far.max() > 0.3
+    share = OPTIONS.far_share * far / (far.sum() + 1)
+    return share + (1 - share.sum()) / len(rows)
 
 
 def served_biases(bias_A: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from conversion.attention_samples import PlantedDocument, row_kinds
 from conversion.document_attention import LayerView, attention_rows, watch_document
+from conversion.far_rows import far_mass
 from conversion.index_quality import IndexQuality, measure
 from conversion.index_weights import IndexWeights
 from conversion.indexer_fit import IndexerFit
@@ -159,3 +162,45 @@ def test_fitted_weights_carry_their_temperatures(tiny: Tiny) -> None:
             p.anywhere.kept_mass for p in line.curve
         )
         assert line.closed_form.top_p == closed.settings[line.layer, line.head].top_p
+
+
+def far_kept(tiny: Tiny, place: tuple[int, int], setting: Choice, far: float) -> float:
+    """Mean mass kept at all sampled rows whose attention is far by more than `far`."""
+    layer, head = place
+    group = next(g for g in tiny.start.groups if place in g.group.places)
+    kept: list[float] = []
+
+    def look(rows_R: Tensor, view: LayerView) -> None:
+        if view.layer != layer:
+            return
+        log_RT = attention_rows(view, head, rows_R, tiny.config.group_size)
+        rows_R = rows_R[far_mass(log_RT, rows_R, 16) > far]
+        for row in torch.split(rows_R, 1):
+            one_1T = attention_rows(view, head, row, tiny.config.group_size)
+            scores_1T = group.scores(group.group.heads.index(head), view, row, 16)
+            quality = measure(one_1T, scores_1T * setting.temperature, row, (setting.top_p,), 16)
+            kept.append(quality[0].kept_mass)
+
+    for number, document in enumerate(documents(2)):
+        rows_R = torch.cat(row_kinds(document, 128, number))
+        watch_document(tiny.decoder, tiny.config, document.ids, partial(look, rows_R))
+    assert len(kept) > 10
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize(("place", "far"), [((1, 2), 0.75), ((1, 4), 0.8)])
+def test_enough_is_kept_of_the_few_rows_that_look_far(
+    place: tuple[int, int], far: float, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all rows keep on the average hides what those few lose."""
+    wanted = 0.7
+    assert tiny.config.sparse is not None
+    top_p = tuple(tuple(wanted for _ in heads) for heads in HEADS)
+    tiny.config = replace(tiny.config, sparse=replace(tiny.config.sparse, top_p=top_p))
+    monkeypatch.setattr("conversion.selection_trial.FAR", 2.0)  # there are none
+    without = tried(tiny, [tiny.start], adaptive=False)[place]
+    monkeypatch.setattr("conversion.selection_trial.FAR", far)
+    choice = tried(tiny, [tiny.start], adaptive=False)[place]
+    assert far_kept(tiny, place, without, far) < wanted + MARGIN
+    assert far_kept(tiny, place, choice, far) >= wanted + MARGIN - 1e-6
+    assert by_hand(tiny, tiny.start, place, without)[0] >= wanted + MARGIN - 1e-6

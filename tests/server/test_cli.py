@@ -24,7 +24,7 @@ FLAGS = {
         threads""",
     "health": "host live port timeout",
     "convert": """adaptive-top-p age-tokens block-tokens causal-check data dense-below device distil
-        distil-cooldown-steps distil-data distil-facts-share distil-learning-rate
+        distil-batch distil-cooldown-steps distil-data distil-facts-share distil-learning-rate
         distil-sequences distil-steps distil-tokens document-tokens documents fit-learning-rate
         fit-steps heads heads-granularity heads-mass heads-share index-age-bias index-dim
         index-scope max-kv-heads seed sink-tokens top-p window-tokens""",
