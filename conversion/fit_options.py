@@ -21,6 +21,7 @@ class FitOptions:
     clip: float = 1.0  # of the gradient's norm, over all heads
     far_share: float = 0.5  # of the loss of a head, for rows in which it looks far, 0 to 1
     block_share: float = 0.0  # of the loss: KL over blocks instead of tokens, 0 to 1
+    keep_far: bool = True  # temperatures keep enough of rows in which a head looks far, too
     adaptive_top_p: bool = False  # per head: the top_p whose measured kept mass reaches the target
     moment_documents: int = 3  # for the closed form
     age_tokens: int = 0  # length of documents that set the biases of ages which those of the fit

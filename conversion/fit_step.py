@@ -10,7 +10,7 @@ Both are replaced as a whole, so a step that was stopped goes on from what is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class FitStep:
         training = self._train(closed)
         total = self._mine(trial) + self._mine(far) + self._mine(unseen)
         with progress_bar(self._console, "measure", total) as advance:
-            fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
+            fit = self._fit(advance)
             weights = training.weights.copied(self._ranks.device)
             last = _last_range(held_out, self._config)
             weights = weights.settled(last)
@@ -122,7 +122,7 @@ class FitStep:
         readings = 2 if self._config.sparse.index_age_bias else 1
         total = readings * self._mine(moments) + self._mine(trial)
         with progress_bar(self._console, "closed form", total) as advance:
-            fit = IndexerFit(self._decoder, self._config, self._seed, self._ranks, advance)
+            fit = self._fit(advance)
             closed = fit.closed_form(moments, trial)
         if self._ranks.is_first:
             settings = [[*place, asdict(setting)] for place, setting in closed.settings.items()]
@@ -139,6 +139,10 @@ class FitStep:
             weights.copied(self._ranks.device),
             {(layer, head): HeadSetting(**setting) for layer, head, setting in settings},
         )
+
+    def _fit(self, advance: Callable[[], None]) -> IndexerFit:
+        place = (self._decoder, self._config, self._seed, self._ranks, advance)
+        return IndexerFit(*place, keep_far=self._options.keep_far)
 
     def _train(self, closed: FittedIndex) -> IndexerTraining:
         """Go on with the training that is there, or begin."""

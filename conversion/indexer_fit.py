@@ -85,10 +85,12 @@ class IndexerFit:
         seed: int = 0,
         ranks: Ranks | None = None,
         advance: Advance = lambda: None,
+        keep_far: bool = True,
     ) -> None:
         """
         Args:
             config: the model's with the sparse section that is being made.
+            keep_far: see `FitOptions`.
             ranks: every process takes its part of all documents; results are the same on all.
             advance: called after every document of this process.
         """
@@ -99,6 +101,7 @@ class IndexerFit:
         self._seed = seed
         self._ranks = ranks or Ranks()
         self._advance = advance
+        self._keep_far = keep_far
 
     def closed_form(self, documents: Documents, trial: Documents) -> FittedIndex:
         """Pass 1: moments and biases of `documents`; horizons and temperatures by `trial`."""
@@ -152,15 +155,13 @@ class IndexerFit:
         """Pass 4; lines in head order."""
         places = sorted(fitted.settings)
         device = next(self._decoder.parameters()).device
-        variants = (fitted, closed)
-        width = 1 + len(CURVE_TOP_P)
         # [head, fitted or closed, anywhere or answers, own top_p or the curve's, quality]
-        sums = torch.zeros(len(places), 2, 2, width, 5, dtype=torch.float64)
+        sums = torch.zeros(len(places), 2, 2, 1 + len(CURVE_TOP_P), 5, dtype=torch.float64)
         for number in range(self._ranks.rank, len(documents), self._ranks.world):
             document = documents[number]
             rows = row_kinds(document, QUALITY_ROWS, self._seed * 1_000_003 + number)
             kinds = [rows_R.to(device) for rows_R in rows]
-            watch = partial(self._measure, kinds, variants, places, sums)
+            watch = partial(self._measure, kinds, (fitted, closed), places, sums)
             watch_document(self._decoder, self.config, document.ids, watch)
             self._advance()
         means = self._ranks.summed(sums) / len(documents)
@@ -185,6 +186,7 @@ class IndexerFit:
             temperatures,
             trial,
             adaptive=adaptive,
+            keep_far=self._keep_far,
             seed=self._seed,
             ranks=self._ranks,
             advance=self._advance,

@@ -56,6 +56,7 @@ def try_selection(
     documents: Sequence[PlantedDocument],
     *,
     adaptive: bool,
+    keep_far: bool,
     seed: int,
     ranks: Ranks,
     advance: Callable[[], None],
@@ -66,10 +67,11 @@ def try_selection(
         config: with the sparse section that is being made; its top_p is what is wanted.
         candidates: projections of the same groups.
         adaptive: choose among ADAPTIVE_TOP_P too, not only temperatures.
+        keep_far: enough is to be kept of the rows in which a head looks far, as well as of others.
         documents: every process takes its part of them.
         advance: called after each document of this process.
     """
-    trial = _Trial(config, candidates, temperatures, adaptive)
+    trial = _Trial(config, candidates, temperatures, adaptive, keep_far)
     device = next(decoder.parameters()).device
     for number in range(ranks.rank, len(documents), ranks.world):
         document, own = documents[number], seed * 1_000_003 + number
@@ -104,10 +106,12 @@ class _Trial:
         candidates: Sequence[IndexWeights],
         temperatures: Sequence[float],
         adaptive: bool,
+        keep_far: bool,
     ) -> None:
         sparse = config.sparse
         assert sparse is not None
         self._config = config
+        self._keep_far = keep_far
         self._block = sparse.block_tokens
         self._candidates = candidates
         self._temperatures = temperatures
@@ -150,6 +154,8 @@ class _Trial:
 
     def _far(self, view: LayerView, head: int, rows_R: Tensor) -> Tensor:
         """The rows in which a head looks far, at most TRIAL_ROWS of them, evenly spread."""
+        if not self._keep_far:
+            return rows_R[:0]
         log_RT = attention_rows(view, head, rows_R, self._config.group_size)
         far_R = rows_R[far_mass(log_RT, rows_R, self._block) > FAR]
         return far_R[:: max(1, -(-len(far_R) // TRIAL_ROWS))]

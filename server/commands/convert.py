@@ -64,6 +64,9 @@ def convert(
         int,
         typer.Option(help="Longer documents for the index's biases of old ages; 0: the fit's do."),
     ] = 0,
+    keep_far: Annotated[
+        bool, typer.Option(help="Keep --top-p of the rows in which a head looks far, too.")
+    ] = True,
     adaptive_top_p: Annotated[
         bool, typer.Option(help="A top_p per head, so that the kept mass reaches --top-p.")
     ] = False,
@@ -148,6 +151,7 @@ def convert(
                 steps=fit_steps,
                 learning_rate=fit_learning_rate,
                 age_tokens=age_tokens,
+                keep_far=keep_far,
                 adaptive_top_p=adaptive_top_p,
             ),
             distil=training,

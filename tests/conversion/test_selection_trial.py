@@ -24,7 +24,7 @@ WANTED = 0.6  # of the mass: random projections must scan most blocks for more
 
 
 def tried(
-    tiny: Tiny, candidates: list[IndexWeights], *, adaptive: bool
+    tiny: Tiny, candidates: list[IndexWeights], *, adaptive: bool, keep_far: bool = True
 ) -> dict[tuple[int, int], Choice]:
     return try_selection(
         tiny.decoder,
@@ -33,6 +33,7 @@ def tried(
         COARSE,
         documents(2),
         adaptive=adaptive,
+        keep_far=keep_far,
         seed=0,
         ranks=Ranks(),
         advance=lambda: None,
@@ -197,9 +198,8 @@ def test_enough_is_kept_of_the_few_rows_that_look_far(
     assert tiny.config.sparse is not None
     top_p = tuple(tuple(wanted for _ in heads) for heads in HEADS)
     tiny.config = replace(tiny.config, sparse=replace(tiny.config.sparse, top_p=top_p))
-    monkeypatch.setattr("conversion.selection_trial.FAR", 2.0)  # there are none
-    without = tried(tiny, [tiny.start], adaptive=False)[place]
     monkeypatch.setattr("conversion.selection_trial.FAR", far)
+    without = tried(tiny, [tiny.start], adaptive=False, keep_far=False)[place]
     choice = tried(tiny, [tiny.start], adaptive=False)[place]
     assert far_kept(tiny, place, without, far) < wanted + MARGIN
     assert far_kept(tiny, place, choice, far) >= wanted + MARGIN - 1e-6

@@ -27,7 +27,7 @@ FLAGS = {
         distil-batch distil-cooldown-steps distil-data distil-facts-share distil-learning-rate
         distil-sequences distil-steps distil-tokens document-tokens documents fit-learning-rate
         fit-steps heads heads-granularity heads-mass heads-share index-age-bias index-dim
-        index-scope max-kv-heads seed sink-tokens top-p window-tokens""",
+        index-scope keep-far max-kv-heads seed sink-tokens top-p window-tokens""",
     "eval": """api-key-file attention concurrency data decoded depths device dtype facts haystack
         index-dtype json lengths out plots prefill-attention samples seed tasks teacher text-samples
         timeout url url-model""",
