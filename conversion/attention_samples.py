@@ -19,7 +19,7 @@ from conversion.asked_facts import asked_facts
 from conversion.calibration import NEEDLE_TOKENS, needle_document
 
 ANSWER_SHARE = 1 / 4  # of sampled queries
-QUESTION_SHARE = 1 / 8
+QUESTION_SHARE = 1 / 8  # of them too
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,8 @@ def sample_rows(document: PlantedDocument, count: int, seed: int) -> Tensor:
 def row_kinds(document: PlantedDocument, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """At most `count` positions anywhere in the text, and as many of the answers."""
     generator = torch.Generator().manual_seed(seed)
-    answers = torch.tensor(document.answers)
-    picked = torch.randperm(len(answers), generator=generator)[:count]
-    return _anywhere(document, count, generator), answers[picked].sort().values
+    answers = _picked(document.answers, count, generator)
+    return _anywhere(document, count, generator), answers.sort().values
 
 
 def question_rows(document: PlantedDocument, count: int, seed: int) -> Tensor:

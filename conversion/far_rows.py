@@ -9,10 +9,10 @@ Shapes: R sampled rows, T tokens, B blocks.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from conversion.index_loss import block_log_mass
+from kernels.indexer import inside_and_forced
 
 FAR = 0.5  # of a row's attention, past what is always kept: the head looks far
 
@@ -25,10 +25,8 @@ def far_mass(log_attention_RT: Tensor, rows_R: Tensor, block_tokens: int) -> Ten
         rows_R: position of each row.
     """
     mass_RB = block_log_mass(log_attention_RT, block_tokens).exp()
-    block_B = torch.arange(mass_RB.shape[1], device=mass_RB.device)
-    own_R1 = (rows_R // block_tokens)[:, None]
-    chosen_RB = (block_B > 0) & (block_B < own_R1 - 1)
-    return (mass_RB * chosen_RB).sum(1)
+    _, forced_RB = inside_and_forced(rows_R + 1, mass_RB.shape[1], block_tokens)
+    return mass_RB.masked_fill(forced_RB, 0.0).sum(1)
 
 
 def row_weights(far_R: Tensor, far_share: float) -> Tensor:

@@ -20,6 +20,7 @@ Shapes: R sampled rows, T tokens, G query heads of a group, D head_dim, I index_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +150,22 @@ class IndexerTraining:
         """Sum over the group's heads of the weighted mean loss over rows, float64."""
         total = torch.zeros((), dtype=torch.float64, device=rows_R.device)
         chunk = max(1, chunk_sizes(rows_R.device).scores // len(view.k_TND))
+        parts = torch.split(rows_R, chunk)
+
+        @lru_cache(maxsize=1)  # so that it is computed once where all rows are one part
+        def attention(head: int, part: int) -> Tensor:
+            return attention_rows(view, head, parts[part], self._config.group_size)
+
         for place, head in enumerate(group.group.heads):
-            weights_R = self._row_weights(view, head, rows_R, chunk)
-            for part_R, weight_R in zip(
-                torch.split(rows_R, chunk), torch.split(weights_R, chunk), strict=True
-            ):
-                log_RT = attention_rows(view, head, part_R, self._config.group_size)
+            far = [
+                far_mass(attention(head, part), part_R, self._block_tokens)
+                for part, part_R in enumerate(parts)
+            ]
+            weights_R = row_weights(torch.cat(far), self._options.far_share)
+            for part, weight_R in enumerate(torch.split(weights_R, chunk)):
                 loss_R = index_loss(
-                    log_RT,
-                    group.scores(place, view, part_R, self._block_tokens),
+                    attention(head, part),
+                    group.scores(place, view, parts[part], self._block_tokens),
                     self._block_tokens,
                     self._options.block_share,
                 )
@@ -165,15 +173,6 @@ class IndexerTraining:
                 torch.autograd.backward(loss / self.batch, inputs=group.parameters)
                 total += loss.detach().double()
         return total
-
-    @torch.no_grad()
-    def _row_weights(self, view: LayerView, head: int, rows_R: Tensor, chunk: int) -> Tensor:
-        """Of the rows in the head's loss, by how far it looks in them."""
-        far = []
-        for part_R in torch.split(rows_R, chunk):
-            log_RT = attention_rows(view, head, part_R, self._config.group_size)
-            far.append(far_mass(log_RT, part_R, self._block_tokens))
-        return row_weights(torch.cat(far), self._options.far_share)
 
     def _average(self) -> None:
         """Sum the gradients of all processes, in one exchange; each is divided already."""

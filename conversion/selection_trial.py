@@ -75,13 +75,11 @@ def try_selection(
     device = next(decoder.parameters()).device
     for number in range(ranks.rank, len(documents), ranks.world):
         document, own = documents[number], seed * 1_000_003 + number
-        kinds = [rows_R.to(device) for rows_R in row_kinds(document, TRIAL_ROWS, own)]
-        questions_R = question_rows(document, TRIAL_ROWS, own).to(device)
+        rows = (*row_kinds(document, TRIAL_ROWS, own), question_rows(document, TRIAL_ROWS, own))
+        sampled = [rows_R.to(device) for rows_R in rows]
 
-        def watch(
-            view: LayerView, kinds: Sequence[Tensor] = kinds, questions_R: Tensor = questions_R
-        ) -> None:
-            trial.add(view, kinds, questions_R)
+        def watch(view: LayerView, sampled: Sequence[Tensor] = sampled) -> None:
+            trial.add(view, sampled)
 
         watch_document(decoder, config, documents[number].ids, watch)
         advance()
@@ -130,35 +128,36 @@ class _Trial:
         self._blocks = torch.zeros(shape, dtype=torch.float64)
         self._weights_KH = torch.zeros(COUNTED + 1, len(self._rows), dtype=torch.float64)
 
-    def add(self, view: LayerView, kinds: Sequence[Tensor], questions_R: Tensor) -> None:
-        """Tally every candidate on the sampled rows of one layer, given where the view is.
+    def add(self, view: LayerView, sampled: Sequence[Tensor]) -> None:
+        """Tally every candidate on rows of one layer, given where the view is.
 
         Args:
-            kinds: rows anywhere and at answers.
-            questions_R: further rows, which count where a head looks far.
+            sampled: rows anywhere, at answers, and of questions, which only count where a head
+                looks far.
         """
-        every_R = torch.cat((*kinds, questions_R))
+        every_R = torch.cat(list(sampled))
+        numbers = torch.arange(len(every_R), device=every_R.device)
+        counted = torch.split(numbers, [len(rows_R) for rows_R in sampled])[:COUNTED]
         for number, own in self._candidates[0].of_layer(view.layer):
             for place, head in enumerate(own.group.heads):
-                far_R = self._far(view, head, every_R)
-                for kind, rows_R in enumerate((*kinds, far_R)):
-                    if not len(rows_R):
+                row = self._rows[view.layer, head]
+                log_RT = attention_rows(view, head, every_R, self._config.group_size)
+                far = self._far(log_RT, every_R)
+                for kind, at in enumerate((*counted, far)):
+                    if not len(at):
                         continue
-                    weight = 1 if kind < COUNTED else len(rows_R)
-                    row = self._rows[view.layer, head]
+                    weight = 1 if kind < COUNTED else len(at)
                     self._weights_KH[kind, row] += weight
-                    log_RT = attention_rows(view, head, rows_R, self._config.group_size)
                     for candidate, weights in enumerate(self._candidates):
                         group, where = weights.groups[number], (kind, candidate, row)
-                        self._add(where, weight, group, place, view, rows_R, log_RT)
+                        self._add(where, weight, group, place, view, every_R[at], log_RT[at])
 
-    def _far(self, view: LayerView, head: int, rows_R: Tensor) -> Tensor:
-        """The rows in which a head looks far, at most TRIAL_ROWS of them, evenly spread."""
+    def _far(self, log_RT: Tensor, rows_R: Tensor) -> Tensor:
+        """Which of the rows look far, at most TRIAL_ROWS of them, evenly spread."""
         if not self._keep_far:
             return rows_R[:0]
-        log_RT = attention_rows(view, head, rows_R, self._config.group_size)
-        far_R = rows_R[far_mass(log_RT, rows_R, self._block) > FAR]
-        return far_R[:: max(1, -(-len(far_R) // TRIAL_ROWS))]
+        far = (far_mass(log_RT, rows_R, self._block) > FAR).nonzero()[:, 0]
+        return far[:: max(1, -(-len(far) // TRIAL_ROWS))]
 
     def _add(
         self,

@@ -130,10 +130,7 @@ def select_blocks(
         top_p=(top_p_RH, "R H"),
         context_lens=(context_lens_R, "R"),
     )
-    block_B = torch.arange(log_mass_RHB.shape[-1], device=log_mass_RHB.device)
-    last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
-    forced_RB = (block_B == 0) | (block_B >= last_R1 - 1)
-    inside_RB = block_B <= last_R1
+    inside_RB, forced_RB = inside_and_forced(context_lens_R, log_mass_RHB.shape[-1], block_tokens)
     # What is not finite is of a sequence that has gone wrong: it has no mass, like what is past the
     # end, and must not become the index of a bin.
     has_mass_RHB = log_mass_RHB.isfinite() & inside_RB.unsqueeze(1)
@@ -149,6 +146,17 @@ def select_blocks(
     threshold_RH = threshold_RH.masked_fill_(top_p_RH >= 1, BINS - 1)
     chosen_RHB = bin_RHB <= threshold_RH.unsqueeze(-1)
     return (chosen_RHB | forced_RB.unsqueeze(1)) & inside_RB.unsqueeze(1)
+
+
+def inside_and_forced(
+    context_lens_R: Tensor, width: int, block_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks of each row's context, and those of them that selection keeps whatever their mass:
+    of the sinks, of the row itself and the one before; both bool [R, B], B = `width`."""
+    block_B = torch.arange(width, device=context_lens_R.device)
+    last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
+    inside_RB = block_B <= last_R1
+    return inside_RB, ((block_B == 0) | (block_B >= last_R1 - 1)) & inside_RB
 
 
 def count_attended(mask_RHB: Tensor, context_lens_R: Tensor, block_tokens: int) -> Tensor:

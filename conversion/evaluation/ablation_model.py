@@ -44,6 +44,7 @@ class FitTexts:
     seed: int
     moments: int  # documents
     trial: int  # documents on which horizons and temperatures are chosen
+    keep_far: bool = True  # see FitOptions
 
     @classmethod
     def of_conversion(cls, path: Path) -> FitTexts:
@@ -57,6 +58,7 @@ class FitTexts:
                 seed=options["seed"],
                 moments=fit["moment_documents"],
                 trial=fit["trial_documents"],
+                keep_far=fit["keep_far"],
             )
         except (KeyError, TypeError):
             raise ConversionError(f"{path}: not the state of a conversion") from None
@@ -153,6 +155,7 @@ class AblationModel:
                 replace(self.config, sparse=sparse),
                 self.fit_texts.seed,
                 advance=advance,
+                keep_far=self.fit_texts.keep_far,
             )
             fitted = fit.closed_form(moments, trial)
         return self.placed(fitted.weights.indexers(self.config.num_layers))

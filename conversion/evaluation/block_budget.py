@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from kernels.indexer import select_blocks
+from kernels.indexer import inside_and_forced, select_blocks
 
 
 class CountedSelection:
@@ -60,10 +60,7 @@ class FixedBlocks:
     ) -> Tensor:
         """Blocks to attend, bool [R, H, B]; arguments as `kernels.indexer.select_blocks`."""
         device, width = log_mass_RHB.device, log_mass_RHB.shape[-1]
-        block_B = torch.arange(width, device=device)
-        last_R1 = ((context_lens_R - 1) // block_tokens).unsqueeze(1)
-        inside_RB = block_B <= last_R1
-        forced_RB = ((block_B == 0) | (block_B >= last_R1 - 1)) & inside_RB
+        inside_RB, forced_RB = inside_and_forced(context_lens_R, width, block_tokens)
         ranked_RHB = log_mass_RHB.masked_fill(forced_RB.unsqueeze(1), float("inf"))
         order_RHK = ranked_RHB.topk(min(max(self.blocks), width), dim=-1).indices
         rank_K = torch.arange(order_RHK.shape[-1], device=device)

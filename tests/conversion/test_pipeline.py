@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from conversion.distil_options import DistilOptions
 from conversion.errors import ConversionError
 from conversion.pipeline import ConvertOptions, ConvertRun, convert
+from conversion.selection_trial import try_selection
 from engine.model.checkpoint import preflight
 from engine.model.weights import load_decoder
 from tests.conversion.pipeline_case import QUICK, QUIET, refusal
@@ -84,6 +85,26 @@ def test_whole_kv_heads_checked_by_what_they_do_with_a_top_p_each(
     chosen = [line["setting"]["top_p"] for line in quality["heads"]]
     assert [p for layer in sparse.top_p for p in layer] == chosen
     assert chosen != [0.9] * len(chosen)
+
+
+@pytest.mark.parametrize("keep_far", [True, False])
+def test_rows_that_look_far_are_kept_unless_that_is_not_wanted(
+    keep_far: bool, tmp_path: Path, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noting(*args: Any, **settings: Any) -> Any:
+        asked.append(settings["keep_far"])
+        return try_selection(*args, **settings)
+
+    monkeypatch.setattr("conversion.indexer_fit.try_selection", noting)
+    make_checkpoint("qwen3", tmp_path / "dense")
+    own = replace(options, fit=replace(QUICK, keep_far=keep_far))
+    run = ConvertRun(preflight(tmp_path / "dense"), tmp_path / "out", own, QUIET)
+    run.open()
+    run.calibrate()
+    run.fit()
+    assert asked == [keep_far, keep_far], "of the closed form and of what was trained"
 
 
 def test_without_steps_the_closed_form_is_kept(tmp_path: Path, options: ConvertOptions) -> None:

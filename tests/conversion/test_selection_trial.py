@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +19,25 @@ from conversion.index_weights import IndexWeights
 from conversion.indexer_fit import IndexerFit
 from conversion.parallel import Ranks
 from conversion.selection_trial import COARSE, MARGIN, Choice, try_selection, with_margin
-from tests.conversion.tiny_training import HEADS, Tiny, documents
+from tests.conversion.tiny_training import HEADS, TOKENS, Tiny, documents
 
 WANTED = 0.6  # of the mass: random projections must scan most blocks for more
 
 
 def tried(
-    tiny: Tiny, candidates: list[IndexWeights], *, adaptive: bool, keep_far: bool = True
+    tiny: Tiny,
+    candidates: list[IndexWeights],
+    *,
+    adaptive: bool,
+    keep_far: bool = True,
+    trial: Sequence[PlantedDocument] | None = None,
 ) -> dict[tuple[int, int], Choice]:
     return try_selection(
         tiny.decoder,
         tiny.config,
         candidates,
         COARSE,
-        documents(2),
+        trial or documents(2),
         adaptive=adaptive,
         keep_far=keep_far,
         seed=0,
@@ -204,3 +210,22 @@ def test_enough_is_kept_of_the_few_rows_that_look_far(
     assert far_kept(tiny, place, without, far) < wanted + MARGIN
     assert far_kept(tiny, place, choice, far) >= wanted + MARGIN - 1e-6
     assert by_hand(tiny, tiny.start, place, without)[0] >= wanted + MARGIN - 1e-6
+
+
+def test_questions_are_among_the_rows_that_may_look_far(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked after the first answer, which is neither an answer nor anywhere in the text."""
+    seen: list[int] = []
+
+    def noting(log_RT: Tensor, rows_R: Tensor, block_tokens: int) -> Tensor:
+        seen.extend(rows_R.tolist())
+        return far_mass(log_RT, rows_R, block_tokens)
+
+    (needle,) = documents(1)
+    asking = replace(needle, answers=[150, 151, 170, 171])
+    monkeypatch.setattr("conversion.selection_trial.far_mass", noting)
+    tried(tiny, [tiny.start], adaptive=False, trial=[asking])
+    assert set(range(150, 172)) <= set(seen)
+    assert max(seen) == 171
+    assert min(seen) >= TOKENS // 4

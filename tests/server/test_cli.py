@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from conversion.convert_options import ConvertOptions
 from engine.embedded import embedded_model_path
 from server.cli import app
 from tests.engine.tiny_checkpoint import TinyModel, write_checkpoint
@@ -82,6 +84,24 @@ def test_help_teaches_every_flag(path: str) -> None:
     code, text, _ = run(*path.split(), "--help")
     assert code == 0
     assert "Usage" in text
+
+
+def test_convert_hands_on_what_its_flags_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[ConvertOptions] = []
+
+    def noting(model: Path, out: Path, options: ConvertOptions, console: Console) -> None:
+        given.append(options)
+
+    monkeypatch.setattr("conversion.pipeline.convert", noting)
+    flags = ("--no-keep-far", "--adaptive-top-p", "--distil", "--distil-batch", "3")
+    assert run("convert", tmp_path, tmp_path / "out", *flags)[0] == 0
+    assert run("convert", tmp_path, tmp_path / "out")[0] == 0
+    first, second = given
+    assert first.distil is not None
+    assert (first.fit.keep_far, first.fit.adaptive_top_p, first.distil.batch) == (False, True, 3)
+    assert (second.fit.keep_far, second.fit.adaptive_top_p, second.distil) == (True, False, None)
 
 
 def test_inspect_shows_head_map_costs_and_plan() -> None:

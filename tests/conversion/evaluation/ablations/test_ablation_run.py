@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from conversion.evaluation.ablation_model import AblationModel
 from conversion.evaluation.ablation_plan import AblationPlan, indexers_of
 from conversion.evaluation.ablations import AblationRun, ablate
 from conversion.evaluation.in_process import InProcess
+from conversion.selection_trial import try_selection
 from engine.model.decoder import Indexer
 from engine.model.weights import load_decoder
 from tests.conversion.evaluation.ablations.small_ablation import (
@@ -104,6 +106,27 @@ def test_without_stage_2_the_sources_weights_are_measured(
     alone = AblationPlan(AblationModel(folder, options(data), None, QUIET), seed=0)
     assert "--teacher" in alone.skipped["without stage 2"]
     assert "without stage 2" not in [own.name for own in alone.ablations]
+
+
+@pytest.mark.parametrize("keep_far", [True, False])
+def test_the_closed_form_keeps_of_far_rows_what_the_conversion_did(
+    keep_far: bool, converted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noting(*args: Any, **settings: Any) -> Any:
+        asked.append(settings["keep_far"])
+        return try_selection(*args, **settings)
+
+    monkeypatch.setattr("conversion.indexer_fit.try_selection", noting)
+    work = shutil.copytree(converted.with_name("sparse.work"), tmp_path / "work")
+    run = json.loads((work / "run.json").read_text())
+    assert run["options"]["fit"]["keep_far"] is True
+    run["options"]["fit"]["keep_far"] = keep_far
+    (work / "run.json").write_text(json.dumps(run))
+    model = AblationModel(converted, options(data), work, QUIET)
+    model.closed_form(model.sparse)
+    assert asked == [keep_far]
 
 
 @pytest.mark.parametrize("scope", ["query_head", "kv_head"])
